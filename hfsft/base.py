@@ -1,0 +1,47 @@
+"""Base: teach a fresh model language, from raw text.
+
+accelerate launch hfsft/base.py recipes/demo.yaml
+"""
+
+import sys
+
+from hfsft.errors import run_main
+from hfsft.recipe import load_recipe
+
+
+def main(*argv: str) -> None:
+    """Train the base stage of a recipe; the command line is the recipe and its overrides."""
+    recipe = load_recipe(*argv, stage="base")
+    stage = recipe.base
+
+    # torch, transformers and trl take 5 s to import: a recipe's mistakes are answered before
+    from hfsft.mixture import base_texts, load_text, text_length
+    from hfsft.model import build_model
+    from hfsft.packing import RowCollator
+    from hfsft.tokenizer import base_tokenizer
+    from hfsft.training import (
+        StageTrainer,
+        arguments,
+        last_checkpoint,
+        open_stage,
+        train_and_save,
+    )
+
+    if not open_stage(recipe, stage):
+        return
+    tokenizer = base_tokenizer(recipe, base_texts(stage), bool(last_checkpoint(stage)))
+    train, held_out = load_text(recipe, tokenizer)
+    trainer = StageTrainer(
+        stage,
+        model=build_model(recipe, tokenizer),
+        args=arguments(stage, train, row_length=text_length(recipe)),
+        train_dataset=train,
+        eval_dataset=held_out,
+        data_collator=RowCollator(tokenizer.pad_token_id),
+        processing_class=tokenizer,
+    )
+    train_and_save(trainer, recipe, stage)
+
+
+if __name__ == "__main__":
+    run_main(main, *sys.argv[1:])

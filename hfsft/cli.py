@@ -1,0 +1,169 @@
+"""The command `hfsft`; what is heavy is imported late, so that --help answers at once."""
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+from hfsft import __version__
+from hfsft.errors import run_main
+
+app = typer.Typer(
+    name="hfsft",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Train a small chat model through base, mid and SFT, driven by one YAML recipe.",
+    epilog="Every key of a recipe can be set on the command line: --sft.max_steps 300.",
+)
+# the recipe's keys are no options of typer's: load_recipe checks them, with the nearest known key
+OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A YAML file, or one that comes with hfsft: demo.")
+]
+ConfigOption = Annotated[
+    str | None,
+    typer.Option(
+        "--config_file",
+        metavar="FILE",
+        help="Accelerate's config; by default your own, else one process.",
+    ),
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"hfsft {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def hfsft(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Train a small chat model through base, mid and SFT, driven by one YAML recipe."""
+
+
+@app.command(context_settings=OVERRIDES)
+def run(
+    context: typer.Context,
+    recipe: RecipeArgument,
+    config_file: ConfigOption = None,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Run every stage of a recipe in order; finished ones are skipped, a stopped one goes on."""
+    from hfsft.recipe import load_recipe
+
+    quiet = quiet or as_json
+    arguments = [*context.args, *(["--quiet"] if quiet else [])]
+    checked = load_recipe(recipe, *arguments)
+    if not checked.stages:
+        from hfsft.errors import RecipeError
+
+        raise RecipeError(f"{recipe} has no stage; it needs a base, mid or sft section")
+    from hfsft.launch import launch_stage
+
+    for stage in checked.stages:
+        launch_stage(stage, recipe, arguments, config_file)
+    if quiet and not as_json:
+        return
+    from hfsft.report import print_summary, run_summary
+
+    summary = run_summary(checked)
+    if as_json:
+        print(json.dumps(summary, indent=1))
+    else:
+        print_summary(summary)
+
+
+def _stage(
+    name: str, context: typer.Context, recipe: str, config_file: str | None, quiet: bool
+) -> None:
+    from hfsft.recipe import load_recipe
+
+    arguments = [*context.args, *(["--quiet"] if quiet else [])]
+    load_recipe(recipe, *arguments, stage=name)
+    from hfsft.launch import launch_stage
+
+    launch_stage(name, recipe, arguments, config_file)
+
+
+@app.command(context_settings=OVERRIDES)
+def base(
+    context: typer.Context,
+    recipe: RecipeArgument,
+    config_file: ConfigOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Train the base stage: language, from raw text."""
+    _stage("base", context, recipe, config_file, quiet)
+
+
+@app.command(context_settings=OVERRIDES)
+def mid(
+    context: typer.Context,
+    recipe: RecipeArgument,
+    config_file: ConfigOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Train the mid stage: the conversation format and tasks."""
+    _stage("mid", context, recipe, config_file, quiet)
+
+
+@app.command(context_settings=OVERRIDES)
+def sft(
+    context: typer.Context,
+    recipe: RecipeArgument,
+    config_file: ConfigOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Train the sft stage: the assistant's style, from conversations."""
+    _stage("sft", context, recipe, config_file, quiet)
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model's folder, or a Hub id.")],
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="Answer this one prompt and leave.")
+    ] = None,
+    system: Annotated[str | None, typer.Option("--system", help="A system message.")] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max_new_tokens", min=1, help="Tokens an answer at most.")
+    ] = 256,
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token.")
+    ] = 0.0,
+    top_k: Annotated[
+        int, typer.Option("--top_k", min=1, help="Sample from this many likeliest tokens.")
+    ] = 50,
+    seed: Annotated[int, typer.Option("--seed", help="Of the sampling.")] = 42,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="With -p: print the whole conversation as JSON.")
+    ] = False,
+) -> None:
+    """Talk to a model in the terminal."""
+    from hfsft.chat import Chat, talk
+
+    session = Chat(model, system, max_new_tokens, temperature, top_k, seed)
+    if prompt is None:
+        talk(session)
+    elif as_json:
+        session.answer(prompt)
+        print(json.dumps(session.messages, ensure_ascii=False))
+    else:
+        for piece in session.stream(prompt):
+            print(piece, end="", flush=True)
+        print()
+
+
+def main() -> None:
+    """Run the command line."""
+    run_main(lambda *argv: app(list(argv), prog_name="hfsft"), *sys.argv[1:])

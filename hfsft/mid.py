@@ -1,0 +1,41 @@
+"""Mid: teach the base model the conversation format and tasks.
+
+accelerate launch hfsft/mid.py recipes/demo.yaml
+"""
+
+import sys
+
+from hfsft.errors import run_main
+from hfsft.recipe import load_recipe
+
+
+def main(*argv: str) -> None:
+    """Train the mid stage of a recipe; the command line is the recipe and its overrides."""
+    recipe = load_recipe(*argv, stage="mid")
+    stage = recipe.mid
+
+    # torch, transformers and trl take 5 s to import: a recipe's mistakes are answered before
+    from hfsft.mixture import load_packed_conversations
+    from hfsft.model import load_model
+    from hfsft.packing import RowCollator
+    from hfsft.tokenizer import stage_tokenizer
+    from hfsft.training import StageTrainer, arguments, open_stage, train_and_save
+
+    if not open_stage(recipe, stage):
+        return
+    tokenizer = stage_tokenizer(recipe, stage)
+    train, held_out = load_packed_conversations(stage, tokenizer)
+    trainer = StageTrainer(
+        stage,
+        model=load_model(stage, tokenizer),
+        args=arguments(stage, train, row_length=stage.max_length),
+        train_dataset=train,
+        eval_dataset=held_out,
+        data_collator=RowCollator(tokenizer.pad_token_id),
+        processing_class=tokenizer,
+    )
+    train_and_save(trainer, recipe, stage)
+
+
+if __name__ == "__main__":
+    run_main(main, *sys.argv[1:])

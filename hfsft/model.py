@@ -1,0 +1,223 @@
+"""The model: a fresh one from a depth or a model_type, or a loaded one; LoRA and QLoRA."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, NanoChatConfig, NanoChatForCausalLM
+
+from hfsft.errors import ModelError, RecipeError
+from hfsft.hub import require_model
+from hfsft.recipe import Recipe, Stage
+
+
+def build_model(recipe: Recipe, tokenizer: Any) -> Any:
+    """Build the fresh model that the base stage trains.
+
+    Args:
+        recipe: `model` holds `depth` (a NanoChat model) or `model_type` and its config's keys.
+        tokenizer: gives the vocabulary's size and the special tokens' ids.
+
+    Returns:
+        A model in float32 on the CPU, seeded by the recipe's `seed`.
+
+    Raises:
+        RecipeError: if the vocabulary does not hold the tokenizer, or the sizes do not fit.
+    """
+    settings = dict(recipe.model)
+    attention = settings.pop("attn_implementation", None)
+    vocab_size = settings.setdefault("vocab_size", len(tokenizer))
+    if vocab_size < len(tokenizer):
+        raise RecipeError(
+            f"{recipe.path}: model.vocab_size: {vocab_size:,} does not hold the tokenizer's "
+            f"{len(tokenizer):,} tokens"
+        )
+    special = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    if "depth" in settings:
+        config = nanochat_config(settings.pop("depth"), **settings, **special)
+    else:
+        try:
+            config = AutoConfig.for_model(settings.pop("model_type"), **settings, **special)
+        except (ValueError, TypeError) as error:
+            raise RecipeError(f"{recipe.path}: model: {str(error).splitlines()[0]}") from None
+        except Exception as error:  # huggingface_hub's strict dataclasses have a base of their own
+            if "Strict" not in type(error).__name__:
+                raise
+            raise RecipeError(f"{recipe.path}: model: {' '.join(str(error).split())}") from None
+    torch.manual_seed(recipe.seed)
+    try:
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    except (ValueError, ImportError) as error:
+        raise RecipeError(f"{recipe.path}: model: {str(error).splitlines()[0]}") from None
+    if isinstance(model, NanoChatForCausalLM):
+        init_nanochat_weights(model)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def nanochat_config(depth: int, **settings: Any) -> NanoChatConfig:
+    """karpathy/nanochat's shape of a given depth: 64 of width a layer, heads of 128.
+
+    Args:
+        depth: layers; 8 with a vocabulary of 65,536 makes 92,274,688 parameters.
+        settings: further fields of `NanoChatConfig`.
+    """
+    width = 64 * depth
+    return NanoChatConfig(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=depth,
+        num_attention_heads=depth // 2 if depth % 2 == 0 else depth,  # an odd depth: heads of 64
+        **settings,
+    )
+
+
+@torch.no_grad()
+def init_nanochat_weights(model: NanoChatForCausalLM) -> None:
+    """Initialise as karpathy/nanochat's GPT.init_weights does, in place.
+
+    Matrices: normal with std 1/√fan_in · min(1, √(fan_out/fan_in)); embeddings: std 1; the
+    projections back into the residual stream and the head: zero, so that every layer begins as the
+    identity.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=1.0)
+        elif isinstance(module, nn.Linear):
+            if name.endswith(("o_proj", "fc2", "lm_head")):
+                nn.init.zeros_(module.weight)
+            else:
+                fan_out, fan_in = module.weight.shape
+                std = fan_in**-0.5 * min(1.0, math.sqrt(fan_out / fan_in))
+                nn.init.normal_(module.weight, std=std)
+
+
+def load_model(stage: Stage, tokenizer: Any) -> Any:
+    """Load the model that a stage starts from, and put LoRA or QLoRA on it if the recipe says so.
+
+    Args:
+        stage: `model_name_or_path` is a folder or a Hub id.
+        tokenizer: tokens that the model lacks are added to its embeddings, at their mean.
+
+    Returns:
+        A model in the recipe's `dtype`, by default float32: the master weights of mixed precision.
+        With `lora`, a `PeftModel`.
+
+    Raises:
+        ModelError: if it cannot be loaded, or cannot learn what the stage asks of it.
+    """
+    start = stage.model_name_or_path
+    quantization = _quantization(stage)
+    model = load_plain_model(
+        start,
+        stage,
+        dtype=None if quantization else stage.dtype or "float32",
+        quantization_config=quantization,
+    )
+    size = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > size:
+        if stage.lora is not None and not stage.lora.get("modules_to_save"):
+            raise ModelError(
+                f"{start} lacks {len(tokenizer) - size} chat tokens, which LoRA alone cannot "
+                "learn\n"
+                "  Add lora: {modules_to_save: [embed_tokens, lm_head]}, or start from a chat model"
+            )
+        model.resize_token_embeddings(len(tokenizer))
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if stage.max_length and positions and stage.max_length > positions:
+        raise ModelError(
+            f"{stage.name}.max_length: {stage.max_length} is more than the {positions} positions "
+            f"of {start}; set it to at most that"
+        )
+    for config in (model.config, model.generation_config):
+        config.eos_token_id = tokenizer.eos_token_id
+        config.pad_token_id = tokenizer.pad_token_id
+    if stage.lora is None:
+        return model
+    return _with_lora(model, stage, quantized=quantization is not None)
+
+
+def load_plain_model(start: str, stage: Stage, **kwargs: Any) -> Any:
+    """Load a causal language model from a folder or the Hub, with errors that a user can read."""
+    require_model(start, stage.revision)
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            start,
+            revision=stage.revision,
+            attn_implementation=stage.attn_implementation,
+            trust_remote_code=stage.trust_remote_code,
+            use_safetensors=True,  # nothing that came over the network is unpickled
+            **{key: value for key, value in kwargs.items() if value is not None},
+        )
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise ModelError(f"{start}: cannot be loaded: {str(error).splitlines()[0]}") from None
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise ModelError(f"{start}: its weights cannot be read: {error}") from None
+
+
+def _quantization(stage: Stage) -> Any:
+    """4-bit NormalFloat with nested constants (QLoRA, Dettmers et al. 2023), or None."""
+    if not stage.load_in_4bit:
+        return None
+    if not torch.cuda.is_available():
+        raise RecipeError(
+            f"{stage.name}.load_in_4bit: QLoRA needs a CUDA GPU, and none is here; "
+            "--load_in_4bit false trains LoRA on full weights"
+        )
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if bf16_is_native() else torch.float16,
+    )
+
+
+def bf16_is_native() -> bool:
+    """Whether the GPU computes in bfloat16 itself; a T4 says it supports it and emulates it."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def _with_lora(model: Any, stage: Stage, quantized: bool) -> Any:
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    if quantized:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    try:
+        config = LoraConfig(
+            **{"task_type": "CAUSAL_LM", "target_modules": "all-linear", **stage.lora}
+        )
+        torch.manual_seed(stage.seed)
+        return get_peft_model(model, config)
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"{stage.name}.lora: {str(error).splitlines()[0]}") from None
+
+
+def merged_model(adapter: Path, stage: Stage, model: Any) -> Any:
+    """The plain model that a LoRA run leaves: the adapter merged into the weights it trained on.
+
+    Args:
+        adapter: the saved adapter's folder.
+        stage: names the weights it started from.
+        model: the trained `PeftModel`; 4-bit weights are loaded anew in 16 bits, since merging into
+            the rounded ones would round the adapter as well.
+    """
+    if not stage.load_in_4bit:
+        return model.merge_and_unload()
+    from peft import PeftModel
+
+    plain = load_plain_model(stage.model_name_or_path, stage, dtype="bfloat16")
+    size = model.get_input_embeddings().num_embeddings
+    if size != plain.get_input_embeddings().num_embeddings:
+        plain.resize_token_embeddings(size)
+    return PeftModel.from_pretrained(plain, str(adapter)).merge_and_unload()

@@ -1,0 +1,968 @@
+"""Recipes: one YAML file a run, with inheritance, command-line overrides, and every key checked.
+
+Precedence: defaults.yaml < the recipe it extends < the recipe < the command line. Each value
+carries the file and line (or the flag) it came from, so that every error can name its place.
+"""
+
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from dataclasses import fields as dataclass_fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hfsft.errors import RecipeError
+from hfsft.fields import (
+    Field,
+    lora_fields,
+    model_fields,
+    model_types,
+    nearest,
+    trainer_fields,
+)
+
+STAGES = ("base", "mid", "sft")
+# the reference pipeline's flags, accepted on the command line
+ALIASES = {
+    "device_batch_size": "per_device_train_batch_size",
+    "target_examples_per_step": "examples_per_step",
+    "max_tokens": "max_length",
+    "num_iterations": "max_steps",
+    "eval_every": "eval_steps",
+}
+# what only the command line may say, and never a recipe: name → what it does
+FLAGS = {
+    "restart": "begin the stage anew; its old folder is moved aside, not deleted",
+    "quiet": "print errors only",
+    "trust_remote_code": "run the Python code that a model's repository brings",
+}
+# transformers' old names for the same fields, still taken by everyone: old → new
+RENAMED = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+MANAGED = "hfsft sets it"
+REFUSED = {
+    "output_dir": (
+        "it belongs at the top of the recipe: everything goes to <output_dir>/<name>/<stage>/"
+    ),
+    "seed": "it belongs at the top of the recipe",
+    "data_seed": "the top-level seed orders the data",
+    "run_name": "the top-level name names the run",
+    "gradient_accumulation_steps": (
+        "it follows from examples_per_step (sft) or tokens_per_step (base, mid)"
+    ),
+    "auto_find_batch_size": "it changes the examples of a step unasked",
+    "packing": "it would change which conversations share a step",
+    "padding_free": "it would change which conversations share a step",
+    "eval_packing": "validation is never packed",
+    "resume_from_checkpoint": (
+        "the same command goes on by itself where it stopped; --restart begins anew"
+    ),
+    "hub_token": "tokens are kept in no file: run `hf auth login`, or set HF_TOKEN",
+    "eval_on_start": "validation before, during and after training is set by eval_steps (-1: none)",
+    "do_train": MANAGED,
+    "do_eval": MANAGED,
+    "do_predict": MANAGED,
+    "local_rank": "Accelerate sets it",
+    "deepspeed": "choose it with `accelerate launch --config_file accelerate_configs/zero2.yaml`",
+    "fsdp": "choose it with `accelerate launch --config_file accelerate_configs/fsdp2.yaml`",
+    "fsdp_config": "choose it with `accelerate launch --config_file accelerate_configs/fsdp2.yaml`",
+    "parallelism_config": "choose it with an Accelerate config file",
+    "model_init_kwargs": "use attn_implementation, dtype and revision of this section",
+    "dataset_kwargs": MANAGED,
+    "dataset_text_field": "give the source `columns: {text: YOUR_COLUMN}`",
+    "formatting_func": "give the source a `format`",
+    "completion_only_loss": "use assistant_only_loss",
+    "chat_template_path": "use tokenizer: {chat_template: FILE}",
+    "eos_token": "the chat template's end-of-turn token ends an answer",
+    "pad_token": "the tokenizer's own pad token is used, or one is added",
+    "remove_unused_columns": MANAGED,
+    "train_sampling_strategy": "steps are made of examples in seeded order",
+    "push_to_hub": "not in this version: upload the stage's folder with `hf upload REPO FOLDER`",
+}
+# the values that make sense, by key in whatever section: lowest, highest
+LIMITS: dict[str, tuple[float, float]] = {
+    "adam_beta1": (0, 1),
+    "adam_beta2": (0, 1),
+    "adam_epsilon": (0, 1),
+    "dataloader_num_workers": (0, 1024),
+    "dataset_num_proc": (1, 1024),
+    "depth": (1, 128),
+    "examples_per_step": (1, 2**20),
+    "held_out": (0, 2**31),
+    "label_smoothing_factor": (0, 1),
+    "learning_rate": (0, 1e3),
+    "logging_steps": (0, 2**31),
+    "lora_alpha": (1, 2**16),
+    "lora_dropout": (0, 1),
+    "max_grad_norm": (0, 1e9),
+    "max_length": (2, 2**20),
+    "max_position_embeddings": (2, 2**24),
+    "max_steps": (1, 2**31),
+    "num_train_epochs": (0, 2**16),
+    "per_device_eval_batch_size": (1, 2**16),
+    "per_device_train_batch_size": (1, 2**16),
+    "r": (1, 2**16),
+    "repeat": (1, 1000),
+    "rows": (1, 2**40),
+    "save_steps": (0, 2**31),
+    "save_total_limit": (1, 2**16),
+    "seed": (0, 2**32 - 1),
+    "tokens_per_step": (2, 2**40),
+    "vocab_size": (266, 2**20),
+    "warmup_steps": (0, 2**31),
+    "weight_decay": (0, 1e3),
+}
+MEMORY = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]i?B)")
+ABOVE_ZERO = {"learning_rate", "num_train_epochs", "logging_steps", "save_steps"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source of rows in a stage's `data`."""
+
+    path: str  # a built-in task, a local file, folder or glob, or a dataset on the Hub
+    name: str | None = None  # the dataset's configuration, such as ARC-Easy
+    split: str = "train"
+    revision: str | None = None  # a commit, branch or tag of a Hub dataset
+    rows: int | None = None  # keep a seeded sample of this many rows
+    first: bool = False  # take the first rows instead of a sample
+    repeat: int = 1  # how often the kept rows are seen an epoch
+    streaming: bool = False  # read while training instead of before; base text only
+    columns: dict = field(default_factory=dict)  # the format's column: the row's own column
+    format: str | None = None  # messages, sharegpt, ... ; None: told from the columns
+
+    def __str__(self) -> str:
+        return self.path + (f":{self.name}" if self.name else "")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a run: where it starts, what it learns from, and the settings of its trainer."""
+
+    name: str  # base, mid or sft
+    folder: Path  # <output_dir>/<run>/<stage>, the finished model's folder
+    seed: int
+    data: list[Source]
+    held_out: int | float  # conversations or documents kept for validation; below 1 a share
+    model_name_or_path: str | None = None  # mid, sft: an earlier stage, a folder or a Hub id
+    revision: str | None = None
+    max_length: int | None = None  # tokens of a conversation (sft) or of a packed row (base, mid)
+    max_steps: int | None = None  # optimizer updates
+    tokens_per_step: int | None = None  # base, mid
+    examples_per_step: int | None = None  # sft: conversations an update
+    assistant_only_loss: bool = False
+    lora: dict | None = None  # fields of peft.LoraConfig
+    load_in_4bit: bool = False  # QLoRA
+    attn_implementation: str | None = None  # None: what transformers chooses, sdpa
+    dtype: str | None = None  # of the loaded weights; None: float32, as mixed precision wants
+    dataset_num_proc: int | None = None  # processes that encode the data
+    memory_limit: str | None = None  # such as 8GB; GPU memory that the stage may take
+    trainer: dict[str, Any] = field(default_factory=dict)  # passed through as it is
+    trust_remote_code: bool = False
+    quiet: bool = False
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the trainer keeps its checkpoints."""
+        return self.folder / "checkpoints"
+
+    @property
+    def memory_limit_bytes(self) -> int | None:
+        """`memory_limit` in bytes: 8GB is 8 * 10^9, 8GiB 8 * 2^30."""
+        if self.memory_limit is None:
+            return None
+        number, unit = MEMORY.fullmatch(self.memory_limit).groups()
+        power = "KMGT".index(unit[0]) + 1
+        return int(float(number) * (1024 if "i" in unit else 1000) ** power)
+
+    @property
+    def validates(self) -> bool:
+        """Whether any validation runs: `eval_steps: -1` or `held_out: 0` turn it off altogether."""
+        return self.trainer.get("eval_strategy", "no") != "no" and self.held_out > 0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run, checked."""
+
+    path: str  # as given
+    name: str
+    output_dir: str
+    seed: int
+    model: dict[str, Any]
+    tokenizer: dict[str, Any]
+    sample_prompts: list[str]  # what the finished model is asked
+    stages: dict[str, Stage]
+    resolved: dict[str, Any]  # the recipe as plain data, defaults and overrides merged in
+    restart: bool = False
+    quiet: bool = False
+    trust_remote_code: bool = False
+
+    @property
+    def folder(self) -> Path:
+        """Where everything of this run goes."""
+        return Path(self.output_dir) / self.name
+
+    def stage(self, name: str) -> Stage:
+        """The stage of that name.
+
+        Raises:
+            RecipeError: if the recipe has no such section.
+        """
+        if name not in self.stages:
+            raise RecipeError(
+                f"{self.path} has no {name} section; it has {', '.join(self.stages) or 'no stage'}"
+            )
+        return self.stages[name]
+
+    @property
+    def base(self) -> Stage:
+        """The base stage."""
+        return self.stage("base")
+
+    @property
+    def mid(self) -> Stage:
+        """The mid stage."""
+        return self.stage("mid")
+
+    @property
+    def sft(self) -> Stage:
+        """The sft stage."""
+        return self.stage("sft")
+
+
+# the keys of a stage's section that are hfsft's own, or that it reads itself
+_ALL_STAGES = ("data", "held_out", "max_length", "max_steps", "dataset_num_proc", "memory_limit")
+_LOADS_A_MODEL = (
+    "model_name_or_path",
+    "revision",
+    "assistant_only_loss",
+    "lora",
+    "load_in_4bit",
+    "dtype",
+    "attn_implementation",
+)
+STAGE_KEYS = {
+    "base": (*_ALL_STAGES, "tokens_per_step"),
+    "mid": (*_ALL_STAGES, *_LOADS_A_MODEL, "tokens_per_step"),
+    "sft": (*_ALL_STAGES, *_LOADS_A_MODEL, "examples_per_step"),
+}
+FORMATS = (
+    "text",
+    "messages",
+    "sharegpt",
+    "prompt_completion",
+    "alpaca",
+    "multiple_choice",
+    "gsm8k",
+)
+FIELDS = {
+    "name": Field("str"),
+    "output_dir": Field("str"),
+    "seed": Field("int"),
+    "extends": Field("str"),
+    "data": Field("list"),
+    "held_out": Field("int | float"),
+    "model_name_or_path": Field("str"),
+    "revision": Field("str | None"),
+    "max_length": Field("int | None"),
+    "max_steps": Field("int | None"),
+    "tokens_per_step": Field("int | None"),
+    "dataset_num_proc": Field("int | None"),
+    "memory_limit": Field("str | None"),
+    "sample_prompts": Field("list"),
+    "examples_per_step": Field("int"),
+    "assistant_only_loss": Field("bool"),
+    "lora": Field("dict | None"),
+    "load_in_4bit": Field("bool"),
+    "dtype": Field("str | None", ("auto", "float32", "bfloat16", "float16")),
+    "attn_implementation": Field(
+        "str | None",
+        ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"),
+    ),
+    "path": Field("str"),
+    "split": Field("str"),
+    "rows": Field("int | None"),
+    "first": Field("bool"),
+    "repeat": Field("int"),
+    "streaming": Field("bool"),
+    "columns": Field("dict"),
+    "format": Field("str | None", FORMATS),
+    "train": Field("bool"),
+    "chat_template": Field("str"),
+    "max_chars": Field("int"),
+    "model_type": Field("str"),
+    "depth": Field("int"),
+    "vocab_size": Field("int"),
+    "max_position_embeddings": Field("int"),
+    # trl takes any text here and fails, or trains otherwise than meant, much later
+    "loss_type": Field("str", ("nll", "dft")),
+    "truncation_mode": Field("str", ("keep_start", "keep_end")),
+}
+TOKENIZER_KEYS = ("train", "path", "revision", "vocab_size", "chat_template", "max_chars")
+MODEL_KEYS = ("depth", "vocab_size", "max_position_embeddings", "model_type", "attn_implementation")
+
+
+# --- reading: YAML to nodes that know where they came from ---
+
+
+@dataclass
+class Node:
+    """A value of a recipe, with the place that gave it."""
+
+    value: Any  # dict[str, Node], list[Node] or a scalar
+    where: str  # "fast.yaml:12" or "--max_steps"
+    raw: str | None = None  # a scalar as it was written
+
+    def plain(self) -> Any:
+        """The value as plain Python data."""
+        if isinstance(self.value, dict):
+            return {key: node.plain() for key, node in self.value.items()}
+        if isinstance(self.value, list):
+            return [node.plain() for node in self.value]
+        return self.value
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's scalars: `no` and `on` are text, `010` is ten, `1e-3` a number, dates are text."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [pair for pair in pairs if pair[0].endswith((":null", ":merge"))]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"[-+]?[0-9][0-9_]*$"), list("-+0123456789")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"(?:[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9]+|[0-9][0-9_]*(?=[eE]))(?:[eE][-+]?[0-9]+)?"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+    ),
+    list("-+.0123456789"),
+)
+_Loader.add_constructor("tag:yaml.org,2002:bool", lambda _, node: node.value.lower() == "true")
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value.replace("_", "")))
+# a file of a few hundred lines has a few thousand nodes; ten nested aliases can make billions
+MAX_NODES = 100_000
+
+
+def _read_yaml(text: str, where: str, lines: bool) -> Node:
+    """Parse `text`; `where` names the file (with `lines`, each node gets its line) or the flag."""
+    try:
+        loader = _Loader(text)
+        root = loader.get_single_node()
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{where}:{mark.line + 1}" if mark and lines else where
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise RecipeError(f"{place}: not valid YAML: {problem}") from None
+    count = 0
+
+    def convert(node: yaml.Node, place: str) -> Node:
+        nonlocal count
+        count += 1
+        if count > MAX_NODES:
+            raise RecipeError(f"{where}: more than {MAX_NODES:,} values; do its aliases nest?")
+        if isinstance(node, yaml.ScalarNode):
+            try:
+                return Node(loader.construct_object(node), place, node.value)
+            except (yaml.YAMLError, ValueError):
+                raise RecipeError(
+                    f"{place}: cannot read {node.value!r} with tag {node.tag}"
+                ) from None
+        if isinstance(node, yaml.SequenceNode):
+            return Node([convert(item, line(item)) for item in node.value], place)
+        seen: dict[str, str] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise RecipeError(f"{line(key)}: a key must be plain text")
+            if key.value in seen and key.value != "<<":
+                raise RecipeError(
+                    f"{line(key)}: '{key.value}' is given twice, first at {seen[key.value]}"
+                )
+            seen[key.value] = line(key)
+        try:
+            loader.flatten_mapping(node)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"{place}: not valid YAML: {error.problem}") from None
+        return Node({key.value: convert(value, line(key)) for key, value in node.value}, place)
+
+    def line(node: yaml.Node) -> str:
+        return f"{where}:{node.start_mark.line + 1}" if lines else where
+
+    if root is None:
+        return Node(None, f"{where}:1" if lines else where, "")
+    try:
+        return convert(root, line(root))
+    except RecursionError:
+        raise RecipeError(f"{where}: nested too deeply, or an alias that holds itself") from None
+
+
+def find_recipe(given: str) -> Path:
+    """The file of a recipe: a path, or the name of one that comes with hfsft (`demo`).
+
+    Raises:
+        RecipeError: if there is no such file.
+    """
+    path = Path(given)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise RecipeError(f"{given} is a folder; give a recipe file, such as recipes/demo.yaml")
+    built_in = {file.stem: file for file in recipes_folder().glob("*.yaml")}
+    if given in built_in:
+        return built_in[given]
+    # a wheel's user has no clone, yet the README says recipes/demo.yaml
+    if path.parent.name == "recipes" and path.suffix == ".yaml" and path.stem in built_in:
+        return built_in[path.stem]
+    names = sorted(built_in)
+    raise RecipeError(
+        f"no recipe {given}: no such file, and those that come with hfsft are "
+        f"{', '.join(names)}{nearest(path.stem, names)}"
+    )
+
+
+def recipes_folder() -> Path:
+    """The folder of the recipes that come with hfsft: inside the wheel, or beside it in a clone."""
+    package = Path(__file__).parent
+    inside = package / "recipes"
+    return inside if inside.is_dir() else package.parent / "recipes"
+
+
+def _load_file(path: Path, chain: tuple[Path, ...] = ()) -> Node:
+    """Read a recipe file and what it extends."""
+    shown = str(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{shown}: not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise RecipeError(f"{shown}: cannot be read: {error.strerror}") from None
+    node = _read_yaml(text, shown, lines=True)
+    if node.value is None:
+        raise RecipeError(f"{shown}: the file is empty; see recipes/demo.yaml for a whole one")
+    if not isinstance(node.value, dict):
+        raise RecipeError(f"{node.where}: a recipe is a mapping of keys, not {_kind(node)}")
+    parent = node.value.pop("extends", None)
+    if parent is None:
+        return node
+    name = _check_value("extends", parent, FIELDS["extends"])
+    beside = path.parent / name
+    parent_path = beside if beside.is_file() else recipes_folder() / f"{Path(name).stem}.yaml"
+    if not parent_path.is_file():
+        raise RecipeError(f"{parent.where}: extends: no such file {beside}")
+    if parent_path.resolve() in [path.resolve(), *chain]:
+        raise RecipeError(f"{parent.where}: extends: {name} extends this file in turn")
+    return _merge(_load_file(parent_path, (*chain, path.resolve())), node)
+
+
+def _merge(lower: Node, upper: Node) -> Node:
+    """Lay `upper` over `lower`: mappings merge, everything else replaces."""
+    if not isinstance(lower.value, dict) or not isinstance(upper.value, dict):
+        return upper
+    merged = dict(lower.value)
+    for key, node in upper.value.items():
+        merged[key] = _merge(merged[key], node) if key in merged else node
+    return Node(merged, upper.where)
+
+
+def _kind(node: Node) -> str:
+    return {dict: "a mapping", list: "a list"}.get(type(node.value), f"{node.raw!r}")
+
+
+# --- the command line ---
+
+
+def _split_arguments(argv: tuple[str, ...]) -> Iterator[tuple[str, str | None]]:
+    """Pair `--key value` and `--key=value`; a key without a value gets None."""
+    position = 0
+    while position < len(argv):
+        word = argv[position]
+        position += 1
+        if not word.startswith("--") or word == "--":
+            raise RecipeError(f"unexpected argument {word!r}; settings are given as --key value")
+        name, equals, value = word[2:].partition("=")
+        if equals:
+            yield name, value
+        elif position < len(argv) and not re.match(r"--[A-Za-z]", argv[position]):
+            yield name, argv[position]
+            position += 1
+        else:
+            yield name, None
+
+
+def _apply_overrides(tree: Node, argv: tuple[str, ...], stage: str | None) -> dict[str, bool]:
+    """Lay the command line over the tree, in place; returns the flags that were given."""
+    flags = dict.fromkeys(FLAGS, False)
+    seen: dict[tuple[str, ...], str] = {}
+    for name, value in _split_arguments(argv):
+        flag = f"--{name}"
+        if name in FLAGS:
+            if value is not None and value.lower() not in ("true", "false"):
+                raise RecipeError(f"{flag}: takes no value, got {value!r}")
+            flags[name] = value is None or value.lower() == "true"
+            continue
+        path = _override_path(name, flag, stage, tree)
+        if path in seen:
+            raise RecipeError(f"{flag}: given twice, first as {seen[path]}")
+        seen[path] = flag
+        if value is None:
+            node = Node(True, flag, "true")
+            if not _takes_bool(path):
+                raise RecipeError(f"{flag}: needs a value")
+        else:
+            node = _read_yaml(value, flag, lines=False)
+            if isinstance(node.value, (dict, list)) or node.raw is None:
+                node.raw = value
+        _set(tree, path, node, flag)
+    return flags
+
+
+def _override_path(name: str, flag: str, stage: str | None, tree: Node) -> tuple[str, ...]:
+    parts = name.split(".")
+    if not all(parts):
+        raise RecipeError(f"{flag}: a setting is named as --key or --section.key")
+    top = parts[0] in TOP_KEYS
+    if not top and stage is None:
+        have = [section for section in STAGES if section in tree.value]
+        if parts[0] in ALIASES or any(parts[0] in _stage_fields(section) for section in STAGES):
+            raise RecipeError(f"{flag}: of which stage? Say --{(have or ['sft'])[-1]}.{name}")
+        known = [*TOP_KEYS, *FLAGS, *(key for key in _stage_fields("sft"))]
+        raise RecipeError(f"{flag}: unknown key '{name}'{nearest(parts[0], known)}")
+    if not top:
+        parts = [stage, *parts]
+    if parts[0] in STAGES and len(parts) > 1:
+        parts[1] = ALIASES.get(parts[1], parts[1])
+    return tuple(parts)
+
+
+def _takes_bool(path: tuple[str, ...]) -> bool:
+    """Whether a bare `--key` can mean true."""
+    if path[0] in STAGES and len(path) == 2:
+        known = _stage_fields(path[0]).get(path[1])
+        return known is None or "bool" in known.kinds
+    return path[0] == "tokenizer" and path[1:] == ("train",)
+
+
+def _set(tree: Node, path: tuple[str, ...], node: Node, flag: str) -> None:
+    """Put `node` at a dotted path; list positions are numbers, missing mappings are made."""
+    here = tree
+    for depth, key in enumerate(path):
+        last = depth == len(path) - 1
+        if isinstance(here.value, list):
+            if not key.isdigit() or int(key) >= len(here.value):
+                raise RecipeError(
+                    f"{flag}: {'.'.join(path[:depth])} is a list of {len(here.value)}; "
+                    f"'{key}' is no position in it (the first is 0)"
+                )
+            if last:
+                here.value[int(key)] = node
+            else:
+                here = here.value[int(key)]
+            continue
+        if not isinstance(here.value, dict):
+            if here.value is not None:
+                raise RecipeError(f"{flag}: {'.'.join(path[:depth])} is not a mapping")
+            here.value, here.where = {}, flag  # `lora: null` and --lora.r 8
+        if last:
+            here.value[key] = node
+        else:
+            here = here.value.setdefault(key, Node({}, flag))
+
+
+# --- checking ---
+
+TOP_KEYS = ("name", "output_dir", "seed", "model", "tokenizer", "sample_prompts", *STAGES)
+
+
+def _stage_fields(stage: str) -> dict[str, Field]:
+    """Every key that a stage's section takes."""
+    own = {key: FIELDS[key] for key in STAGE_KEYS[stage]}
+    upstream = {
+        key: FIELDS.get(key, known)
+        for key, known in trainer_fields(stage).items()
+        if key not in REFUSED
+    }
+    return upstream | own
+
+
+def _check_value(key: str, node: Node, known: Field) -> Any:
+    """Check one value against its field and its limits; returns it as the field takes it."""
+    name = key.rsplit(".", 1)[-1]
+    try:
+        value = known.check(node.plain(), node.raw)
+        if name in LIMITS and isinstance(value, (int, float)) and not isinstance(value, bool):
+            low, high = LIMITS[name]
+            if not low <= value <= high or (name in ABOVE_ZERO and value == 0):
+                sign = "above" if name in ABOVE_ZERO else "at least"
+                raise ValueError(
+                    f"{node.raw or value} is not possible: it must be "
+                    + (f"{sign} {low:g}" if value <= low else f"at most {high:g}")
+                )
+        return value
+    except ValueError as error:
+        raise RecipeError(f"{node.where}: {key}: {error}") from None
+
+
+def _check_section(
+    node: Node, section: str, known: dict[str, Field], refused: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """Check a mapping's keys and values; returns it as plain data."""
+    if node.value is None:
+        node.value = {}
+    if not isinstance(node.value, dict):
+        raise RecipeError(f"{node.where}: {section}: expected a mapping, got {_kind(node)}")
+    checked = {}
+    for key, child in node.value.items():
+        full = f"{section}.{key}" if section else key
+        if key == "trust_remote_code":
+            raise RecipeError(
+                f"{child.where}: {full}: only the command line may say it (--trust_remote_code): "
+                "a recipe from elsewhere must not run code unasked"
+            )
+        if refused and key in refused:
+            raise RecipeError(f"{child.where}: {full} cannot be set here: {refused[key]}")
+        _refuse_unknown(node, section, known)
+        checked[key] = _check_value(full, child, known[key])
+        if not isinstance(child.value, (dict, list)):
+            child.value = checked[key]  # the run's copy of the recipe has it as it was taken
+    return checked
+
+
+def _refuse_unknown(node: Node, section: str, known: Collection[str]) -> None:
+    for key, child in node.value.items():
+        if key not in known:
+            place = f" in {section}" if section else ""
+            raise RecipeError(
+                f"{child.where}: unknown key '{key}'{place}{_hint(key, section, known)}"
+            )
+
+
+def _hint(key: str, section: str, known: Collection[str]) -> str:
+    """What was meant: a command-line alias, a key of another section, or the nearest here."""
+    if key in ALIASES and ALIASES[key] in known:
+        return f"; its name in a recipe is '{ALIASES[key]}'"
+    if section and key in TOP_KEYS:
+        return "; it belongs at the top of the recipe"
+    if not section:
+        homes = [
+            stage for stage in STAGES if key in STAGE_KEYS[stage] or key in trainer_fields(stage)
+        ]
+        if homes:
+            return f"; it belongs in a stage's section ({', '.join(homes)})"
+    if section in STAGES:
+        homes = [stage for stage in STAGES if key in _stage_fields(stage)]
+        if homes:
+            return f"; only {' and '.join(homes)} take it"
+    return nearest(key, known) or f"; known are {', '.join(sorted(known))}" * (len(known) < 15)
+
+
+def _check_data(node: Node, section: str) -> list[Source]:
+    if not isinstance(node.value, list) or not node.value:
+        raise RecipeError(
+            f"{node.where}: {section}: expected a list of sources, such as [{{path: identity}}]"
+        )
+    keys = {item.name for item in dataclass_fields(Source)}
+    known = {key: FIELDS[key] for key in keys} | {"name": Field("str | None")}
+    sources = []
+    for index, item in enumerate(node.value):
+        if isinstance(item.value, str):  # `data: [identity]`
+            item = Node({"path": item}, item.where)
+        place = f"{section}.{index}"
+        checked = _check_section(item, place, known)
+        if "path" not in checked:
+            raise RecipeError(f"{item.where}: {place}: a source needs a path")
+        sources.append(Source(**checked))
+    return sources
+
+
+def _check_model(node: Node) -> dict[str, Any]:
+    known = {key: FIELDS[key] for key in MODEL_KEYS}
+    if isinstance(node.value, dict) and "model_type" in node.value:
+        child = node.value["model_type"]
+        model_type = _check_value("model.model_type", child, FIELDS["model_type"])
+        upstream = model_fields(model_type)
+        if not upstream:
+            raise RecipeError(
+                f"{child.where}: model.model_type: transformers knows no '{model_type}'"
+                f"{nearest(model_type, model_types())}"
+            )
+        del known["depth"]
+        known = upstream | known
+    return _check_section(node, "model", known)
+
+
+def _check_stage(name: str, tree: Node, path: str) -> dict[str, Any]:
+    """Check one stage's section, key by key and across keys; returns the arguments of `Stage`."""
+    node = tree.value[name]
+    checked = _check_section(node, name, _stage_fields(name), REFUSED)
+
+    def where(key: str) -> str:
+        return node.value[key].where if key in node.value else node.where
+
+    if "data" not in checked:
+        raise RecipeError(f"{node.where}: {name}: needs data, such as [{{path: identity}}]")
+    checked["data"] = _check_data(node.value["data"], f"{name}.data")
+    for index, source in enumerate(checked["data"]):
+        if source.streaming and (source.rows or source.first or source.repeat > 1):
+            raise RecipeError(
+                f"{where('data')}: {name}.data.{index}: rows, first and repeat need the whole of "
+                f"{source}; streaming reads it as it trains"
+            )
+        if source.streaming and name != "base":
+            raise RecipeError(
+                f"{where('data')}: {name}.data.{index}: streaming is for base text; a "
+                f"conversation's place in the run needs the whole of {source}"
+            )
+    if checked.get("eval_steps") is not None and checked["eval_steps"] <= 0:
+        if checked["eval_steps"] != -1:
+            raise RecipeError(
+                f"{where('eval_steps')}: {name}.eval_steps: expected a number above 0, or -1 for "
+                f"no validation, got {checked['eval_steps']}"
+            )
+        checked["eval_strategy"] = "no"
+        del checked["eval_steps"]
+    for old, new in RENAMED.items():
+        if new in checked and old in checked:
+            if not node.value[old].where.startswith(str(DEFAULTS)):
+                raise RecipeError(
+                    f"{where(new)}: {name}.{new}: is given as {old} as well ({where(old)})"
+                )
+            del checked[old], node.value[old]
+        elif old in checked:
+            checked[new] = checked.pop(old)
+    if name == "mid" and checked["max_length"] is None:
+        raise RecipeError(f"{where('max_length')}: mid.max_length: a packed row needs a length")
+    if checked.get("bf16") and checked.get("fp16"):
+        raise RecipeError(f"{where('fp16')}: {name}.fp16: bf16 is on as well; choose one")
+    limit = checked.get("memory_limit")
+    if limit is not None and not MEMORY.fullmatch(limit):
+        raise RecipeError(
+            f"{where('memory_limit')}: {name}.memory_limit: expected a size such as 8GB or 7.5GiB, "
+            f"got {limit}"
+        )
+    if checked.get("lora") is not None:
+        checked["lora"] = _check_section(node.value["lora"], f"{name}.lora", lora_fields())
+    if checked.get("load_in_4bit") and checked.get("lora") is None:
+        raise RecipeError(
+            f"{where('load_in_4bit')}: {name}.load_in_4bit: 4-bit weights cannot be trained "
+            "themselves; add lora: {r: 16}"
+        )
+    if name == "sft":
+        batch, examples = checked["per_device_train_batch_size"], checked["examples_per_step"]
+        if examples % batch:
+            key = "per_device_train_batch_size" if batch > examples else "examples_per_step"
+            raise RecipeError(
+                f"{where(key)}: {name}.{key}: {examples} examples a step are no multiple of "
+                f"{batch} a device"
+            )
+    elif checked.get("tokens_per_step") and checked.get("max_length"):
+        check_tokens_per_step(
+            name,
+            checked["tokens_per_step"],
+            checked["per_device_train_batch_size"],
+            checked["max_length"],
+            1,
+            where("tokens_per_step"),
+        )
+    if checked.get("max_steps") is None and "num_train_epochs" not in checked:
+        raise RecipeError(f"{node.where}: {name}: needs max_steps (or num_train_epochs)")
+    if "num_train_epochs" in checked and "max_steps" in checked:
+        epochs, steps = node.value["num_train_epochs"], node.value["max_steps"]
+        if not steps.where.startswith(str(DEFAULTS)):
+            raise RecipeError(
+                f"{epochs.where}: {name}.num_train_epochs: max_steps is given as well "
+                f"({steps.where}); choose one"
+            )
+        del checked["max_steps"], node.value["max_steps"]  # the default gives way
+    position = STAGES.index(name)
+    if checked.get("model_name_or_path") in STAGES[position:]:
+        raise RecipeError(
+            f"{where('model_name_or_path')}: {name}.model_name_or_path: {name} cannot start from "
+            f"{checked['model_name_or_path']}; earlier stages are "
+            f"{', '.join(STAGES[:position]) or 'none'}"
+        )
+    return checked
+
+
+def check_tokens_per_step(
+    stage: str, tokens: int, batch: int, length: int, processes: int, where: str
+) -> int:
+    """The gradient accumulation steps that make `tokens` an update.
+
+    Args:
+        stage: the section's name, for the error.
+        tokens: tokens an optimizer update, over all processes.
+        batch: rows a device.
+        length: tokens a row.
+        processes: how many processes train.
+        where: the place to name in the error.
+
+    Raises:
+        RecipeError: if the tokens do not divide.
+    """
+    micro = batch * length * processes
+    if tokens % micro:
+        below = tokens // micro * micro
+        raise RecipeError(
+            f"{where}: {stage}.tokens_per_step: {tokens:,} is no multiple of {micro:,} "
+            f"({batch} rows of {length} tokens on {processes} device{'s' * (processes > 1)}); "
+            f"{below or micro:,} would do"
+        )
+    return tokens // micro
+
+
+DEFAULTS = Path(__file__).with_name("defaults.yaml")
+
+
+def load_recipe(given: str = "", *argv: str, stage: str | None = None) -> Recipe:
+    """Load a recipe, lay the command line over it, and check every key and value.
+
+    Args:
+        given: a path, or the name of a recipe that comes with hfsft.
+        argv: the rest of the command line: `--key value`, `--key=value`, flags.
+        stage: the stage whose script runs: its keys may be given without the section's name.
+
+    Raises:
+        RecipeError: naming file and line (or the flag), the key, and the mend.
+    """
+    if not given or given.startswith("--"):
+        script = stage or "run"
+        raise RecipeError(f"which recipe? For example: hfsft {script} recipes/demo.yaml")
+    path = find_recipe(given)
+    own = _load_file(path)
+    _refuse_unknown(own, "", TOP_KEYS)
+    home = own.value.get("output_dir"), own.value.get("name")
+    flags = _apply_overrides(own, argv, stage)
+    defaults = _load_file(DEFAULTS)
+    present = [name for name in STAGES if name in own.value and own.value[name].value is not None]
+    for name in STAGES:
+        if name not in present:
+            defaults.value.pop(name)
+            own.value.pop(name, None)
+    if stage is not None and stage not in present:
+        raise RecipeError(f"{path}: has no {stage} section; it has {', '.join(present) or 'none'}")
+    defaults.value["name"] = Node(path.stem, str(path), path.stem)
+    tree = _merge(defaults, own)
+
+    top = {
+        key: FIELDS.get(key, Field("dict | str | None" if key == "tokenizer" else "dict | None"))
+        for key in TOP_KEYS
+    }
+    checked = _check_section(tree, "", top)
+    name = checked["name"]
+    if name in ("", ".", "..") or Path(name).name != name or "\\" in name:
+        raise RecipeError(f"{tree.value['name'].where}: name: {name!r} cannot be a folder's name")
+    model = _check_model(tree.value["model"]) if checked.get("model") else {}
+    if isinstance(checked.get("tokenizer"), str):  # `tokenizer: gpt2`
+        tree.value["tokenizer"] = Node(
+            {"path": tree.value["tokenizer"]}, tree.value["tokenizer"].where
+        )
+    tokenizer = _check_section(
+        tree.value["tokenizer"], "tokenizer", {key: FIELDS[key] for key in TOKENIZER_KEYS}
+    )
+    sample_prompts = checked["sample_prompts"]
+    if not all(isinstance(prompt, str) for prompt in sample_prompts):
+        raise RecipeError(
+            f"{tree.value['sample_prompts'].where}: sample_prompts: expected a list of texts"
+        )
+    folder = Path(checked["output_dir"]) / name
+    stages = {}
+    for stage_name in present:
+        settings = _check_stage(stage_name, tree, given)
+        if stage_name == "base":
+            _check_base(tree, settings, model, tokenizer)
+        own_keys = {key: settings.pop(key) for key in list(settings) if key in STAGE_FIELDS}
+        start = own_keys.get("model_name_or_path")
+        if start in STAGES:
+            start = _earlier_stage(start, folder, home, path, tree)
+            own_keys["model_name_or_path"] = start
+            if Path(start).parent != folder:  # the copy of the recipe must find it again
+                tree.value[stage_name].value["model_name_or_path"].value = start
+        stages[stage_name] = Stage(
+            name=stage_name,
+            folder=folder / stage_name,
+            seed=checked["seed"],
+            trainer=settings,
+            trust_remote_code=flags["trust_remote_code"],
+            quiet=flags["quiet"],
+            **own_keys,
+        )
+    return Recipe(
+        path=given,
+        name=name,
+        output_dir=checked["output_dir"],
+        seed=checked["seed"],
+        model=model,
+        tokenizer=tokenizer,
+        sample_prompts=sample_prompts,
+        stages=stages,
+        resolved=tree.plain(),
+        **flags,
+    )
+
+
+STAGE_FIELDS = {item.name for item in dataclass_fields(Stage)} - {"trainer"}
+
+
+def _check_base(
+    tree: Node, settings: dict[str, Any], model: dict[str, Any], tokenizer: dict[str, Any]
+) -> None:
+    """What only the base stage needs: a model to build, and a tokenizer for it."""
+    place = tree.value["base"].where
+    if "depth" not in model and "model_type" not in model:
+        raise RecipeError(
+            f"{place}: base: builds a fresh model and needs model: {{depth: 8}}, or a model_type"
+        )
+    if tokenizer.get("train") and "path" in tokenizer:
+        where = tree.value["tokenizer"].value["path"].where
+        raise RecipeError(f"{where}: tokenizer.path: train is on as well; choose one")
+    if tokenizer.get("train") and "chat_template" in tokenizer:
+        where = tree.value["tokenizer"].value["chat_template"].where
+        raise RecipeError(
+            f"{where}: tokenizer.chat_template: a trained tokenizer has nanochat's tokens and template"
+        )
+    if not tokenizer.get("train") and "path" not in tokenizer:
+        raise RecipeError(
+            f"{place}: base: needs a tokenizer: {{train: true}} or {{path: FOLDER_OR_HUB_ID}}"
+        )
+    if tokenizer.get("train") and "vocab_size" not in model and "vocab_size" not in tokenizer:
+        raise RecipeError(f"{place}: base: a tokenizer to train needs model: {{vocab_size: 65536}}")
+    positions, length = model.get("max_position_embeddings"), settings.get("max_length")
+    if positions and length and length > positions:
+        raise RecipeError(
+            f"{tree.value['base'].value['max_length'].where}: base.max_length: {length} is more "
+            f"than the model's max_position_embeddings, {positions}"
+        )
+
+
+def _earlier_stage(
+    start: str, folder: Path, home: tuple[Node | None, Node | None], path: Path, tree: Node
+) -> str:
+    """The folder of an earlier stage of this run.
+
+    A run that the command line gave another name or place starts from the recipe's own run where it
+    has no such stage itself: `hfsft sft recipes/demo.yaml --name faster` needs no second base and
+    mid.
+    """
+    if (folder / start / "config.json").is_file() or start in tree.value:
+        own = folder / start
+        output_dir, name = home
+        original = (
+            Path(str(output_dir.plain()) if output_dir else "runs")
+            / (str(name.plain()) if name else path.stem)
+            / start
+        )
+        if not (own / "config.json").is_file() and (original / "config.json").is_file():
+            return str(original)
+        return str(own)
+    return str(folder / start)

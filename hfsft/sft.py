@@ -1,0 +1,39 @@
+"""SFT: teach the model the assistant's style, from conversations; 200 steps by default.
+
+accelerate launch hfsft/sft.py recipes/fast.yaml
+"""
+
+import sys
+
+from hfsft.errors import run_main
+from hfsft.recipe import load_recipe
+
+
+def main(*argv: str) -> None:
+    """Train the sft stage of a recipe; the command line is the recipe and its overrides."""
+    recipe = load_recipe(*argv, stage="sft")
+    stage = recipe.sft
+
+    # torch, transformers and trl take 5 s to import: a recipe's mistakes are answered before
+    from hfsft.mixture import load_conversations
+    from hfsft.model import load_model
+    from hfsft.tokenizer import stage_tokenizer
+    from hfsft.training import SFTStageTrainer, arguments, open_stage, train_and_save
+
+    if not open_stage(recipe, stage):
+        return
+    tokenizer = stage_tokenizer(recipe, stage)
+    train, held_out = load_conversations(stage, tokenizer)
+    trainer = SFTStageTrainer(
+        stage,
+        model=load_model(stage, tokenizer),
+        args=arguments(stage, train),
+        train_dataset=train,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+    )
+    train_and_save(trainer, recipe, stage)
+
+
+if __name__ == "__main__":
+    run_main(main, *sys.argv[1:])
