@@ -58,7 +58,7 @@ class Field:
             return value
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
             # an integer of 400 digits is finite, but no float
-            if isinstance(value, float) and not math.isfinite(value) or abs(value) > 1e300:
+            if (isinstance(value, float) and not math.isfinite(value)) or abs(value) > 1e300:
                 raise ValueError(f"expected a finite number, got {raw or value}")
             if isinstance(value, int) and "int" in kinds:
                 return value

@@ -929,7 +929,7 @@ def _check_base(
     if tokenizer.get("train") and "chat_template" in tokenizer:
         where = tree.value["tokenizer"].value["chat_template"].where
         raise RecipeError(
-            f"{where}: tokenizer.chat_template: a trained tokenizer has nanochat's tokens and template"
+            f"{where}: tokenizer.chat_template: a trained tokenizer has nanochat's own"
         )
     if not tokenizer.get("train") and "path" not in tokenizer:
         raise RecipeError(

@@ -17,8 +17,8 @@ def run_summary(recipe: Recipe) -> dict[str, Any]:
         recipe: of a finished run.
 
     Returns:
-        Plain data: `stages` (the records' figures), `accuracy` on held-out tasks of the last stage
-        and the one before it, `answers` to the recipe's `sample_prompts`, and the last `model` folder.
+        Plain data: `stages` (the records' figures), `accuracy` on held-out tasks of the last
+        stage and the one before it, `answers` to the recipe's `sample_prompts`, and the last `model` folder.
     """
     from hfsft.evaluation import GRADED, Evaluator
 
