@@ -123,10 +123,11 @@ def load_model(stage: Stage, tokenizer: Any) -> Any:
     )
     size = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > size:
-        if stage.lora is not None and not stage.lora.get("modules_to_save"):
+        # the pad is never predicted nor attended to: it needs no learning
+        lacking = [t for t in range(size, len(tokenizer)) if t != tokenizer.pad_token_id]
+        if lacking and stage.lora is not None and not stage.lora.get("modules_to_save"):
             raise ModelError(
-                f"{start} lacks {len(tokenizer) - size} chat tokens, which LoRA alone cannot "
-                "learn\n"
+                f"{start} lacks {len(lacking)} chat tokens, which LoRA alone cannot learn\n"
                 "  Add lora: {modules_to_save: [embed_tokens, lm_head]}, or start from a chat model"
             )
         model.resize_token_embeddings(len(tokenizer))

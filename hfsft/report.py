@@ -18,7 +18,8 @@ def run_summary(recipe: Recipe) -> dict[str, Any]:
 
     Returns:
         Plain data: `stages` (the records' figures), `accuracy` on held-out tasks of the last
-        stage and the one before it, `answers` to the recipe's `sample_prompts`, and the last `model` folder.
+        stage and the one before it, `answers` to the recipe's `sample_prompts`, and the last
+        `model` folder.
     """
     from hfsft.evaluation import GRADED, Evaluator
 
