@@ -1,6 +1,7 @@
 """What the three stages share: arguments, callbacks, the order of examples, and files left."""
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -24,9 +25,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
+from hfsft.conversations import IGNORED
 from hfsft.errors import Interrupted, RecipeError
 from hfsft.model import bf16_is_native, merged_model
 from hfsft.recipe import Recipe, Stage, check_tokens_per_step
@@ -191,6 +193,48 @@ class _StageMixin:
         total = self.args.max_steps * self.get_total_train_batch_size(self.args)
         return StepSampler(len(dataset), total, self.args.seed)
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader:
+        """This process's share of the held-out examples: every n-th, none twice."""
+        dataset = self.eval_dataset
+        if isinstance(dataset, datasets.Dataset):
+            dataset = self._remove_unused_columns(dataset, "evaluation")
+        share = range(self.args.process_index, len(dataset), self.args.world_size)
+        return torch.utils.data.DataLoader(
+            torch.utils.data.Subset(dataset, share or [0]),
+            batch_size=self.args.eval_batch_size,
+            collate_fn=self.data_collator,
+        )
+
+    def evaluation_loop(
+        self, dataloader: Any, description: str, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
+        """Mean loss a trained token, the same whatever the batch and the number of processes.
+
+        The stock loop averages over batches, and repeats examples to even the processes out.
+        """
+        args, examples = self.args, len(self.eval_dataset)
+        share = len(range(args.process_index, examples, args.world_size))
+        own = math.ceil(share / args.eval_batch_size)
+        longest = math.ceil(math.ceil(examples / args.world_size) / args.eval_batch_size)
+        totals = torch.zeros(2, dtype=torch.float64, device=args.device)  # loss, trained tokens
+        self.model.eval()
+        # every process makes as many forward passes as the longest: sharded weights need it
+        for index, inputs in enumerate(itertools.islice(itertools.cycle(dataloader), longest)):
+            inputs = self._prepare_inputs(inputs)
+            tokens = (inputs["labels"][:, 1:] != IGNORED).sum()
+            with torch.no_grad(), self.compute_loss_context_manager():
+                loss = self.compute_loss(self.model, inputs)
+            if index < own:
+                totals += torch.stack([loss.double() * tokens, tokens.double()])
+            self.control = self.callback_handler.on_prediction_step(args, self.state, self.control)
+        loss, tokens = self.accelerator.reduce(totals).tolist()
+        return EvalLoopOutput(
+            predictions=None,
+            label_ids=None,
+            metrics={f"{metric_key_prefix}_loss": loss / max(tokens, 1)},
+            num_samples=examples,
+        )
+
 
 class StageTrainer(_StageMixin, Trainer):
     """The trainer of base and mid."""
@@ -264,9 +308,14 @@ class MetricsCallback(TrainerCallback):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
 
+    def on_step_end(self, args, state, control, **kwargs):
+        """Log the last step, whatever `logging_steps`."""
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Append one line."""
-        if "train_runtime" in logs:
+        if "train_loss" in logs:  # the summary at the end
             return
         line = {
             "step": state.global_step,
