@@ -776,7 +776,7 @@ def _check_stage(name: str, tree: Node, path: str) -> dict[str, Any]:
         )
     if checked.get("max_steps") is None and "num_train_epochs" not in checked:
         raise RecipeError(f"{node.where}: {name}: needs max_steps (or num_train_epochs)")
-    if "num_train_epochs" in checked and "max_steps" in checked:
+    if "num_train_epochs" in checked and checked.get("max_steps") is not None:
         epochs, steps = node.value["num_train_epochs"], node.value["max_steps"]
         if not steps.where.startswith(str(DEFAULTS)):
             raise RecipeError(

@@ -10,6 +10,7 @@ import resource
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -429,6 +430,8 @@ def open_stage(recipe: Recipe, stage: Stage) -> bool:
     """
     transformers.utils.logging.set_verbosity_error()
     datasets.utils.logging.set_verbosity_error()
+    # peft 0.21 asks transformers by the old name
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
     if stage.quiet or not sys.stdout.isatty():
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
