@@ -69,9 +69,14 @@ def run(
 
         raise RecipeError(f"{recipe} has no stage; it needs a base, mid or sft section")
     from hfsft.launch import launch_stage
+    from hfsft.record import finished_line, is_finished
 
-    for stage in checked.stages:
-        launch_stage(stage, recipe, arguments, config_file)
+    for name, stage in checked.stages.items():
+        if not checked.restart and is_finished(checked, stage):
+            if not quiet:
+                print(finished_line(stage))
+        else:
+            launch_stage(name, recipe, arguments, config_file)
     if quiet and not as_json:
         return
     from hfsft.report import print_summary, run_summary

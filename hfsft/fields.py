@@ -9,6 +9,7 @@ import ast
 import importlib.util
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -24,6 +25,16 @@ KINDS = {
     "list": "a list",
     "tuple": "a list",
     "None": "null",
+}
+TYPES = {
+    "int": int,
+    "float": (int, float),
+    "bool": bool,
+    "str": str,
+    "dict": dict,
+    "list": list,
+    "tuple": list,
+    "None": type(None),
 }
 YES_NO = {"yes": True, "on": True, "true": True, "no": False, "off": False, "false": False}
 
@@ -64,29 +75,48 @@ class Field:
                 return value
             if "float" in kinds:
                 return float(value)
-        elif (isinstance(value, dict) and "dict" in kinds) or (
-            isinstance(value, list) and ("list" in kinds or "tuple" in kinds)
-        ):
+        elif isinstance(value, dict) and "dict" in kinds:
+            return value
+        elif isinstance(value, list) and ("list" in kinds or "tuple" in kinds):
+            for item in value:
+                self._check_item(item)
             return value
         elif isinstance(value, str) and "bool" in kinds and value.lower() in YES_NO:
             return YES_NO[value.lower()]
-        if isinstance(value, (dict, list)) or "str" not in kinds or value is None:
-            if self.choices and not isinstance(value, (dict, list)):
-                self._check_choice(str(value))
-            raise ValueError(f"expected {self.expected()}, got {_shown(value, raw)}")
-        text = raw if raw is not None else str(value)
-        if self.choices:
+        scalar = not isinstance(value, (dict, list))
+        # `name: 5` is text, but in `target_modules: 5` something else was meant
+        only_text = scalar and value is not None and set(kinds) <= {"str", "None"}
+        if only_text or (isinstance(value, str) and "str" in kinds):
+            text = raw if raw is not None else str(value)
+            if "\0" in text:
+                raise ValueError(f"{quoted(text)} holds a NUL character")
             self._check_choice(text)
-        return text
+            return text
+        if scalar:
+            self._check_choice(raw or "null")
+        raise ValueError(f"expected {self.expected()}, got {_shown(value, raw)}")
+
+    def _check_item(self, item: Any) -> None:
+        kinds = _item_kinds(self.annotation)
+        for kind in kinds:
+            if isinstance(item, TYPES[kind]) and isinstance(item, bool) == (kind == "bool"):
+                return
+        if kinds:
+            expected = " or ".join(KINDS[kind] for kind in kinds)
+            raise ValueError(f"expected {expected} for each item, got {_shown(item, None)}")
 
     def _check_choice(self, text: str) -> None:
-        if text in self.choices:
+        for choice in self.choices:
+            # peft writes 'pissa_niter_[number of iters]'
+            start, pattern, _ = choice.partition("[")
+            if text == choice or (pattern and text.startswith(start)):
+                return
+        if not self.choices:
             return
         hint = nearest(text, self.choices)
-        choices = ", ".join(self.choices)
-        if hint and len(self.choices) > 8:  # all 40 optimizers would bury the one meant
-            raise ValueError(f"{text!r} is not one of its {len(self.choices)} choices{hint}")
-        raise ValueError(f"{text!r} is not one of {choices}{hint}")
+        if hint and len(self.choices) > 8:  # all 41 optimizers would bury the one meant
+            raise ValueError(f"{quoted(text)} is not one of its {len(self.choices)} choices{hint}")
+        raise ValueError(f"{quoted(text)} is not one of {', '.join(self.choices)}{hint}")
 
     def expected(self) -> str:
         """What the field takes, in a user's words: "a whole number or null"."""
@@ -94,13 +124,20 @@ class Field:
         return " or ".join(dict.fromkeys(words))
 
 
-def nearest(word: str, known: Any) -> str:
+def quoted(text: str) -> str:
+    """`text` in quotes on one line of a terminal: cut at 60 characters, control characters escaped."""
+    return repr(text if len(text) <= 60 else text[:57] + "...")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
     """The end of an error message: `; did you mean 'max_steps'?`, or nothing if none is near."""
     import difflib  # 15 ms, needed on errors only
 
-    longer = [name for name in known if word and name.startswith(word)]
-    matches = longer or difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"; did you mean '{matches[0]}'?" if matches else ""
+    by_plain_name = {name.lower(): name for name in known}
+    plain = word.lower().replace("-", "_").replace(" ", "_")
+    longer = sorted((name for name in by_plain_name if plain and name.startswith(plain)), key=len)
+    matches = longer or difflib.get_close_matches(plain, by_plain_name, n=1)
+    return f"; did you mean '{by_plain_name[matches[0]]}'?" if matches else ""
 
 
 def trainer_fields(stage: str) -> dict[str, Field]:
@@ -120,23 +157,31 @@ def lora_fields() -> dict[str, Field]:
     return _class_fields("peft", "tuners/lora/config.py", "LoraConfig")
 
 
-def model_types() -> list[str]:
-    """The `model_type`s that transformers has a configuration file for."""
-    models = _package("transformers") / "models"
-    return sorted(path.parent.name for path in models.glob("*/configuration_*.py"))
+@cache
+def model_types() -> dict[str, str]:
+    """Every `model_type` that transformers knows, with the name of its configuration class."""
+    return _mapping("CONFIG_MAPPING_NAMES")
 
 
 def model_fields(model_type: str) -> dict[str, Field]:
     """The fields of a model's configuration class; an empty mapping for an unknown `model_type`."""
-    found = (_package("transformers") / "models").glob(
-        f"{model_type.replace('-', '_')}/configuration_*.py"
-    )
-    fields: dict[str, Field] = {}
-    for path in found:
+    if model_type not in model_types():
+        return {}
+    room = _mapping("SPECIAL_MODEL_TYPE_TO_MODULE_NAME").get(model_type, model_type)
+    folder = _package("transformers") / "models" / room.replace("-", "_")
+    for path in folder.glob("configuration_*.py"):
         for node in _parse(path).body:
-            if isinstance(node, ast.ClassDef):
-                fields |= _annotated(node, {})
-    return fields
+            if isinstance(node, ast.ClassDef) and node.name == model_types()[model_type]:
+                return _annotated(node, {})
+    return {}
+
+
+def _mapping(name: str) -> dict[str, str]:
+    """One of the tables in transformers' models/auto, which are lists of pairs."""
+    for node in _parse(_package("transformers") / "models/auto/auto_mappings.py").body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
+            return dict(ast.literal_eval(node.value.args[0]))
+    raise LookupError(f"transformers has no {name}")
 
 
 def _shown(value: Any, raw: str | None) -> str:
@@ -146,13 +191,27 @@ def _shown(value: Any, raw: str | None) -> str:
         return "a mapping"
     if isinstance(value, list):
         return "a list"
-    return repr(raw if raw is not None and not isinstance(value, str) else value).strip("'")
+    if isinstance(value, str):
+        is_number = re.fullmatch(r"[-+]?[0-9.]+(e[-+]?[0-9]+)?", value, re.IGNORECASE)
+        return quoted(value) + " (leave the quotes out)" * bool(is_number)
+    return raw or str(value).lower()
 
 
 @cache
 def _annotation_kinds(annotation: str) -> tuple[str, ...]:
     """`Optional[Union[list[str], str]]` and `list[str] | str | None` → ("list", "str", "None")."""
     return tuple(dict.fromkeys(_words(ast.parse(annotation, mode="eval").body)))
+
+
+@cache
+def _item_kinds(annotation: str) -> tuple[str, ...]:
+    """`list[str] | str` → ("str",); nothing where the lists say nothing of their items."""
+    lists = [
+        node
+        for node in ast.walk(ast.parse(annotation, mode="eval"))
+        if isinstance(node, ast.Subscript) and ast.unparse(node.value) == "list"
+    ]
+    return tuple(dict.fromkeys(word for node in lists for word in _words(node.slice)))
 
 
 def _words(node: ast.expr) -> list[str]:
@@ -198,7 +257,7 @@ def _class_fields(package: str, file: str, class_name: str) -> dict[str, Field]:
 def _enums() -> dict[str, tuple[str, ...]]:
     """Every ExplicitEnum that TrainingArguments uses: its name → its values."""
     enums = {}
-    for file in ("trainer_utils.py", "training_args.py", "trainer_optimizer.py"):
+    for file in ("trainer_utils.py", "training_args.py", "trainer_optimizer.py", "debug_utils.py"):
         path = _package("transformers") / file
         for node in _parse(path).body if path.exists() else ():
             if isinstance(node, ast.ClassDef) and any(
@@ -230,11 +289,8 @@ def _annotated(node: ast.ClassDef, enums: dict[str, tuple[str, ...]]) -> dict[st
             choices = tuple(
                 part.value
                 for part in ast.walk(item.annotation)
-                # peft writes 'pissa_niter_[number of iters]': a pattern, not a choice
                 if isinstance(part, ast.Constant) and isinstance(part.value, str)
             )
-            if any("[" in choice for choice in choices):
-                choices = ()
         for keyword in getattr(item.value, "keywords", ()):
             if keyword.arg == "metadata":
                 choices = _metadata_choices(keyword.value) or choices

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hfsft.recipe import Recipe
-from hfsft.training import read_record
+from hfsft.record import read_record
 
 
 def run_summary(recipe: Recipe) -> dict[str, Any]:

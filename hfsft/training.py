@@ -33,20 +33,16 @@ from hfsft.conversations import IGNORED
 from hfsft.errors import Interrupted, RecipeError
 from hfsft.model import bf16_is_native, merged_model
 from hfsft.recipe import Recipe, Stage, check_tokens_per_step
+from hfsft.record import (
+    changed_keys,
+    finished_line,
+    is_finished,
+    other_settings,
+    read_record,
+    settings_of,
+    write_record,
+)
 
-# settings that leave the trained bits alone: they may differ when the same command goes on
-FREE_KEYS = {
-    "logging_steps",
-    "logging_first_step",
-    "logging_strategy",
-    "save_steps",
-    "save_strategy",
-    "save_total_limit",
-    "report_to",
-    "log_level",
-    "dataset_num_proc",
-    "dataloader_num_workers",
-}
 LIBRARIES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "bitsandbytes")
 
 
@@ -449,20 +445,16 @@ def open_stage(recipe: Recipe, stage: Stage) -> bool:
         with state.main_process_first():
             if state.is_main_process:
                 _move_aside(stage.folder)
-    record = read_record(stage.folder)
-    if record is None:
-        return True
-    changed = changed_keys(record["settings"], settings_of(recipe, stage))
-    finished = record["status"] == "finished"
-    if changed and (finished or last_checkpoint(stage) is not None):
-        done = "finished" if finished else f"stopped at {Path(last_checkpoint(stage)).name}"
-        raise RecipeError(
-            f"{stage.folder} was {done} with other settings: {', '.join(changed)}\n"
-            "  Give this run another --name, or pass --restart, which moves the old stage aside"
-        )
-    if finished and state.is_main_process and not stage.quiet:
-        print(f"{stage.name}: finished already in {stage.folder}; --restart trains it anew")
-    return not finished
+    if is_finished(recipe, stage):
+        if state.is_main_process and not stage.quiet:
+            print(finished_line(stage))
+        return False
+    record, checkpoint = read_record(stage.folder), last_checkpoint(stage)
+    if record is not None and checkpoint is not None:
+        changed = changed_keys(record["settings"], settings_of(recipe, stage))
+        if changed:
+            raise other_settings(stage, f"stopped at {Path(checkpoint).name}", changed)
+    return True
 
 
 def _on_cpu(stage: Stage) -> bool:
@@ -477,32 +469,6 @@ def _move_aside(folder: Path) -> None:
             count += 1
         folder.rename(aside)
         print(f"the old {folder} is now {aside}")
-
-
-def settings_of(recipe: Recipe, stage: Stage) -> dict[str, Any]:
-    """The resolved settings that the stage's result depends on."""
-    keys = ["seed", "tokenizer", stage.name] + (["model"] if stage.name == "base" else [])
-    return {key: recipe.resolved.get(key) for key in keys} | {"start": stage.model_name_or_path}
-
-
-def changed_keys(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    """The dotted keys whose values differ, those apart that leave the result alone."""
-    changed = []
-    for key in sorted(before.keys() | now.keys()):
-        if key in FREE_KEYS:
-            continue
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            changed += changed_keys(old, new, f"{prefix}{key}.")
-        elif old != new:
-            changed.append(f"{prefix}{key}")
-    return changed
-
-
-def read_record(folder: Path) -> dict[str, Any] | None:
-    """The `stage.json` of a stage's folder, or None."""
-    path = folder / "stage.json"
-    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def last_checkpoint(stage: Stage) -> str | None:
@@ -520,7 +486,7 @@ def train_and_save(trainer: Any, recipe: Recipe, stage: Stage) -> None:
     record = _new_record(trainer, recipe, stage)
     if is_main:
         _write_recipe(recipe)
-        _write_record(stage.folder, record)
+        write_record(stage.folder, record)
     try:
         result = trainer.train(resume_from_checkpoint=last_checkpoint(stage))
         if trainer.stop_signal.received and trainer.state.global_step < trainer.args.max_steps:
@@ -544,11 +510,11 @@ def train_and_save(trainer: Any, recipe: Recipe, stage: Stage) -> None:
         trainer.stop_signal.give_back()
         record |= _measured(trainer)
         if is_main and record["status"] != "finished":
-            _write_record(stage.folder, record)
+            write_record(stage.folder, record)
     _save_model(trainer, stage)
     if is_main:
         _finish_folder(stage, record)
-        _write_record(stage.folder, record)
+        write_record(stage.folder, record)
         if not stage.quiet:
             print(_summary(stage, record, result.global_step))
 
@@ -697,10 +663,3 @@ def _write_recipe(recipe: Recipe) -> None:
     recipe.folder.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(recipe.resolved, sort_keys=False, allow_unicode=True)
     (recipe.folder / "recipe.yaml").write_text(text, encoding="utf-8")
-
-
-def _write_record(folder: Path, record: dict[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / "stage.json.partial"
-    partial.write_text(json.dumps(record, indent=1) + "\n")
-    partial.replace(folder / "stage.json")
