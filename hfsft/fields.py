@@ -120,12 +120,13 @@ class Field:
 
     def expected(self) -> str:
         """What the field takes, in a user's words: "a whole number or null"."""
-        words = [KINDS[kind] for kind in self.kinds if kind in KINDS]
+        kinds = [kind for kind in self.kinds if kind != "int" or "float" not in self.kinds]
+        words = [KINDS[kind] for kind in kinds if kind in KINDS]
         return " or ".join(dict.fromkeys(words))
 
 
 def quoted(text: str) -> str:
-    """`text` in quotes on one line of a terminal: cut at 60 characters, control characters escaped."""
+    """`text` in quotes on one line: cut at 60 characters, control characters escaped."""
     return repr(text if len(text) <= 60 else text[:57] + "...")
 
 
@@ -135,7 +136,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
     by_plain_name = {name.lower(): name for name in known}
     plain = word.lower().replace("-", "_").replace(" ", "_")
-    longer = sorted((name for name in by_plain_name if plain and name.startswith(plain)), key=len)
+    longer = [name for name in by_plain_name if plain and name.startswith(plain)]
     matches = longer or difflib.get_close_matches(plain, by_plain_name, n=1)
     return f"; did you mean '{by_plain_name[matches[0]]}'?" if matches else ""
 
@@ -223,7 +224,9 @@ def _words(node: ast.expr) -> list[str]:
         if outer in ("Optional", "Union"):
             words = [word for part in inner for word in _words(part)]
             return [*words, "None"] if outer == "Optional" else words
-        return ["str"] if outer == "Literal" else [outer]
+        if outer == "Literal":
+            return [type(ast.literal_eval(part)).__name__ for part in inner]
+        return [outer]
     word = ast.unparse(node)
     if word in KINDS:
         return [word]
@@ -305,5 +308,12 @@ def _metadata_choices(node: ast.expr) -> tuple[str, ...]:
                 if isinstance(value, ast.List):
                     return tuple(str(ast.literal_eval(item)) for item in value.elts)
                 if ast.unparse(value) == "trainer_log_levels.keys()":
-                    return ("debug", "info", "warning", "error", "critical", "passive")
+                    return (*_log_levels(), "passive")
     return ()
+
+
+def _log_levels() -> tuple[str, ...]:
+    for node in _parse(_package("transformers") / "utils/logging.py").body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "log_levels":
+            return tuple(ast.literal_eval(key) for key in node.value.keys)
+    raise LookupError("transformers has no log_levels")

@@ -8,6 +8,7 @@ import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from dataclasses import fields as dataclass_fields
+from os.path import isdir, isfile  # where Path raises, on a name of 300 letters, they say no
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from hfsft.fields import (
     model_fields,
     model_types,
     nearest,
+    quoted,
     trainer_fields,
 )
 
@@ -43,7 +45,25 @@ RENAMED = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
 }
+# what other tools call it → what it is here
+OTHER_NAMES = {
+    "lr": "learning_rate",
+    "batch_size": "per_device_train_batch_size",
+    "epochs": "num_train_epochs",
+    "num_epochs": "num_train_epochs",
+    "steps": "max_steps",
+    "max_seq_len": "max_length",
+    "max_seq_length": "max_length",
+    "torch_dtype": "dtype",
+    "warmup_ratio": "warmup_steps",
+    "rank": "r",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "dataset": "data",
+    "datasets": "data",
+}
 MANAGED = "hfsft sets it"
+NO_PUSH = "not in this version: upload the stage's folder with `hf upload REPO FOLDER`"
 REFUSED = {
     "output_dir": (
         "it belongs at the top of the recipe: everything goes to <output_dir>/<name>/<stage>/"
@@ -81,28 +101,55 @@ REFUSED = {
     "pad_token": "the tokenizer's own pad token is used, or one is added",
     "remove_unused_columns": MANAGED,
     "train_sampling_strategy": "steps are made of examples in seeded order",
-    "push_to_hub": "not in this version: upload the stage's folder with `hf upload REPO FOLDER`",
+    "push_to_hub": NO_PUSH,
+    "hub_model_id": NO_PUSH,
+    "hub_strategy": NO_PUSH,
+    "hub_private_repo": NO_PUSH,
+    "hub_always_push": NO_PUSH,
+    "hub_revision": NO_PUSH,
+    "disable_tqdm": MANAGED,
+    "include_num_input_tokens_seen": MANAGED,
+    "logging_nan_inf_filter": "it would log a NaN as the mean of the losses before",
 }
+# of peft's adapter_config.json, and no settings
+REFUSED_LORA = (
+    "task_type",
+    "peft_type",
+    "inference_mode",
+    "base_model_name_or_path",
+    "peft_version",
+)
 # the values that make sense, by key in whatever section: lowest, highest
 LIMITS: dict[str, tuple[float, float]] = {
-    "adam_beta1": (0, 1),
-    "adam_beta2": (0, 1),
+    "adam_beta1": (0, 0.999999),
+    "adam_beta2": (0, 0.999999),
     "adam_epsilon": (0, 1),
     "dataloader_num_workers": (0, 1024),
+    "dataloader_prefetch_factor": (1, 2**16),
     "dataset_num_proc": (1, 1024),
     "depth": (1, 128),
+    "eval_accumulation_steps": (1, 2**31),
+    "eval_delay": (0, 2**31),
     "examples_per_step": (1, 2**20),
     "held_out": (0, 2**31),
+    "hidden_size": (1, 2**20),
+    "intermediate_size": (1, 2**24),
     "label_smoothing_factor": (0, 1),
-    "learning_rate": (0, 1e3),
+    "learning_rate": (0, 1000),
     "logging_steps": (0, 2**31),
     "lora_alpha": (1, 2**16),
     "lora_dropout": (0, 1),
-    "max_grad_norm": (0, 1e9),
+    "max_chars": (1, 2**40),
+    "max_grad_norm": (0, 10**9),
     "max_length": (2, 2**20),
     "max_position_embeddings": (2, 2**24),
     "max_steps": (1, 2**31),
+    "neftune_noise_alpha": (0, 1000),
+    "num_attention_heads": (1, 2**16),
+    "num_hidden_layers": (1, 2**16),
+    "num_key_value_heads": (1, 2**16),
     "num_train_epochs": (0, 2**16),
+    "pad_to_multiple_of": (1, 2**20),
     "per_device_eval_batch_size": (1, 2**16),
     "per_device_train_batch_size": (1, 2**16),
     "r": (1, 2**16),
@@ -112,12 +159,15 @@ LIMITS: dict[str, tuple[float, float]] = {
     "save_total_limit": (1, 2**16),
     "seed": (0, 2**32 - 1),
     "tokens_per_step": (2, 2**40),
+    "torch_empty_cache_steps": (1, 2**31),
     "vocab_size": (266, 2**20),
     "warmup_steps": (0, 2**31),
-    "weight_decay": (0, 1e3),
+    "weight_decay": (0, 1000),
 }
-MEMORY = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]i?B)")
 ABOVE_ZERO = {"learning_rate", "num_train_epochs", "logging_steps", "save_steps"}
+# below 1 a share of the whole, else a number of steps or conversations
+SHARES = {"eval_steps", "held_out", "logging_steps", "save_steps", "warmup_steps"}
+MEMORY = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]i?B)")
 
 
 @dataclass(frozen=True)
@@ -302,6 +352,9 @@ FIELDS = {
     # trl takes any text here and fails, or trains otherwise than meant, much later
     "loss_type": Field("str", ("nll", "dft")),
     "truncation_mode": Field("str", ("keep_start", "keep_end")),
+    "lr_scheduler_kwargs": Field("dict | None"),
+    "activation_checkpointing_kwargs": Field("dict | None"),
+    "gradient_checkpointing_kwargs": Field("dict | None"),
 }
 TOKENIZER_KEYS = ("train", "path", "revision", "vocab_size", "chat_template", "max_chars")
 MODEL_KEYS = ("depth", "vocab_size", "max_position_embeddings", "model_type", "attn_implementation")
@@ -353,6 +406,8 @@ _Loader.add_constructor("tag:yaml.org,2002:bool", lambda _, node: node.value.low
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value.replace("_", "")))
 # a file of a few hundred lines has a few thousand nodes; ten nested aliases can make billions
 MAX_NODES = 100_000
+MAX_DEPTH = 50
+TAG = "tag:yaml.org,2002:"
 
 
 def _read_yaml(text: str, where: str, lines: bool) -> Node:
@@ -365,46 +420,62 @@ def _read_yaml(text: str, where: str, lines: bool) -> Node:
         place = f"{where}:{mark.line + 1}" if mark and lines else where
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise RecipeError(f"{place}: not valid YAML: {problem}") from None
+    except RecursionError:
+        raise RecipeError(f"{where}: nested more than {MAX_DEPTH} deep") from None
     count = 0
 
-    def convert(node: yaml.Node, place: str) -> Node:
+    def convert(node: yaml.Node, place: str, depth: int = 0) -> Node:
         nonlocal count
         count += 1
         if count > MAX_NODES:
             raise RecipeError(f"{where}: more than {MAX_NODES:,} values; do its aliases nest?")
+        if depth > MAX_DEPTH:
+            raise RecipeError(
+                f"{place}: nested more than {MAX_DEPTH} deep; does an alias hold itself?"
+            )
         if isinstance(node, yaml.ScalarNode):
-            try:
-                return Node(loader.construct_object(node), place, node.value)
-            except (yaml.YAMLError, ValueError):
-                raise RecipeError(
-                    f"{place}: cannot read {node.value!r} with tag {node.tag}"
-                ) from None
+            return scalar(node, place)
+        if node.tag not in (f"{TAG}map", f"{TAG}seq"):
+            raise RecipeError(f"{place}: leave the tag {node.tag.replace(TAG, '!!')} out")
         if isinstance(node, yaml.SequenceNode):
-            return Node([convert(item, line(item)) for item in node.value], place)
+            return Node([convert(item, line(item), depth + 1) for item in node.value], place)
+        merged: dict[str, Node] = {}
+        own: dict[str, Node] = {}
         seen: dict[str, str] = {}
-        for key, _ in node.value:
+        for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 raise RecipeError(f"{line(key)}: a key must be plain text")
-            if key.value in seen and key.value != "<<":
+            if key.value in seen:
                 raise RecipeError(
-                    f"{line(key)}: '{key.value}' is given twice, first at {seen[key.value]}"
+                    f"{line(key)}: {quoted(key.value)} is given twice, first at {seen[key.value]}"
                 )
             seen[key.value] = line(key)
+            child = convert(value, line(key), depth + 1)
+            if key.tag != f"{TAG}merge":
+                own[key.value] = child
+                continue
+            parts = child.value if isinstance(child.value, list) else [child]
+            for part in reversed(parts):  # the first of a list wins
+                if not isinstance(part.value, dict):
+                    raise RecipeError(f"{line(key)}: << takes a mapping, got {_kind(part)}")
+                merged |= part.value
+        return Node(merged | own, place)
+
+    def scalar(node: yaml.ScalarNode, place: str) -> Node:
+        untagged = loader.resolve(yaml.ScalarNode, node.value, (True, False))
+        if node.tag not in (untagged, f"{TAG}str"):
+            raise RecipeError(f"{place}: leave the tag {node.tag.replace(TAG, '!!')} out")
         try:
-            loader.flatten_mapping(node)
-        except yaml.YAMLError as error:
-            raise RecipeError(f"{place}: not valid YAML: {error.problem}") from None
-        return Node({key.value: convert(value, line(key)) for key, value in node.value}, place)
+            return Node(loader.construct_object(node), place, node.value)
+        except ValueError:  # Python reads whole numbers of up to 4,300 digits
+            raise RecipeError(f"{place}: cannot read {quoted(node.value)}") from None
 
     def line(node: yaml.Node) -> str:
         return f"{where}:{node.start_mark.line + 1}" if lines else where
 
     if root is None:
         return Node(None, f"{where}:1" if lines else where, "")
-    try:
-        return convert(root, line(root))
-    except RecursionError:
-        raise RecipeError(f"{where}: nested too deeply, or an alias that holds itself") from None
+    return convert(root, line(root))
 
 
 def find_recipe(given: str) -> Path:
@@ -414,21 +485,34 @@ def find_recipe(given: str) -> Path:
         RecipeError: if there is no such file.
     """
     path = Path(given)
-    if path.is_file():
+    if isfile(path):
         return path
-    if path.is_dir():
+    if isdir(path):
         raise RecipeError(f"{given} is a folder; give a recipe file, such as recipes/demo.yaml")
-    built_in = {file.stem: file for file in recipes_folder().glob("*.yaml")}
-    if given in built_in:
-        return built_in[given]
-    # a wheel's user has no clone, yet the README says recipes/demo.yaml
-    if path.parent.name == "recipes" and path.suffix == ".yaml" and path.stem in built_in:
-        return built_in[path.stem]
-    names = sorted(built_in)
+    built_in = _built_in(given)
+    if built_in is not None:
+        return built_in
+    names = _built_in_names()
     raise RecipeError(
-        f"no recipe {given}: no such file, and those that come with hfsft are "
+        f"no recipe {quoted(given)}: no such file, and those that come with hfsft are "
         f"{', '.join(names)}{nearest(path.stem, names)}"
     )
+
+
+def _built_in(given: str) -> Path | None:
+    """A recipe that comes with hfsft, as `demo`, `demo.yaml` or `recipes/demo.yaml`.
+
+    A wheel's user has no clone, yet the README says recipes/demo.yaml.
+    """
+    folder, _, name = given.rpartition("/")
+    name = name.removesuffix(".yaml")
+    if folder in ("", "recipes") and name in _built_in_names():
+        return recipes_folder() / f"{name}.yaml"
+    return None
+
+
+def _built_in_names() -> list[str]:
+    return sorted(file.stem for file in recipes_folder().glob("*.yaml"))
 
 
 def recipes_folder() -> Path:
@@ -457,11 +541,16 @@ def _load_file(path: Path, chain: tuple[Path, ...] = ()) -> Node:
         return node
     name = _check_value("extends", parent, FIELDS["extends"])
     beside = path.parent / name
-    parent_path = beside if beside.is_file() else recipes_folder() / f"{Path(name).stem}.yaml"
-    if not parent_path.is_file():
-        raise RecipeError(f"{parent.where}: extends: no such file {beside}")
+    parent_path = beside if isfile(beside) else _built_in(name)
+    if parent_path is None:
+        problem = f"no such file {quoted(str(beside))}{nearest(beside.stem, _built_in_names())}"
+        if isdir(beside):
+            problem = f"{quoted(str(beside))} is a folder, not a recipe"
+        raise RecipeError(f"{parent.where}: extends: {problem}")
     if parent_path.resolve() in [path.resolve(), *chain]:
         raise RecipeError(f"{parent.where}: extends: {name} extends this file in turn")
+    if len(chain) == MAX_DEPTH:
+        raise RecipeError(f"{parent.where}: extends: more than {MAX_DEPTH} recipes in a row")
     return _merge(_load_file(parent_path, (*chain, path.resolve())), node)
 
 
@@ -476,7 +565,11 @@ def _merge(lower: Node, upper: Node) -> Node:
 
 
 def _kind(node: Node) -> str:
-    return {dict: "a mapping", list: "a list"}.get(type(node.value), f"{node.raw!r}")
+    if isinstance(node.value, (dict, list)):
+        return "a mapping" if isinstance(node.value, dict) else "a list"
+    if isinstance(node.value, str):
+        return quoted(node.raw or node.value)
+    return node.raw or "nothing"
 
 
 # --- the command line ---
@@ -489,7 +582,9 @@ def _split_arguments(argv: tuple[str, ...]) -> Iterator[tuple[str, str | None]]:
         word = argv[position]
         position += 1
         if not word.startswith("--") or word == "--":
-            raise RecipeError(f"unexpected argument {word!r}; settings are given as --key value")
+            raise RecipeError(
+                f"unexpected argument {quoted(word)}; settings are given as --key value"
+            )
         name, equals, value = word[2:].partition("=")
         if equals:
             yield name, value
@@ -505,39 +600,47 @@ def _apply_overrides(tree: Node, argv: tuple[str, ...], stage: str | None) -> di
     flags = dict.fromkeys(FLAGS, False)
     seen: dict[tuple[str, ...], str] = {}
     for name, value in _split_arguments(argv):
-        flag = f"--{name}"
+        flag = f"--{quoted(name)[1:-1]}"
         if name in FLAGS:
             if value is not None and value.lower() not in ("true", "false"):
-                raise RecipeError(f"{flag}: takes no value, got {value!r}")
+                raise RecipeError(f"{flag}: takes no value, got {quoted(value)}")
+            if (name,) in seen:
+                raise RecipeError(f"{flag}: given twice")
+            seen[(name,)] = flag
             flags[name] = value is None or value.lower() == "true"
             continue
         path = _override_path(name, flag, stage, tree)
         if path in seen:
             raise RecipeError(f"{flag}: given twice, first as {seen[path]}")
+        for earlier, its_flag in seen.items():
+            if earlier[: len(path)] == path:
+                raise RecipeError(f"{flag}: would undo {its_flag}; give {flag} first")
         seen[path] = flag
-        if value is None:
-            node = Node(True, flag, "true")
-            if not _takes_bool(path):
-                raise RecipeError(f"{flag}: needs a value")
-        else:
-            node = _read_yaml(value, flag, lines=False)
-            if isinstance(node.value, (dict, list)) or node.raw is None:
-                node.raw = value
+        if value is None and _takes_bool(path):
+            value = "true"
+        node = _read_yaml(value or "", flag, lines=False)
+        if node.value is None and not node.raw:
+            raise RecipeError(f"{flag}: needs a value")
+        if isinstance(node.value, (dict, list)):
+            node.raw = value
         _set(tree, path, node, flag)
     return flags
 
 
 def _override_path(name: str, flag: str, stage: str | None, tree: Node) -> tuple[str, ...]:
     parts = name.split(".")
-    if not all(parts):
+    if not all(parts) or len(parts) > MAX_DEPTH:
         raise RecipeError(f"{flag}: a setting is named as --key or --section.key")
     top = parts[0] in TOP_KEYS
+    if not top and parts[0] in REFUSED:
+        raise RecipeError(f"{flag}: cannot be set: {REFUSED[parts[0]]}")
     if not top and stage is None:
         have = [section for section in STAGES if section in tree.value]
         if parts[0] in ALIASES or any(parts[0] in _stage_fields(section) for section in STAGES):
             raise RecipeError(f"{flag}: of which stage? Say --{(have or ['sft'])[-1]}.{name}")
-        known = [*TOP_KEYS, *FLAGS, *(key for key in _stage_fields("sft"))]
-        raise RecipeError(f"{flag}: unknown key '{name}'{nearest(parts[0], known)}")
+    known = [*TOP_KEYS, *FLAGS, *_stage_fields(stage or "sft")]
+    if not top and (stage is None or (len(parts) > 1 and parts[0] not in known)):
+        raise RecipeError(f"{flag}: unknown key {quoted(name)}{_near(parts[0], known)}")
     if not top:
         parts = [stage, *parts]
     if parts[0] in STAGES and len(parts) > 1:
@@ -559,10 +662,10 @@ def _set(tree: Node, path: tuple[str, ...], node: Node, flag: str) -> None:
     for depth, key in enumerate(path):
         last = depth == len(path) - 1
         if isinstance(here.value, list):
-            if not key.isdigit() or int(key) >= len(here.value):
+            if not re.fullmatch("[0-9]{1,6}", key) or int(key) >= len(here.value):
                 raise RecipeError(
                     f"{flag}: {'.'.join(path[:depth])} is a list of {len(here.value)}; "
-                    f"'{key}' is no position in it (the first is 0)"
+                    f"{quoted(key)} is no position in it (the first is 0)"
                 )
             if last:
                 here.value[int(key)] = node
@@ -571,7 +674,9 @@ def _set(tree: Node, path: tuple[str, ...], node: Node, flag: str) -> None:
             continue
         if not isinstance(here.value, dict):
             if here.value is not None:
-                raise RecipeError(f"{flag}: {'.'.join(path[:depth])} is not a mapping")
+                raise RecipeError(
+                    f"{flag}: {'.'.join(path[:depth])} is {_kind(here)} and has no keys"
+                )
             here.value, here.where = {}, flag  # `lora: null` and --lora.r 8
         if last:
             here.value[key] = node
@@ -600,38 +705,39 @@ def _check_value(key: str, node: Node, known: Field) -> Any:
     name = key.rsplit(".", 1)[-1]
     try:
         value = known.check(node.plain(), node.raw)
-        if name in LIMITS and isinstance(value, (int, float)) and not isinstance(value, bool):
-            low, high = LIMITS[name]
-            if not low <= value <= high or (name in ABOVE_ZERO and value == 0):
-                sign = "above" if name in ABOVE_ZERO else "at least"
-                raise ValueError(
-                    f"{node.raw or value} is not possible: it must be "
-                    + (f"{sign} {low:g}" if value <= low else f"at most {high:g}")
-                )
+        if value == "" and name in FIELDS:
+            raise ValueError("must not be empty")
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            _check_number(name, value, node.raw)
         return value
     except ValueError as error:
         raise RecipeError(f"{node.where}: {key}: {error}") from None
 
 
-def _check_section(
-    node: Node, section: str, known: dict[str, Field], refused: dict[str, str] | None = None
-) -> dict[str, Any]:
+def _check_number(name: str, value: float, raw: str | None) -> None:
+    low, high = LIMITS.get(name, (value, value))
+    shown = quoted(raw or str(value)).strip("'")
+    if value > high:
+        raise ValueError(f"{shown} is not possible: it must be at most {high:,}")
+    if value < low or (name in ABOVE_ZERO and value == 0):
+        sign = "above" if name in ABOVE_ZERO else "at least"
+        raise ValueError(f"{shown} is not possible: it must be {sign} {low:,}")
+    if name in SHARES and value > 1 and value != int(value):
+        raise ValueError(
+            f"{shown} is not possible: a share is below 1, and a number from 1 on is a whole one"
+        )
+
+
+def _check_section(node: Node, section: str, known: dict[str, Field]) -> dict[str, Any]:
     """Check a mapping's keys and values; returns it as plain data."""
     if node.value is None:
         node.value = {}
     if not isinstance(node.value, dict):
         raise RecipeError(f"{node.where}: {section}: expected a mapping, got {_kind(node)}")
+    _refuse_unknown(node, section, known)
     checked = {}
     for key, child in node.value.items():
         full = f"{section}.{key}" if section else key
-        if key == "trust_remote_code":
-            raise RecipeError(
-                f"{child.where}: {full}: only the command line may say it (--trust_remote_code): "
-                "a recipe from elsewhere must not run code unasked"
-            )
-        if refused and key in refused:
-            raise RecipeError(f"{child.where}: {full} cannot be set here: {refused[key]}")
-        _refuse_unknown(node, section, known)
         checked[key] = _check_value(full, child, known[key])
         if not isinstance(child.value, (dict, list)):
             child.value = checked[key]  # the run's copy of the recipe has it as it was taken
@@ -640,30 +746,50 @@ def _check_section(
 
 def _refuse_unknown(node: Node, section: str, known: Collection[str]) -> None:
     for key, child in node.value.items():
-        if key not in known:
-            place = f" in {section}" if section else ""
+        full = f"{section}.{key}" if section else key
+        if key == "trust_remote_code":
             raise RecipeError(
-                f"{child.where}: unknown key '{key}'{place}{_hint(key, section, known)}"
+                f"{child.where}: {full}: only the command line may say it (--trust_remote_code): "
+                "a recipe from elsewhere must not run code unasked"
             )
+        if key in known:
+            continue
+        if key in REFUSED and section in ("", *STAGES):
+            raise RecipeError(f"{child.where}: {full} cannot be set: {REFUSED[key]}")
+        if key in REFUSED_LORA and section.endswith(".lora"):
+            raise RecipeError(f"{child.where}: {full} cannot be set: {MANAGED}")
+        place = f" in {section}" if section else ""
+        raise RecipeError(
+            f"{child.where}: unknown key {quoted(key)}{place}{_hint(key, section, known)}"
+        )
 
 
 def _hint(key: str, section: str, known: Collection[str]) -> str:
     """What was meant: a command-line alias, a key of another section, or the nearest here."""
     if key in ALIASES and ALIASES[key] in known:
         return f"; its name in a recipe is '{ALIASES[key]}'"
-    if section and key in TOP_KEYS:
+    if key in FLAGS:
+        return f"; only the command line takes it (--{key})"
+    if section and key in (*TOP_KEYS, "extends"):
         return "; it belongs at the top of the recipe"
-    if not section:
-        homes = [
-            stage for stage in STAGES if key in STAGE_KEYS[stage] or key in trainer_fields(stage)
-        ]
-        if homes:
+    if not section or section in STAGES:
+        name = ALIASES.get(key, key)
+        homes = [stage for stage in STAGES if name in _stage_fields(stage)]
+        if homes and not section:
             return f"; it belongs in a stage's section ({', '.join(homes)})"
-    if section in STAGES:
-        homes = [stage for stage in STAGES if key in _stage_fields(stage)]
         if homes:
-            return f"; only {' and '.join(homes)} take it"
-    return nearest(key, known) or f"; known are {', '.join(sorted(known))}" * (len(known) < 15)
+            return f"; it belongs in {' or '.join(homes)}"
+    near = _near(key, known)
+    if near or len(known) < 15:
+        return near or f"; known are {', '.join(sorted(known))}"
+    upstream = "TrainingArguments" if section in ("base", "mid") else "trl.SFTConfig"
+    upstream = "peft.LoraConfig" if section.endswith(".lora") else upstream
+    return "" if section == "model" else f"; it is none of hfsft's, nor of {upstream}'s"
+
+
+def _near(key: str, known: Collection[str]) -> str:
+    meant = OTHER_NAMES.get(key)
+    return f"; did you mean '{meant}'?" if meant in known else nearest(key, known)
 
 
 def _check_data(node: Node, section: str) -> list[Source]:
@@ -681,8 +807,33 @@ def _check_data(node: Node, section: str) -> list[Source]:
         checked = _check_section(item, place, known)
         if "path" not in checked:
             raise RecipeError(f"{item.where}: {place}: a source needs a path")
-        sources.append(Source(**checked))
+        for column in checked.get("columns", ()):
+            child = item.value["columns"].value[column]
+            checked["columns"][column] = child.value = _check_value(
+                f"{place}.columns.{column}", child, Field("str")
+            )
+        source = Source(**checked)
+        problem = _source_problem(source, section.partition(".")[0])
+        if problem:
+            raise RecipeError(f"{item.where}: {place}: {problem}")
+        sources.append(source)
     return sources
+
+
+def _source_problem(source: Source, stage: str) -> str | None:
+    """What keeps a stage from reading a source, if anything."""
+    if source.streaming and stage != "base":
+        return (
+            "streaming is for base text; a conversation's place in the run needs the whole of "
+            f"{source}"
+        )
+    if source.streaming and (source.rows or source.first or source.repeat > 1):
+        return f"rows, first and repeat need the whole of {source}; streaming reads it as it trains"
+    if stage == "base" and source.format not in (None, "text"):
+        return f"format {source.format} is for mid and sft; base learns from text"
+    if stage != "base" and source.format == "text":
+        return f"format text is for base; {stage} learns from conversations"
+    return None
 
 
 def _check_model(node: Node) -> dict[str, Any]:
@@ -696,7 +847,11 @@ def _check_model(node: Node) -> dict[str, Any]:
                 f"{child.where}: model.model_type: transformers knows no '{model_type}'"
                 f"{nearest(model_type, model_types())}"
             )
-        del known["depth"]
+        if "depth" in node.value:
+            raise RecipeError(
+                f"{node.value['depth'].where}: model.depth: model_type is given as well "
+                f"({child.where}); choose one"
+            )
         known = upstream | known
     return _check_section(node, "model", known)
 
@@ -704,7 +859,7 @@ def _check_model(node: Node) -> dict[str, Any]:
 def _check_stage(name: str, tree: Node, path: str) -> dict[str, Any]:
     """Check one stage's section, key by key and across keys; returns the arguments of `Stage`."""
     node = tree.value[name]
-    checked = _check_section(node, name, _stage_fields(name), REFUSED)
+    checked = _check_section(node, name, _stage_fields(name))
 
     def where(key: str) -> str:
         return node.value[key].where if key in node.value else node.where
@@ -712,28 +867,17 @@ def _check_stage(name: str, tree: Node, path: str) -> dict[str, Any]:
     if "data" not in checked:
         raise RecipeError(f"{node.where}: {name}: needs data, such as [{{path: identity}}]")
     checked["data"] = _check_data(node.value["data"], f"{name}.data")
-    for index, source in enumerate(checked["data"]):
-        if source.streaming and (source.rows or source.first or source.repeat > 1):
-            raise RecipeError(
-                f"{where('data')}: {name}.data.{index}: rows, first and repeat need the whole of "
-                f"{source}; streaming reads it as it trains"
-            )
-        if source.streaming and name != "base":
-            raise RecipeError(
-                f"{where('data')}: {name}.data.{index}: streaming is for base text; a "
-                f"conversation's place in the run needs the whole of {source}"
-            )
     if checked.get("eval_steps") is not None and checked["eval_steps"] <= 0:
         if checked["eval_steps"] != -1:
             raise RecipeError(
                 f"{where('eval_steps')}: {name}.eval_steps: expected a number above 0, or -1 for "
-                f"no validation, got {checked['eval_steps']}"
+                f"no validation, got {node.value['eval_steps'].raw}"
             )
         checked["eval_strategy"] = "no"
         del checked["eval_steps"]
     for old, new in RENAMED.items():
         if new in checked and old in checked:
-            if not node.value[old].where.startswith(str(DEFAULTS)):
+            if not _is_default(node.value[old]):
                 raise RecipeError(
                     f"{where(new)}: {name}.{new}: is given as {old} as well ({where(old)})"
                 )
@@ -745,10 +889,10 @@ def _check_stage(name: str, tree: Node, path: str) -> dict[str, Any]:
     if checked.get("bf16") and checked.get("fp16"):
         raise RecipeError(f"{where('fp16')}: {name}.fp16: bf16 is on as well; choose one")
     limit = checked.get("memory_limit")
-    if limit is not None and not MEMORY.fullmatch(limit):
+    if limit is not None and not (MEMORY.fullmatch(limit) and re.search("[1-9]", limit)):
         raise RecipeError(
             f"{where('memory_limit')}: {name}.memory_limit: expected a size such as 8GB or 7.5GiB, "
-            f"got {limit}"
+            f"got {quoted(limit)}"
         )
     if checked.get("lora") is not None:
         checked["lora"] = _check_section(node.value["lora"], f"{name}.lora", lora_fields())
@@ -760,10 +904,13 @@ def _check_stage(name: str, tree: Node, path: str) -> dict[str, Any]:
     if name == "sft":
         batch, examples = checked["per_device_train_batch_size"], checked["examples_per_step"]
         if examples % batch:
-            key = "per_device_train_batch_size" if batch > examples else "examples_per_step"
+            key = "per_device_train_batch_size"
+            if _is_default(node.value[key]) or not _is_default(node.value["examples_per_step"]):
+                key = "examples_per_step" if examples > batch else key
+            fits = next(n for n in range(min(batch, examples), 0, -1) if examples % n == 0)
             raise RecipeError(
                 f"{where(key)}: {name}.{key}: {examples} examples a step are no multiple of "
-                f"{batch} a device"
+                f"{batch} a device; per_device_train_batch_size: {fits} would do"
             )
     elif checked.get("tokens_per_step") and checked.get("max_length"):
         check_tokens_per_step(
@@ -775,10 +922,10 @@ def _check_stage(name: str, tree: Node, path: str) -> dict[str, Any]:
             where("tokens_per_step"),
         )
     if checked.get("max_steps") is None and "num_train_epochs" not in checked:
-        raise RecipeError(f"{node.where}: {name}: needs max_steps (or num_train_epochs)")
-    if "num_train_epochs" in checked and checked.get("max_steps") is not None:
+        raise RecipeError(f"{where('max_steps')}: {name}: needs max_steps (or num_train_epochs)")
+    if "num_train_epochs" in checked and "max_steps" in checked:
         epochs, steps = node.value["num_train_epochs"], node.value["max_steps"]
-        if not steps.where.startswith(str(DEFAULTS)):
+        if checked["max_steps"] is not None and not _is_default(steps):
             raise RecipeError(
                 f"{epochs.where}: {name}.num_train_epochs: max_steps is given as well "
                 f"({steps.where}); choose one"
@@ -792,6 +939,10 @@ def _check_stage(name: str, tree: Node, path: str) -> dict[str, Any]:
             f"{', '.join(STAGES[:position]) or 'none'}"
         )
     return checked
+
+
+def _is_default(node: Node) -> bool:
+    return node.where.startswith(str(DEFAULTS))
 
 
 def check_tokens_per_step(
@@ -842,17 +993,19 @@ def load_recipe(given: str = "", *argv: str, stage: str | None = None) -> Recipe
     own = _load_file(path)
     _refuse_unknown(own, "", TOP_KEYS)
     home = own.value.get("output_dir"), own.value.get("name")
-    flags = _apply_overrides(own, argv, stage)
     defaults = _load_file(DEFAULTS)
-    present = [name for name in STAGES if name in own.value and own.value[name].value is not None]
-    for name in STAGES:
-        if name not in present:
-            defaults.value.pop(name)
-            own.value.pop(name, None)
-    if stage is not None and stage not in present:
-        raise RecipeError(f"{path}: has no {stage} section; it has {', '.join(present) or 'none'}")
+    sections = {name: defaults.value.pop(name) for name in STAGES}
     defaults.value["name"] = Node(path.stem, str(path), path.stem)
     tree = _merge(defaults, own)
+    flags = _apply_overrides(tree, argv, stage)
+    present = [name for name in STAGES if name in tree.value and tree.value[name].value is not None]
+    for name in STAGES:
+        if name in present:
+            tree.value[name] = _merge(sections[name], tree.value[name])
+        else:
+            tree.value.pop(name, None)
+    if stage is not None and stage not in present:
+        raise RecipeError(f"{path}: has no {stage} section; it has {', '.join(present) or 'none'}")
 
     top = {
         key: FIELDS.get(key, Field("dict | str | None" if key == "tokenizer" else "dict | None"))
@@ -860,8 +1013,10 @@ def load_recipe(given: str = "", *argv: str, stage: str | None = None) -> Recipe
     }
     checked = _check_section(tree, "", top)
     name = checked["name"]
-    if name in ("", ".", "..") or Path(name).name != name or "\\" in name:
-        raise RecipeError(f"{tree.value['name'].where}: name: {name!r} cannot be a folder's name")
+    if name in (".", "..") or Path(name).name != name or not _is_folder_name(name):
+        raise RecipeError(
+            f"{tree.value['name'].where}: name: {quoted(name)} cannot be a folder's name"
+        )
     model = _check_model(tree.value["model"]) if checked.get("model") else {}
     if isinstance(checked.get("tokenizer"), str):  # `tokenizer: gpt2`
         tree.value["tokenizer"] = Node(
@@ -870,21 +1025,36 @@ def load_recipe(given: str = "", *argv: str, stage: str | None = None) -> Recipe
     tokenizer = _check_section(
         tree.value["tokenizer"], "tokenizer", {key: FIELDS[key] for key in TOKENIZER_KEYS}
     )
+    _check_tokenizer(tree, model, tokenizer)
     sample_prompts = checked["sample_prompts"]
-    if not all(isinstance(prompt, str) for prompt in sample_prompts):
-        raise RecipeError(
-            f"{tree.value['sample_prompts'].where}: sample_prompts: expected a list of texts"
-        )
+    for index, prompt in enumerate(tree.value["sample_prompts"].value):
+        if not isinstance(prompt.value, str):
+            raise RecipeError(
+                f"{prompt.where}: sample_prompts.{index}: expected text, got {_kind(prompt)}"
+            )
     folder = Path(checked["output_dir"]) / name
     stages = {}
+    from_base = {"base"} & set(present)  # the stages whose model is the one that base builds
+    positions = model.get("max_position_embeddings")
     for stage_name in present:
         settings = _check_stage(stage_name, tree, given)
         if stage_name == "base":
             _check_base(tree, settings, model, tokenizer)
+        elif settings["model_name_or_path"] in from_base:
+            from_base.add(stage_name)
+        length = settings.get("max_length")
+        if stage_name in from_base and positions and length and length > positions:
+            section = tree.value[stage_name]
+            given_length = section.value["max_length"]
+            place = section.where if _is_default(given_length) else given_length.where
+            raise RecipeError(
+                f"{place}: {stage_name}.max_length: {length} is more than the model's "
+                f"max_position_embeddings, {positions}"
+            )
         own_keys = {key: settings.pop(key) for key in list(settings) if key in STAGE_FIELDS}
         start = own_keys.get("model_name_or_path")
         if start in STAGES:
-            start = _earlier_stage(start, folder, home, path, tree)
+            start = _earlier_stage(start, folder, home, path)
             own_keys["model_name_or_path"] = start
             if Path(start).parent != folder:  # the copy of the recipe must find it again
                 tree.value[stage_name].value["model_name_or_path"].value = start
@@ -923,30 +1093,47 @@ def _check_base(
         raise RecipeError(
             f"{place}: base: builds a fresh model and needs model: {{depth: 8}}, or a model_type"
         )
-    if tokenizer.get("train") and "path" in tokenizer:
-        where = tree.value["tokenizer"].value["path"].where
-        raise RecipeError(f"{where}: tokenizer.path: train is on as well; choose one")
-    if tokenizer.get("train") and "chat_template" in tokenizer:
-        where = tree.value["tokenizer"].value["chat_template"].where
-        raise RecipeError(
-            f"{where}: tokenizer.chat_template: a trained tokenizer has nanochat's own"
-        )
     if not tokenizer.get("train") and "path" not in tokenizer:
         raise RecipeError(
             f"{place}: base: needs a tokenizer: {{train: true}} or {{path: FOLDER_OR_HUB_ID}}"
         )
     if tokenizer.get("train") and "vocab_size" not in model and "vocab_size" not in tokenizer:
         raise RecipeError(f"{place}: base: a tokenizer to train needs model: {{vocab_size: 65536}}")
-    positions, length = model.get("max_position_embeddings"), settings.get("max_length")
-    if positions and length and length > positions:
-        raise RecipeError(
-            f"{tree.value['base'].value['max_length'].where}: base.max_length: {length} is more "
-            f"than the model's max_position_embeddings, {positions}"
+    rows, length = settings.get("tokens_per_step"), model.get("max_position_embeddings")
+    if rows and length and not settings.get("max_length"):
+        check_tokens_per_step(
+            "base",
+            rows,
+            settings["per_device_train_batch_size"],
+            length,
+            1,
+            tree.value["base"].value["tokens_per_step"].where,
         )
 
 
+def _check_tokenizer(tree: Node, model: dict[str, Any], tokenizer: dict[str, Any]) -> None:
+    """What a tokenizer cannot have at once."""
+
+    def refuse(key: str, problem: str) -> None:
+        where = tree.value["tokenizer"].value[key].where
+        raise RecipeError(f"{where}: tokenizer.{key}: {problem}")
+
+    if tokenizer.get("train"):
+        for key in ("path", "revision"):
+            if key in tokenizer:
+                refuse(key, "train is on as well; choose one")
+        if "chat_template" in tokenizer:
+            refuse("chat_template", "a trained tokenizer has nanochat's own")
+        if tokenizer.get("vocab_size", 0) > model.get("vocab_size", 2**20):
+            refuse("vocab_size", f"is more than the model's vocab_size, {model['vocab_size']:,}")
+
+
+def _is_folder_name(name: str) -> bool:
+    return name.isprintable() and name == name.strip() and len(name.encode()) < 200
+
+
 def _earlier_stage(
-    start: str, folder: Path, home: tuple[Node | None, Node | None], path: Path, tree: Node
+    start: str, folder: Path, home: tuple[Node | None, Node | None], path: Path
 ) -> str:
     """The folder of an earlier stage of this run.
 
@@ -954,15 +1141,13 @@ def _earlier_stage(
     has no such stage itself: `hfsft sft recipes/demo.yaml --name faster` needs no second base and
     mid.
     """
-    if (folder / start / "config.json").is_file() or start in tree.value:
-        own = folder / start
-        output_dir, name = home
-        original = (
-            Path(str(output_dir.plain()) if output_dir else "runs")
-            / (str(name.plain()) if name else path.stem)
-            / start
-        )
-        if not (own / "config.json").is_file() and (original / "config.json").is_file():
-            return str(original)
-        return str(own)
-    return str(folder / start)
+    own = folder / start
+    output_dir, name = home
+    original = (
+        Path(str(output_dir.plain()) if output_dir else "runs")
+        / (str(name.plain()) if name else path.stem)
+        / start
+    )
+    if isfile(original / "config.json") and not isfile(own / "config.json"):
+        return str(original)
+    return str(own)
