@@ -12,8 +12,6 @@ from os.path import isdir, isfile  # where Path raises, on a name of 300 letters
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from hfsft.errors import RecipeError
 from hfsft.fields import (
     Field,
@@ -22,152 +20,27 @@ from hfsft.fields import (
     model_types,
     nearest,
     quoted,
-    trainer_fields,
 )
-
-STAGES = ("base", "mid", "sft")
-# the reference pipeline's flags, accepted on the command line
-ALIASES = {
-    "device_batch_size": "per_device_train_batch_size",
-    "target_examples_per_step": "examples_per_step",
-    "max_tokens": "max_length",
-    "num_iterations": "max_steps",
-    "eval_every": "eval_steps",
-}
-# what only the command line may say, and never a recipe: name → what it does
-FLAGS = {
-    "restart": "begin the stage anew; its old folder is moved aside, not deleted",
-    "quiet": "print errors only",
-    "trust_remote_code": "run the Python code that a model's repository brings",
-}
-# transformers' old names for the same fields, still taken by everyone: old → new
-RENAMED = {
-    "gradient_checkpointing": "activation_checkpointing",
-    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
-}
-# what other tools call it → what it is here
-OTHER_NAMES = {
-    "lr": "learning_rate",
-    "batch_size": "per_device_train_batch_size",
-    "epochs": "num_train_epochs",
-    "num_epochs": "num_train_epochs",
-    "steps": "max_steps",
-    "max_seq_len": "max_length",
-    "max_seq_length": "max_length",
-    "torch_dtype": "dtype",
-    "warmup_ratio": "warmup_steps",
-    "rank": "r",
-    "alpha": "lora_alpha",
-    "dropout": "lora_dropout",
-    "dataset": "data",
-    "datasets": "data",
-}
-MANAGED = "hfsft sets it"
-NO_PUSH = "not in this version: upload the stage's folder with `hf upload REPO FOLDER`"
-REFUSED = {
-    "output_dir": (
-        "it belongs at the top of the recipe: everything goes to <output_dir>/<name>/<stage>/"
-    ),
-    "seed": "it belongs at the top of the recipe",
-    "data_seed": "the top-level seed orders the data",
-    "run_name": "the top-level name names the run",
-    "gradient_accumulation_steps": (
-        "it follows from examples_per_step (sft) or tokens_per_step (base, mid)"
-    ),
-    "auto_find_batch_size": "it changes the examples of a step unasked",
-    "packing": "it would change which conversations share a step",
-    "padding_free": "it would change which conversations share a step",
-    "eval_packing": "validation is never packed",
-    "resume_from_checkpoint": (
-        "the same command goes on by itself where it stopped; --restart begins anew"
-    ),
-    "hub_token": "tokens are kept in no file: run `hf auth login`, or set HF_TOKEN",
-    "eval_on_start": "validation before, during and after training is set by eval_steps (-1: none)",
-    "do_train": MANAGED,
-    "do_eval": MANAGED,
-    "do_predict": MANAGED,
-    "local_rank": "Accelerate sets it",
-    "deepspeed": "choose it with `accelerate launch --config_file accelerate_configs/zero2.yaml`",
-    "fsdp": "choose it with `accelerate launch --config_file accelerate_configs/fsdp2.yaml`",
-    "fsdp_config": "choose it with `accelerate launch --config_file accelerate_configs/fsdp2.yaml`",
-    "parallelism_config": "choose it with an Accelerate config file",
-    "model_init_kwargs": "use attn_implementation, dtype and revision of this section",
-    "dataset_kwargs": MANAGED,
-    "dataset_text_field": "give the source `columns: {text: YOUR_COLUMN}`",
-    "formatting_func": "give the source a `format`",
-    "completion_only_loss": "use assistant_only_loss",
-    "chat_template_path": "use tokenizer: {chat_template: FILE}",
-    "eos_token": "the chat template's end-of-turn token ends an answer",
-    "pad_token": "the tokenizer's own pad token is used, or one is added",
-    "remove_unused_columns": MANAGED,
-    "train_sampling_strategy": "steps are made of examples in seeded order",
-    "push_to_hub": NO_PUSH,
-    "hub_model_id": NO_PUSH,
-    "hub_strategy": NO_PUSH,
-    "hub_private_repo": NO_PUSH,
-    "hub_always_push": NO_PUSH,
-    "hub_revision": NO_PUSH,
-    "disable_tqdm": MANAGED,
-    "include_num_input_tokens_seen": MANAGED,
-    "logging_nan_inf_filter": "it would log a NaN as the mean of the losses before",
-}
-# of peft's adapter_config.json, and no settings
-REFUSED_LORA = (
-    "task_type",
-    "peft_type",
-    "inference_mode",
-    "base_model_name_or_path",
-    "peft_version",
+from hfsft.keys import (
+    ABOVE_ZERO,
+    ALIASES,
+    FIELDS,
+    FLAGS,
+    LIMITS,
+    MANAGED,
+    MEMORY,
+    MODEL_KEYS,
+    OTHER_NAMES,
+    REFUSED,
+    REFUSED_LORA,
+    RENAMED,
+    SHARES,
+    STAGES,
+    TOKENIZER_KEYS,
+    TOP_KEYS,
+    stage_fields,
 )
-# the values that make sense, by key in whatever section: lowest, highest
-LIMITS: dict[str, tuple[float, float]] = {
-    "adam_beta1": (0, 0.999999),
-    "adam_beta2": (0, 0.999999),
-    "adam_epsilon": (0, 1),
-    "dataloader_num_workers": (0, 1024),
-    "dataloader_prefetch_factor": (1, 2**16),
-    "dataset_num_proc": (1, 1024),
-    "depth": (1, 128),
-    "eval_accumulation_steps": (1, 2**31),
-    "eval_delay": (0, 2**31),
-    "examples_per_step": (1, 2**20),
-    "held_out": (0, 2**31),
-    "hidden_size": (1, 2**20),
-    "intermediate_size": (1, 2**24),
-    "label_smoothing_factor": (0, 1),
-    "learning_rate": (0, 1000),
-    "logging_steps": (0, 2**31),
-    "lora_alpha": (1, 2**16),
-    "lora_dropout": (0, 1),
-    "max_chars": (1, 2**40),
-    "max_grad_norm": (0, 10**9),
-    "max_length": (2, 2**20),
-    "max_position_embeddings": (2, 2**24),
-    "max_steps": (1, 2**31),
-    "neftune_noise_alpha": (0, 1000),
-    "num_attention_heads": (1, 2**16),
-    "num_hidden_layers": (1, 2**16),
-    "num_key_value_heads": (1, 2**16),
-    "num_train_epochs": (0, 2**16),
-    "pad_to_multiple_of": (1, 2**20),
-    "per_device_eval_batch_size": (1, 2**16),
-    "per_device_train_batch_size": (1, 2**16),
-    "r": (1, 2**16),
-    "repeat": (1, 1000),
-    "rows": (1, 2**40),
-    "save_steps": (0, 2**31),
-    "save_total_limit": (1, 2**16),
-    "seed": (0, 2**32 - 1),
-    "tokens_per_step": (2, 2**40),
-    "torch_empty_cache_steps": (1, 2**31),
-    "vocab_size": (266, 2**20),
-    "warmup_steps": (0, 2**31),
-    "weight_decay": (0, 1000),
-}
-ABOVE_ZERO = {"learning_rate", "num_train_epochs", "logging_steps", "save_steps"}
-# below 1 a share of the whole, else a number of steps or conversations
-SHARES = {"eval_steps", "held_out", "logging_steps", "save_steps", "warmup_steps"}
-MEMORY = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]i?B)")
+from hfsft.nodes import MAX_DEPTH, Node, kind, merge, read_yaml
 
 
 @dataclass(frozen=True)
@@ -285,199 +158,6 @@ class Recipe:
         return self.stage("sft")
 
 
-# the keys of a stage's section that are hfsft's own, or that it reads itself
-_ALL_STAGES = ("data", "held_out", "max_length", "max_steps", "dataset_num_proc", "memory_limit")
-_LOADS_A_MODEL = (
-    "model_name_or_path",
-    "revision",
-    "assistant_only_loss",
-    "lora",
-    "load_in_4bit",
-    "dtype",
-    "attn_implementation",
-)
-STAGE_KEYS = {
-    "base": (*_ALL_STAGES, "tokens_per_step"),
-    "mid": (*_ALL_STAGES, *_LOADS_A_MODEL, "tokens_per_step"),
-    "sft": (*_ALL_STAGES, *_LOADS_A_MODEL, "examples_per_step"),
-}
-FORMATS = (
-    "text",
-    "messages",
-    "sharegpt",
-    "prompt_completion",
-    "alpaca",
-    "multiple_choice",
-    "gsm8k",
-)
-FIELDS = {
-    "name": Field("str"),
-    "output_dir": Field("str"),
-    "seed": Field("int"),
-    "extends": Field("str"),
-    "data": Field("list"),
-    "held_out": Field("int | float"),
-    "model_name_or_path": Field("str"),
-    "revision": Field("str | None"),
-    "max_length": Field("int | None"),
-    "max_steps": Field("int | None"),
-    "tokens_per_step": Field("int | None"),
-    "dataset_num_proc": Field("int | None"),
-    "memory_limit": Field("str | None"),
-    "sample_prompts": Field("list"),
-    "examples_per_step": Field("int"),
-    "assistant_only_loss": Field("bool"),
-    "lora": Field("dict | None"),
-    "load_in_4bit": Field("bool"),
-    "dtype": Field("str | None", ("auto", "float32", "bfloat16", "float16")),
-    "attn_implementation": Field(
-        "str | None",
-        ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"),
-    ),
-    "path": Field("str"),
-    "split": Field("str"),
-    "rows": Field("int | None"),
-    "first": Field("bool"),
-    "repeat": Field("int"),
-    "streaming": Field("bool"),
-    "columns": Field("dict"),
-    "format": Field("str | None", FORMATS),
-    "train": Field("bool"),
-    "chat_template": Field("str"),
-    "max_chars": Field("int"),
-    "model_type": Field("str"),
-    "depth": Field("int"),
-    "vocab_size": Field("int"),
-    "max_position_embeddings": Field("int"),
-    # trl takes any text here and fails, or trains otherwise than meant, much later
-    "loss_type": Field("str", ("nll", "dft")),
-    "truncation_mode": Field("str", ("keep_start", "keep_end")),
-    "lr_scheduler_kwargs": Field("dict | None"),
-    "activation_checkpointing_kwargs": Field("dict | None"),
-    "gradient_checkpointing_kwargs": Field("dict | None"),
-}
-TOKENIZER_KEYS = ("train", "path", "revision", "vocab_size", "chat_template", "max_chars")
-MODEL_KEYS = ("depth", "vocab_size", "max_position_embeddings", "model_type", "attn_implementation")
-
-
-# --- reading: YAML to nodes that know where they came from ---
-
-
-@dataclass
-class Node:
-    """A value of a recipe, with the place that gave it."""
-
-    value: Any  # dict[str, Node], list[Node] or a scalar
-    where: str  # "fast.yaml:12" or "--max_steps"
-    raw: str | None = None  # a scalar as it was written
-
-    def plain(self) -> Any:
-        """The value as plain Python data."""
-        if isinstance(self.value, dict):
-            return {key: node.plain() for key, node in self.value.items()}
-        if isinstance(self.value, list):
-            return [node.plain() for node in self.value]
-        return self.value
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's scalars: `no` and `on` are text, `010` is ten, `1e-3` a number, dates are text."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [pair for pair in pairs if pair[0].endswith((":null", ":merge"))]
-    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile("(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:int", re.compile(r"[-+]?[0-9][0-9_]*$"), list("-+0123456789")
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"(?:[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9]+|[0-9][0-9_]*(?=[eE]))(?:[eE][-+]?[0-9]+)?"
-        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
-    ),
-    list("-+.0123456789"),
-)
-_Loader.add_constructor("tag:yaml.org,2002:bool", lambda _, node: node.value.lower() == "true")
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value.replace("_", "")))
-# a file of a few hundred lines has a few thousand nodes; ten nested aliases can make billions
-MAX_NODES = 100_000
-MAX_DEPTH = 50
-TAG = "tag:yaml.org,2002:"
-
-
-def _read_yaml(text: str, where: str, lines: bool) -> Node:
-    """Parse `text`; `where` names the file (with `lines`, each node gets its line) or the flag."""
-    try:
-        loader = _Loader(text)
-        root = loader.get_single_node()
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{where}:{mark.line + 1}" if mark and lines else where
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise RecipeError(f"{place}: not valid YAML: {problem}") from None
-    except RecursionError:
-        raise RecipeError(f"{where}: nested more than {MAX_DEPTH} deep") from None
-    count = 0
-
-    def convert(node: yaml.Node, place: str, depth: int = 0) -> Node:
-        nonlocal count
-        count += 1
-        if count > MAX_NODES:
-            raise RecipeError(f"{where}: more than {MAX_NODES:,} values; do its aliases nest?")
-        if depth > MAX_DEPTH:
-            raise RecipeError(
-                f"{place}: nested more than {MAX_DEPTH} deep; does an alias hold itself?"
-            )
-        if isinstance(node, yaml.ScalarNode):
-            return scalar(node, place)
-        if node.tag not in (f"{TAG}map", f"{TAG}seq"):
-            raise RecipeError(f"{place}: leave the tag {node.tag.replace(TAG, '!!')} out")
-        if isinstance(node, yaml.SequenceNode):
-            return Node([convert(item, line(item), depth + 1) for item in node.value], place)
-        merged: dict[str, Node] = {}
-        own: dict[str, Node] = {}
-        seen: dict[str, str] = {}
-        for key, value in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise RecipeError(f"{line(key)}: a key must be plain text")
-            if key.value in seen:
-                raise RecipeError(
-                    f"{line(key)}: {quoted(key.value)} is given twice, first at {seen[key.value]}"
-                )
-            seen[key.value] = line(key)
-            child = convert(value, line(key), depth + 1)
-            if key.tag != f"{TAG}merge":
-                own[key.value] = child
-                continue
-            parts = child.value if isinstance(child.value, list) else [child]
-            for part in reversed(parts):  # the first of a list wins
-                if not isinstance(part.value, dict):
-                    raise RecipeError(f"{line(key)}: << takes a mapping, got {_kind(part)}")
-                merged |= part.value
-        return Node(merged | own, place)
-
-    def scalar(node: yaml.ScalarNode, place: str) -> Node:
-        untagged = loader.resolve(yaml.ScalarNode, node.value, (True, False))
-        if node.tag not in (untagged, f"{TAG}str"):
-            raise RecipeError(f"{place}: leave the tag {node.tag.replace(TAG, '!!')} out")
-        try:
-            return Node(loader.construct_object(node), place, node.value)
-        except ValueError:  # Python reads whole numbers of up to 4,300 digits
-            raise RecipeError(f"{place}: cannot read {quoted(node.value)}") from None
-
-    def line(node: yaml.Node) -> str:
-        return f"{where}:{node.start_mark.line + 1}" if lines else where
-
-    if root is None:
-        return Node(None, f"{where}:1" if lines else where, "")
-    return convert(root, line(root))
-
-
 def find_recipe(given: str) -> Path:
     """The file of a recipe: a path, or the name of one that comes with hfsft (`demo`).
 
@@ -531,11 +211,11 @@ def _load_file(path: Path, chain: tuple[Path, ...] = ()) -> Node:
         raise RecipeError(f"{shown}: not UTF-8 text (byte {error.start})") from None
     except OSError as error:
         raise RecipeError(f"{shown}: cannot be read: {error.strerror}") from None
-    node = _read_yaml(text, shown, lines=True)
+    node = read_yaml(text, shown, lines=True)
     if node.value is None:
         raise RecipeError(f"{shown}: the file is empty; see recipes/demo.yaml for a whole one")
     if not isinstance(node.value, dict):
-        raise RecipeError(f"{node.where}: a recipe is a mapping of keys, not {_kind(node)}")
+        raise RecipeError(f"{node.where}: a recipe is a mapping of keys, not {kind(node)}")
     parent = node.value.pop("extends", None)
     if parent is None:
         return node
@@ -551,25 +231,7 @@ def _load_file(path: Path, chain: tuple[Path, ...] = ()) -> Node:
         raise RecipeError(f"{parent.where}: extends: {name} extends this file in turn")
     if len(chain) == MAX_DEPTH:
         raise RecipeError(f"{parent.where}: extends: more than {MAX_DEPTH} recipes in a row")
-    return _merge(_load_file(parent_path, (*chain, path.resolve())), node)
-
-
-def _merge(lower: Node, upper: Node) -> Node:
-    """Lay `upper` over `lower`: mappings merge, everything else replaces."""
-    if not isinstance(lower.value, dict) or not isinstance(upper.value, dict):
-        return upper
-    merged = dict(lower.value)
-    for key, node in upper.value.items():
-        merged[key] = _merge(merged[key], node) if key in merged else node
-    return Node(merged, upper.where)
-
-
-def _kind(node: Node) -> str:
-    if isinstance(node.value, (dict, list)):
-        return "a mapping" if isinstance(node.value, dict) else "a list"
-    if isinstance(node.value, str):
-        return quoted(node.raw or node.value)
-    return node.raw or "nothing"
+    return merge(_load_file(parent_path, (*chain, path.resolve())), node)
 
 
 # --- the command line ---
@@ -618,7 +280,7 @@ def _apply_overrides(tree: Node, argv: tuple[str, ...], stage: str | None) -> di
         seen[path] = flag
         if value is None and _takes_bool(path):
             value = "true"
-        node = _read_yaml(value or "", flag, lines=False)
+        node = read_yaml(value or "", flag, lines=False)
         if node.value is None and not node.raw:
             raise RecipeError(f"{flag}: needs a value")
         if isinstance(node.value, (dict, list)):
@@ -636,9 +298,9 @@ def _override_path(name: str, flag: str, stage: str | None, tree: Node) -> tuple
         raise RecipeError(f"{flag}: cannot be set: {REFUSED[parts[0]]}")
     if not top and stage is None:
         have = [section for section in STAGES if section in tree.value]
-        if parts[0] in ALIASES or any(parts[0] in _stage_fields(section) for section in STAGES):
+        if parts[0] in ALIASES or any(parts[0] in stage_fields(section) for section in STAGES):
             raise RecipeError(f"{flag}: of which stage? Say --{(have or ['sft'])[-1]}.{name}")
-    known = [*TOP_KEYS, *FLAGS, *_stage_fields(stage or "sft")]
+    known = [*TOP_KEYS, *FLAGS, *stage_fields(stage or "sft")]
     if not top and (stage is None or (len(parts) > 1 and parts[0] not in known)):
         raise RecipeError(f"{flag}: unknown key {quoted(name)}{_near(parts[0], known)}")
     if not top:
@@ -651,7 +313,7 @@ def _override_path(name: str, flag: str, stage: str | None, tree: Node) -> tuple
 def _takes_bool(path: tuple[str, ...]) -> bool:
     """Whether a bare `--key` can mean true."""
     if path[0] in STAGES and len(path) == 2:
-        known = _stage_fields(path[0]).get(path[1])
+        known = stage_fields(path[0]).get(path[1])
         return known is None or "bool" in known.kinds
     return path[0] == "tokenizer" and path[1:] == ("train",)
 
@@ -675,7 +337,7 @@ def _set(tree: Node, path: tuple[str, ...], node: Node, flag: str) -> None:
         if not isinstance(here.value, dict):
             if here.value is not None:
                 raise RecipeError(
-                    f"{flag}: {'.'.join(path[:depth])} is {_kind(here)} and has no keys"
+                    f"{flag}: {'.'.join(path[:depth])} is {kind(here)} and has no keys"
                 )
             here.value, here.where = {}, flag  # `lora: null` and --lora.r 8
         if last:
@@ -685,19 +347,6 @@ def _set(tree: Node, path: tuple[str, ...], node: Node, flag: str) -> None:
 
 
 # --- checking ---
-
-TOP_KEYS = ("name", "output_dir", "seed", "model", "tokenizer", "sample_prompts", *STAGES)
-
-
-def _stage_fields(stage: str) -> dict[str, Field]:
-    """Every key that a stage's section takes."""
-    own = {key: FIELDS[key] for key in STAGE_KEYS[stage]}
-    upstream = {
-        key: FIELDS.get(key, known)
-        for key, known in trainer_fields(stage).items()
-        if key not in REFUSED
-    }
-    return upstream | own
 
 
 def _check_value(key: str, node: Node, known: Field) -> Any:
@@ -733,7 +382,7 @@ def _check_section(node: Node, section: str, known: dict[str, Field]) -> dict[st
     if node.value is None:
         node.value = {}
     if not isinstance(node.value, dict):
-        raise RecipeError(f"{node.where}: {section}: expected a mapping, got {_kind(node)}")
+        raise RecipeError(f"{node.where}: {section}: expected a mapping, got {kind(node)}")
     _refuse_unknown(node, section, known)
     checked = {}
     for key, child in node.value.items():
@@ -774,7 +423,7 @@ def _hint(key: str, section: str, known: Collection[str]) -> str:
         return "; it belongs at the top of the recipe"
     if not section or section in STAGES:
         name = ALIASES.get(key, key)
-        homes = [stage for stage in STAGES if name in _stage_fields(stage)]
+        homes = [stage for stage in STAGES if name in stage_fields(stage)]
         if homes and not section:
             return f"; it belongs in a stage's section ({', '.join(homes)})"
         if homes:
@@ -859,7 +508,7 @@ def _check_model(node: Node) -> dict[str, Any]:
 def _check_stage(name: str, tree: Node, path: str) -> dict[str, Any]:
     """Check one stage's section, key by key and across keys; returns the arguments of `Stage`."""
     node = tree.value[name]
-    checked = _check_section(node, name, _stage_fields(name))
+    checked = _check_section(node, name, stage_fields(name))
 
     def where(key: str) -> str:
         return node.value[key].where if key in node.value else node.where
@@ -996,12 +645,12 @@ def load_recipe(given: str = "", *argv: str, stage: str | None = None) -> Recipe
     defaults = _load_file(DEFAULTS)
     sections = {name: defaults.value.pop(name) for name in STAGES}
     defaults.value["name"] = Node(path.stem, str(path), path.stem)
-    tree = _merge(defaults, own)
+    tree = merge(defaults, own)
     flags = _apply_overrides(tree, argv, stage)
     present = [name for name in STAGES if name in tree.value and tree.value[name].value is not None]
     for name in STAGES:
         if name in present:
-            tree.value[name] = _merge(sections[name], tree.value[name])
+            tree.value[name] = merge(sections[name], tree.value[name])
         else:
             tree.value.pop(name, None)
     if stage is not None and stage not in present:
@@ -1030,7 +679,7 @@ def load_recipe(given: str = "", *argv: str, stage: str | None = None) -> Recipe
     for index, prompt in enumerate(tree.value["sample_prompts"].value):
         if not isinstance(prompt.value, str):
             raise RecipeError(
-                f"{prompt.where}: sample_prompts.{index}: expected text, got {_kind(prompt)}"
+                f"{prompt.where}: sample_prompts.{index}: expected text, got {kind(prompt)}"
             )
     folder = Path(checked["output_dir"]) / name
     stages = {}

@@ -16,7 +16,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ROWS = [
     {"__init__"},
     {"errors", "fields"},
-    {"recipe", "tasks", "hub"},
+    {"keys", "nodes", "tasks", "hub"},
+    {"recipe"},
     {"record", "conversations", "tokenizer"},
     {"packing", "model"},
     {"mixture"},

@@ -1,0 +1,240 @@
+"""The keys of a recipe: which section has them, what they may hold, why some are refused."""
+
+import re
+
+from hfsft.fields import Field, trainer_fields
+
+STAGES = ("base", "mid", "sft")
+# the reference pipeline's flags, accepted on the command line
+ALIASES = {
+    "device_batch_size": "per_device_train_batch_size",
+    "target_examples_per_step": "examples_per_step",
+    "max_tokens": "max_length",
+    "num_iterations": "max_steps",
+    "eval_every": "eval_steps",
+}
+# what only the command line may say, and never a recipe: name → what it does
+FLAGS = {
+    "restart": "begin the stage anew; its old folder is moved aside, not deleted",
+    "quiet": "print errors only",
+    "trust_remote_code": "run the Python code that a model's repository brings",
+}
+# transformers' old names for the same fields, still taken by everyone: old → new
+RENAMED = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+# what other tools call it → what it is here
+OTHER_NAMES = {
+    "lr": "learning_rate",
+    "batch_size": "per_device_train_batch_size",
+    "epochs": "num_train_epochs",
+    "num_epochs": "num_train_epochs",
+    "steps": "max_steps",
+    "max_seq_len": "max_length",
+    "max_seq_length": "max_length",
+    "torch_dtype": "dtype",
+    "warmup_ratio": "warmup_steps",
+    "rank": "r",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "dataset": "data",
+    "datasets": "data",
+}
+MANAGED = "hfsft sets it"
+NO_PUSH = "not in this version: upload the stage's folder with `hf upload REPO FOLDER`"
+REFUSED = {
+    "output_dir": (
+        "it belongs at the top of the recipe: everything goes to <output_dir>/<name>/<stage>/"
+    ),
+    "seed": "it belongs at the top of the recipe",
+    "data_seed": "the top-level seed orders the data",
+    "run_name": "the top-level name names the run",
+    "gradient_accumulation_steps": (
+        "it follows from examples_per_step (sft) or tokens_per_step (base, mid)"
+    ),
+    "auto_find_batch_size": "it changes the examples of a step unasked",
+    "packing": "it would change which conversations share a step",
+    "padding_free": "it would change which conversations share a step",
+    "eval_packing": "validation is never packed",
+    "save_only_model": "a run could not go on from such a checkpoint",
+    "ignore_data_skip": "a run that goes on would see other examples",
+    "resume_from_checkpoint": (
+        "the same command goes on by itself where it stopped; --restart begins anew"
+    ),
+    "hub_token": "tokens are kept in no file: run `hf auth login`, or set HF_TOKEN",
+    "eval_on_start": "validation before, during and after training is set by eval_steps (-1: none)",
+    "do_train": MANAGED,
+    "do_eval": MANAGED,
+    "do_predict": MANAGED,
+    "local_rank": "Accelerate sets it",
+    "deepspeed": "choose it with `accelerate launch --config_file accelerate_configs/zero2.yaml`",
+    "fsdp": "choose it with `accelerate launch --config_file accelerate_configs/fsdp2.yaml`",
+    "fsdp_config": "choose it with `accelerate launch --config_file accelerate_configs/fsdp2.yaml`",
+    "parallelism_config": "choose it with an Accelerate config file",
+    "model_init_kwargs": "use attn_implementation, dtype and revision of this section",
+    "dataset_kwargs": MANAGED,
+    "dataset_text_field": "give the source `columns: {text: YOUR_COLUMN}`",
+    "formatting_func": "give the source a `format`",
+    "completion_only_loss": "use assistant_only_loss",
+    "chat_template_path": "use tokenizer: {chat_template: FILE}",
+    "eos_token": "the chat template's end-of-turn token ends an answer",
+    "pad_token": "the tokenizer's own pad token is used, or one is added",
+    "remove_unused_columns": MANAGED,
+    "train_sampling_strategy": "steps are made of examples in seeded order",
+    "push_to_hub": NO_PUSH,
+    "hub_model_id": NO_PUSH,
+    "hub_strategy": NO_PUSH,
+    "hub_private_repo": NO_PUSH,
+    "hub_always_push": NO_PUSH,
+    "hub_revision": NO_PUSH,
+    "disable_tqdm": MANAGED,
+    "include_num_input_tokens_seen": MANAGED,
+    "logging_nan_inf_filter": "it would log a NaN as the mean of the losses before",
+}
+# of peft's adapter_config.json, and no settings
+REFUSED_LORA = (
+    "task_type",
+    "peft_type",
+    "inference_mode",
+    "base_model_name_or_path",
+    "peft_version",
+)
+# the values that make sense, by key in whatever section: lowest, highest
+LIMITS: dict[str, tuple[float, float]] = {
+    "adam_beta1": (0, 0.999999),
+    "adam_beta2": (0, 0.999999),
+    "adam_epsilon": (0, 1),
+    "dataloader_num_workers": (0, 1024),
+    "dataloader_prefetch_factor": (1, 2**16),
+    "dataset_num_proc": (1, 1024),
+    "depth": (1, 128),
+    "eval_accumulation_steps": (1, 2**31),
+    "eval_delay": (0, 2**31),
+    "examples_per_step": (1, 2**20),
+    "held_out": (0, 2**31),
+    "hidden_size": (1, 2**20),
+    "intermediate_size": (1, 2**24),
+    "label_smoothing_factor": (0, 1),
+    "learning_rate": (0, 1000),
+    "logging_steps": (0, 2**31),
+    "lora_alpha": (1, 2**16),
+    "lora_dropout": (0, 1),
+    "max_chars": (1, 2**40),
+    "max_grad_norm": (0, 10**9),
+    "max_length": (2, 2**20),
+    "max_position_embeddings": (2, 2**24),
+    "max_steps": (1, 2**31),
+    "neftune_noise_alpha": (0, 1000),
+    "num_attention_heads": (1, 2**16),
+    "num_hidden_layers": (1, 2**16),
+    "num_key_value_heads": (1, 2**16),
+    "num_train_epochs": (0, 2**16),
+    "pad_to_multiple_of": (1, 2**20),
+    "per_device_eval_batch_size": (1, 2**16),
+    "per_device_train_batch_size": (1, 2**16),
+    "r": (1, 2**16),
+    "repeat": (1, 1000),
+    "rows": (1, 2**40),
+    "save_steps": (0, 2**31),
+    "save_total_limit": (1, 2**16),
+    "seed": (0, 2**32 - 1),
+    "tokens_per_step": (2, 2**40),
+    "torch_empty_cache_steps": (1, 2**31),
+    "vocab_size": (266, 2**20),
+    "warmup_steps": (0, 2**31),
+    "weight_decay": (0, 1000),
+}
+ABOVE_ZERO = {"learning_rate", "num_train_epochs", "logging_steps", "save_steps"}
+# below 1 a share of the whole, else a number of steps or conversations
+SHARES = {"eval_steps", "held_out", "logging_steps", "save_steps", "warmup_steps"}
+MEMORY = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]i?B)")
+
+
+TOP_KEYS = ("name", "output_dir", "seed", "model", "tokenizer", "sample_prompts", *STAGES)
+
+
+# the keys of a stage's section that are hfsft's own, or that it reads itself
+_ALL_STAGES = ("data", "held_out", "max_length", "max_steps", "dataset_num_proc", "memory_limit")
+_LOADS_A_MODEL = (
+    "model_name_or_path",
+    "revision",
+    "assistant_only_loss",
+    "lora",
+    "load_in_4bit",
+    "dtype",
+    "attn_implementation",
+)
+STAGE_KEYS = {
+    "base": (*_ALL_STAGES, "tokens_per_step"),
+    "mid": (*_ALL_STAGES, *_LOADS_A_MODEL, "tokens_per_step"),
+    "sft": (*_ALL_STAGES, *_LOADS_A_MODEL, "examples_per_step"),
+}
+FORMATS = (
+    "text",
+    "messages",
+    "sharegpt",
+    "prompt_completion",
+    "alpaca",
+    "multiple_choice",
+    "gsm8k",
+)
+FIELDS = {
+    "name": Field("str"),
+    "output_dir": Field("str"),
+    "seed": Field("int"),
+    "extends": Field("str"),
+    "data": Field("list"),
+    "held_out": Field("int | float"),
+    "model_name_or_path": Field("str"),
+    "revision": Field("str | None"),
+    "max_length": Field("int | None"),
+    "max_steps": Field("int | None"),
+    "tokens_per_step": Field("int | None"),
+    "dataset_num_proc": Field("int | None"),
+    "memory_limit": Field("str | None"),
+    "sample_prompts": Field("list"),
+    "examples_per_step": Field("int"),
+    "assistant_only_loss": Field("bool"),
+    "lora": Field("dict | None"),
+    "load_in_4bit": Field("bool"),
+    "dtype": Field("str | None", ("auto", "float32", "bfloat16", "float16")),
+    "attn_implementation": Field(
+        "str | None",
+        ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"),
+    ),
+    "path": Field("str"),
+    "split": Field("str"),
+    "rows": Field("int | None"),
+    "first": Field("bool"),
+    "repeat": Field("int"),
+    "streaming": Field("bool"),
+    "columns": Field("dict"),
+    "format": Field("str | None", FORMATS),
+    "train": Field("bool"),
+    "chat_template": Field("str"),
+    "max_chars": Field("int"),
+    "model_type": Field("str"),
+    "depth": Field("int"),
+    "vocab_size": Field("int"),
+    "max_position_embeddings": Field("int"),
+    # trl takes any text here and fails, or trains otherwise than meant, much later
+    "loss_type": Field("str", ("nll", "dft")),
+    "truncation_mode": Field("str", ("keep_start", "keep_end")),
+    "lr_scheduler_kwargs": Field("dict | None"),
+    "activation_checkpointing_kwargs": Field("dict | None"),
+    "gradient_checkpointing_kwargs": Field("dict | None"),
+}
+TOKENIZER_KEYS = ("train", "path", "revision", "vocab_size", "chat_template", "max_chars")
+MODEL_KEYS = ("depth", "vocab_size", "max_position_embeddings", "model_type", "attn_implementation")
+
+
+def stage_fields(stage: str) -> dict[str, Field]:
+    """Every key that a stage's section takes."""
+    own = {key: FIELDS[key] for key in STAGE_KEYS[stage]}
+    upstream = {
+        key: FIELDS.get(key, known)
+        for key, known in trainer_fields(stage).items()
+        if key not in REFUSED
+    }
+    return upstream | own
