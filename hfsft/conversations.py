@@ -37,8 +37,9 @@ def from_sharegpt(row: dict[str, Any]) -> Messages:
             "role": turn.get("from", turn.get("role")),
             "content": turn.get("value", turn.get("content")),
         }
-        for turn in turns
         if isinstance(turn, dict)
+        else turn
+        for turn in turns
     ]
     if row.get("system"):
         messages.insert(0, {"role": "system", "content": row["system"]})
@@ -78,12 +79,16 @@ def from_multiple_choice(row: dict[str, Any]) -> Messages:
     choices = row["choices"]
     if isinstance(choices, dict):
         texts, labels, answer = choices["text"], choices["label"], row["answerKey"]
+    elif not isinstance(choices, list):  # a CSV holds the list as one text
+        raise BadRow("choices that are no list")
     else:
         texts, labels = choices, [chr(ord("A") + index) for index in range(len(choices))]
         answer = row["answer"]
         answer = labels[answer] if isinstance(answer, int) and 0 <= answer < len(labels) else answer
     if answer not in labels:
         raise BadRow("the answer is none of the choices")
+    if not row["question"] or any(text in (None, "") for text in texts):
+        raise BadRow("empty content")
     lines = [f"- {text}={label}" for text, label in zip(texts, labels, strict=True)]
     question = "\n".join(
         [
@@ -101,7 +106,9 @@ def from_gsm8k(row: dict[str, Any]) -> Messages:
     parts = []
     for piece in re.split(r"(<<[^>]*>>)", row["answer"]):
         if piece.startswith("<<"):
-            expression, _, result = piece[2:-2].rpartition("=")
+            expression, equals, result = piece[2:-2].rpartition("=")
+            if not equals:
+                raise BadRow("a calculation without a result")
             parts.append({"type": "python", "text": expression})
             parts.append({"type": "python_output", "text": result})
         elif piece:
@@ -239,12 +246,13 @@ def nanochat_pieces(messages: Messages) -> list[Piece]:
 
 
 def chatml_pieces(messages: Messages) -> list[Piece]:
-    """Render messages as chat_templates/chatml.jinja does: (text, is special, is trained)."""
+    """Render messages as chat_templates/chatml.jinja does: (text, is special, is trained).
+
+    What follows "assistant\\n" is encoded apart from it, as a chat's prompt ends there.
+    """
     pieces: list[Piece] = []
     for message in messages:
-        content, role = message["content"], message["role"]
-        if not isinstance(content, str):
-            content = "".join(part["text"] for part in content)
+        content, role = _text_alone(message["content"]), message["role"]
         pieces.append(("<|im_start|>", True, False))
         if role == "assistant":
             pieces += [("assistant\n", False, False), (content, False, True)]
@@ -252,6 +260,16 @@ def chatml_pieces(messages: Messages) -> list[Piece]:
             pieces.append((f"{role}\n{content}", False, False))
         pieces += [("<|im_end|>", True, role == "assistant"), ("\n", False, False)]
     return pieces
+
+
+def _text_alone(content: Any) -> str:
+    """A content without its tool calls and their results, for templates that cannot tell them."""
+    if isinstance(content, str):
+        return content
+    text = "".join(part["text"] for part in content if part["type"] == "text")
+    if not text.strip():
+        raise BadRow("tool calls alone, which the chat template cannot write")
+    return text
 
 
 def encode_conversation(
@@ -269,7 +287,8 @@ def encode_conversation(
         Token ids and labels of the same length; untrained labels are -100.
 
     Raises:
-        BadRow: where a foreign template cannot keep the message's text apart from its own tokens.
+        BadRow: where the template cannot write the message, or a foreign one cannot keep its text
+            apart from the special tokens.
     """
     pieces_of = {"nanochat": nanochat_pieces, "chatml": chatml_pieces}.get(tokenizer.hfsft_template)
     if pieces_of is None:
@@ -296,13 +315,13 @@ def _encode_with_template(messages: Messages, tokenizer: Any) -> tuple[list[int]
     """Encode through the model's own Jinja template, with its or trl's `{% generation %}` marks."""
     import jinja2
 
+    # of Llama 3's special tokens `all_special_tokens` names but two
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     plain = []
     for message in messages:
-        content = message["content"]
-        if not isinstance(content, str):
-            content = "".join(part["text"] for part in content)
+        content = _text_alone(message["content"])
         # foreign templates render the text first and tokenize after
-        if any(token in content for token in tokenizer.all_special_tokens):
+        if any(token in content for token in special):
             raise BadRow("a special token written inside the content")
         plain.append({"role": message["role"], "content": content})
     try:

@@ -18,13 +18,11 @@ def require_on_hub(repo_id: str, repo_type: str, revision: str | None = None) ->
     Raises:
         ModelError, DataError: if it cannot be reached, is not there, or is closed to this user.
     """
-    import httpx
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
         HFValidationError,
-        OfflineModeIsEnabled,
+        HTTPError,  # of whichever client huggingface_hub uses: httpx2 since 2.4
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -44,7 +42,7 @@ def require_on_hub(repo_id: str, repo_type: str, revision: str | None = None) ->
         raise kind(
             f"no {repo_type} {repo_id} here or on the Hub (a private one needs `hf auth login`)"
         ) from None
-    except (httpx.TransportError, HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+    except (HTTPError, OSError) as error:
         folder = f"{repo_type}s--{repo_id.replace('/', '--')}"
         if (Path(constants.HF_HUB_CACHE) / folder / "snapshots").is_dir():
             return

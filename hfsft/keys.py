@@ -143,9 +143,10 @@ LIMITS: dict[str, tuple[float, float]] = {
     "torch_empty_cache_steps": (1, 2**31),
     "vocab_size": (266, 2**20),
     "warmup_steps": (0, 2**31),
+    "weight": (0, 1000),
     "weight_decay": (0, 1000),
 }
-ABOVE_ZERO = {"learning_rate", "num_train_epochs", "logging_steps", "save_steps"}
+ABOVE_ZERO = {"learning_rate", "num_train_epochs", "logging_steps", "save_steps", "weight"}
 # below 1 a share of the whole, else a number of steps or conversations
 SHARES = {"eval_steps", "held_out", "logging_steps", "save_steps", "warmup_steps"}
 MEMORY = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]i?B)")
@@ -155,7 +156,16 @@ TOP_KEYS = ("name", "output_dir", "seed", "model", "tokenizer", "sample_prompts"
 
 
 # the keys of a stage's section that are hfsft's own, or that it reads itself
-_ALL_STAGES = ("data", "held_out", "max_length", "max_steps", "dataset_num_proc", "memory_limit")
+_ALL_STAGES = (
+    "data",
+    "held_out",
+    "duplicates",
+    "on_bad_rows",
+    "max_length",
+    "max_steps",
+    "dataset_num_proc",
+    "memory_limit",
+)
 _LOADS_A_MODEL = (
     "model_name_or_path",
     "revision",
@@ -164,6 +174,7 @@ _LOADS_A_MODEL = (
     "load_in_4bit",
     "dtype",
     "attn_implementation",
+    "on_too_long",
 )
 STAGE_KEYS = {
     "base": (*_ALL_STAGES, "tokens_per_step"),
@@ -208,6 +219,10 @@ FIELDS = {
     "rows": Field("int | None"),
     "first": Field("bool"),
     "repeat": Field("int"),
+    "weight": Field("float"),
+    "duplicates": Field("str", ("keep", "drop")),
+    "on_bad_rows": Field("str | None", ("error", "skip")),
+    "on_too_long": Field("str", ("truncate", "drop", "split", "error")),
     "streaming": Field("bool"),
     "columns": Field("dict"),
     "format": Field("str | None", FORMATS),

@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import itertools
 import json
+import os
 import random
 import zlib
 from collections import Counter
@@ -15,6 +16,7 @@ from typing import Any
 import datasets
 from accelerate import PartialState
 
+from hfsft import conversations
 from hfsft.conversations import (
     IGNORED,
     BadRow,
@@ -30,6 +32,11 @@ from hfsft.tasks import TASKS, TEXTS, task_rows
 from hfsft.tasks import text_rows as embedded_texts
 
 JSON_COLUMN = "hfsft_json"  # a row as its JSON text
+ROW_COLUMN = "hfsft_row"  # a row's number in its source, from 0
+# datasets keeps what `map` made until its function changes, but looks into none that it calls
+CODE = hashlib.blake2b(
+    b"".join(Path(file).read_bytes() for file in (__file__, conversations.__file__))
+).hexdigest()
 READERS = {".parquet": "parquet", ".csv": "csv", ".txt": "text"}
 
 
@@ -37,7 +44,7 @@ READERS = {".parquet": "parquet", ".csv": "csv", ".txt": "text"}
 
 
 def load_rows(source: Source, seed: int) -> datasets.Dataset:
-    """The rows of a source, sampled, with the row's number in its file under `row_number`.
+    """The rows of a source, sampled, with each row's number under `ROW_COLUMN`.
 
     Rows of JSON come as their text under `JSON_COLUMN`: rows of one file need not share a schema.
 
@@ -54,14 +61,14 @@ def load_rows(source: Source, seed: int) -> datasets.Dataset:
         rows = datasets.Dataset.from_list(embedded_texts(source.path))
     elif files := _local_files(source):
         rows = _read_files(files, source)
-    elif Path(source.path).is_dir():
+    elif Path(source.path).expanduser().is_dir():
         rows = _read_folder(source)
     else:
         rows = _read_hub(source, streaming=False)
     if len(rows) == 0:
         raise DataError(f"{source}: has no rows")
-    if "row_number" not in rows.column_names:
-        rows = rows.add_column("row_number", list(range(len(rows))))
+    if ROW_COLUMN not in rows.column_names:
+        rows = rows.add_column(ROW_COLUMN, list(range(len(rows))))
     if source.rows is not None and source.rows < len(rows):
         if source.first:
             return rows.select(range(source.rows))
@@ -71,11 +78,11 @@ def load_rows(source: Source, seed: int) -> datasets.Dataset:
 
 
 def _json_rows(lines: list[str]) -> datasets.Dataset:
-    return datasets.Dataset.from_dict({JSON_COLUMN: lines, "row_number": list(range(len(lines)))})
+    return datasets.Dataset.from_dict({JSON_COLUMN: lines, ROW_COLUMN: list(range(len(lines)))})
 
 
 def _local_files(source: Source) -> list[Path]:
-    path = source.path
+    path = os.path.expanduser(source.path)
     if Path(path).is_file():
         return [Path(path)]
     if glob.has_magic(path):
@@ -84,7 +91,7 @@ def _local_files(source: Source) -> list[Path]:
             raise DataError(f"{source}: no file matches")
         return files
     if not Path(path).is_dir() and (
-        path.startswith((".", "/", "~"))
+        path.startswith((".", "/"))
         or Path(path.removesuffix(".gz")).suffix in (*READERS, ".jsonl", ".json")
     ):
         raise DataError(f"{source}: no such file")
@@ -92,43 +99,62 @@ def _local_files(source: Source) -> list[Path]:
 
 
 def _read_files(files: list[Path], source: Source) -> datasets.Dataset:
-    suffixes = {Path(file.name.removesuffix(".gz")).suffix for file in files}
+    suffixes = {_suffix(file) for file in files}
     if len(suffixes) > 1:
         raise DataError(f"{source}: matches files of several kinds: {', '.join(sorted(suffixes))}")
     suffix = suffixes.pop()
+    if suffix not in (".jsonl", ".json", *READERS):
+        raise DataError(
+            f"{source}: unknown kind of file {suffix!r}; known are .jsonl, .json, .csv and .txt, "
+            "each also .gz, and .parquet"
+        )
+    _refuse_split(source)
+    if suffix not in READERS:
+        return _json_rows([line for file in files for line in _json_lines(file, suffix, source)])
+    options = {"sample_by": "document"} if suffix == ".txt" else {}
     try:
-        if suffix == ".jsonl":
-            return _json_rows(
-                [line for file in files for line in _read_text(file).split("\n") if line.strip()]
-            )
-        if suffix == ".json":
-            rows = []
-            for file in files:
-                held = json.loads(_read_text(file))
-                if not isinstance(held, list):
-                    raise DataError(f"{source}: {file.name} holds no list of rows")
-                rows += held
-            return _json_rows([json.dumps(row) for row in rows])
-        if suffix in READERS:
-            options = {"sample_by": "document"} if suffix == ".txt" else {}
-            return datasets.load_dataset(
-                READERS[suffix], data_files=[str(file) for file in files], split="train", **options
-            )
-    except UnicodeDecodeError as error:
-        raise DataError(f"{source}: not UTF-8 text (byte {error.start})") from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"{source}: not a JSON list of rows: {error}") from None
-    except (
-        OSError,
-        EOFError,
-        ValueError,
-        zlib.error,
-        datasets.exceptions.DatasetGenerationError,
-    ) as error:
+        rows = datasets.load_dataset(
+            READERS[suffix], data_files=[str(file) for file in files], split="train", **options
+        )
+    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
         cause = error.__cause__ or error
-        raise DataError(f"{source}: cannot be read: {str(cause).splitlines()[0]}") from None
-    known = ", ".join((".jsonl", ".json", *READERS))
-    raise DataError(f"{source}: unknown kind of file {suffix!r}; known are {known}, each also .gz")
+        if isinstance(cause, datasets.table.CastError):
+            raise DataError(f"{source}: its files differ in their columns") from None
+        if "corresponds to no data" in str(cause):  # a CSV that is but a header
+            raise DataError(f"{source}: has no rows") from None
+        raise DataError(f"{source}: cannot be read: {_first_line(cause)}") from None
+    if any(name.startswith("__index_level_") for name in rows.column_names):
+        raise DataError(f"{source}: cannot be read: a row has more fields than the header")
+    return rows
+
+
+def _suffix(file: Path) -> str:
+    name = file.name.removesuffix(".gz")
+    return file.suffix if name.endswith(".parquet") else Path(name).suffix
+
+
+def _refuse_split(source: Source) -> None:
+    if source.split != "train":
+        raise DataError(f"{source}: split: {source.split}: a file is all one split")
+
+
+def _json_lines(file: Path, suffix: str, source: Source) -> list[str]:
+    """Each row's JSON text."""
+    place = str(source) if str(source) == str(file) else f"{source}: {file.name}"
+    try:
+        text = _read_text(file)
+        if suffix == ".jsonl":
+            return [line for line in text.split("\n") if line.strip()]
+        held = json.loads(text)
+        if isinstance(held, list):
+            return [json.dumps(row) for row in held]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{place}: not UTF-8 text (byte {error.start})") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{place}: cannot be read: {_first_line(error)}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place}: not a JSON list of rows: {_first_line(error)}") from None
+    raise DataError(f"{place}: holds no list of rows")
 
 
 def _read_text(file: Path) -> str:
@@ -137,14 +163,23 @@ def _read_text(file: Path) -> str:
 
 
 def _read_folder(source: Source) -> datasets.Dataset:
+    folder = str(Path(source.path).expanduser())
     try:
-        if (Path(source.path) / "state.json").is_file():
-            return datasets.load_from_disk(source.path)
-        if (Path(source.path) / "dataset_dict.json").is_file():
-            return datasets.load_from_disk(source.path)[source.split]
-        return datasets.load_dataset(source.path, source.name, split=source.split)
+        if (Path(folder) / "state.json").is_file():
+            _refuse_split(source)
+            return datasets.load_from_disk(folder)
+        if (Path(folder) / "dataset_dict.json").is_file():
+            splits = datasets.load_from_disk(folder)
+            if source.split not in splits:
+                raise DataError(f"{source}: has no split {source.split} but {', '.join(splits)}")
+            return splits[source.split]
+        return datasets.load_dataset(folder, source.name, split=source.split)
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"{source}: cannot be read: {str(error).splitlines()[0]}") from None
+        raise DataError(f"{source}: cannot be read: {_first_line(error)}") from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _read_hub(source: Source, streaming: bool) -> Any:
@@ -158,12 +193,12 @@ def _read_hub(source: Source, streaming: bool) -> Any:
             streaming=streaming,
         )
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"{source}: cannot be loaded: {str(error).splitlines()[0]}") from None
+        raise DataError(f"{source}: cannot be loaded: {_first_line(error)}") from None
 
 
 def _renamed(row: dict[str, Any], source: Source) -> dict[str, Any]:
     """The row with the columns that `source.columns` names under the format's own names."""
-    if JSON_COLUMN in row and "row_number" in row:
+    if JSON_COLUMN in row:
         try:
             row = json.loads(row[JSON_COLUMN])
         except (ValueError, RecursionError):  # also an integer of 5,000 digits
@@ -205,7 +240,7 @@ def load_conversations(
         for source in stage.data:
             encoded = _encode_source(source, stage, tokenizer, max_length)
             reasons = Counter(reason for reason in encoded["refused"] if reason)
-            for number, reason in zip(encoded["row_number"], encoded["refused"], strict=True):
+            for number, reason in zip(encoded[ROW_COLUMN], encoded["refused"], strict=True):
                 if reason:
                     rejected.append({"source": str(source), "row": number, "reason": reason})
             kept = [index for index, reason in enumerate(encoded["refused"]) if not reason]
@@ -218,6 +253,7 @@ def load_conversations(
 
     held_digests = _choose_held_out(stage, [digest for part in parts for digest in part["digest"]])
     train, held = [], []
+    seen: set[str] = set()
     for index, (source, part) in enumerate(zip(stage.data, parts, strict=True)):
         digests = part["digest"][:]
         part = part.add_column("source", [index] * len(part)).select_columns(
@@ -229,7 +265,6 @@ def load_conversations(
                 * source.repeat
             )
         )
-        seen: set[str] = set()
         first_copies = []
         for i, digest in enumerate(digests):
             if digest in held_digests and digest not in seen:
@@ -250,9 +285,10 @@ def _choose_held_out(stage: Stage, digests: list[str]) -> set[str]:
     different = sorted(set(digests))
     count = stage.held_out if stage.held_out >= 1 else max(1, int(stage.held_out * len(different)))
     if count >= len(different):
+        kind = "documents" if stage.name == "base" else "conversations"
         raise DataError(
-            f"{stage.name}: held_out: {count} of {len(different)} different conversations leaves "
-            "none to train on"
+            f"{stage.name}: held_out: {count} of {len(different)} different {kind} leaves none to "
+            "train on"
         )
     return set(random.Random(f"{stage.seed}:held_out").sample(different, int(count)))
 
@@ -269,7 +305,7 @@ def _encode_source(
             f"{source}: format text is for base; {stage.name} learns from conversations"
         )
 
-    def encode(row: dict[str, Any]) -> dict[str, Any]:
+    def encode(row: dict[str, Any], _code: str = CODE) -> dict[str, Any]:
         empty = {"input_ids": [], "labels": [], "length": 0, "digest": "", "cut": False}
         try:
             messages = to_messages(_renamed(row, source), row_format)
@@ -291,11 +327,11 @@ def _encode_source(
 
     return rows.map(
         encode,
-        remove_columns=[name for name in rows.column_names if name != "row_number"],
+        remove_columns=[name for name in rows.column_names if name != ROW_COLUMN],
         num_proc=stage.dataset_num_proc,
         desc=str(source),
         features=datasets.Features(
-            row_number=datasets.Value("int64"),
+            **{ROW_COLUMN: datasets.Value("int64")},
             input_ids=datasets.List(datasets.Value("int32")),
             labels=datasets.List(datasets.Value("int32")),
             length=datasets.Value("int32"),
@@ -309,7 +345,8 @@ def _encode_source(
 def _columns(rows: datasets.Dataset, source: Source) -> list[str]:
     """The columns of a source, from its first row that can be read where rows are JSON."""
     if JSON_COLUMN not in rows.column_names:
-        return [*rows.column_names, *source.columns]
+        names = [name for name in rows.column_names if name != ROW_COLUMN]
+        return names + [new for new, old in source.columns.items() if old in names]
     for row in rows:
         try:
             return list(_renamed(row, source))
@@ -385,10 +422,7 @@ def base_texts(stage: Stage) -> Iterator[str]:
     """The documents of the base stage, source by source, to train a tokenizer on."""
     for source in stage.data:
         if source.streaming:
-            column = _text_column(source, stage)
-            yield from (
-                row[column] for row in _read_hub(source, streaming=True) if _is_text(row[column])
-            )
+            yield from _stream_texts(_open_stream(source), source)
         else:
             yield from _documents(source, stage)[0]
 
@@ -410,13 +444,18 @@ def load_text(recipe: Recipe, tokenizer: Any) -> tuple[Any, Any]:
     stage = recipe.base
     length = text_length(recipe)
     if any(source.streaming for source in stage.data):
-        return _stream_text(stage, tokenizer, length)
+        if len(stage.data) > 1:
+            raise DataError(f"{stage.name}.data: a streaming source must be the only one")
+        return _stream_rows(stage, _open_stream(stage.data[0]), tokenizer, length)
     with PartialState().main_process_first():
-        documents, unreadable = [], 0
+        documents, kept, rejected = [], 0, []
         for source in stage.data:
             texts, refused = _documents(source, stage)
             documents += texts * source.repeat
-            unreadable += refused
+            kept += len(texts)
+            rejected += [
+                {"source": str(source), "row": number, "reason": "no text"} for number in refused
+            ]
         digests = [hashlib.blake2b(text.encode(), digest_size=8).hexdigest() for text in documents]
         held = _choose_held_out(stage, digests)
         held_texts = dict(zip(digests, documents, strict=True))
@@ -443,15 +482,15 @@ def load_text(recipe: Recipe, tokenizer: Any) -> tuple[Any, Any]:
         [
             {
                 "source": ", ".join(str(source) for source in stage.data),
-                "read": len(documents) + unreadable,
-                "kept": len(documents),
-                "refused": {"no text": unreadable} if unreadable else {},
+                "read": kept + len(rejected),
+                "kept": kept,
+                "refused": {"no text": len(rejected)} if rejected else {},
                 "tokens": len(train) * length,
                 "rows": len(train),
                 "held_out_rows": len(held_out),
             }
         ],
-        [],
+        rejected,
     )
     return (
         datasets.Dataset.from_dict({"input_ids": train}),
@@ -478,8 +517,8 @@ def _batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
         yield batch
 
 
-def _documents(source: Source, stage: Stage) -> tuple[list[str], int]:
-    """The texts of a source that does not stream, and how many rows have none that can be read."""
+def _documents(source: Source, stage: Stage) -> tuple[list[str], list[int]]:
+    """The texts of a source that does not stream, and the numbers of the rows that have none."""
     rows = load_rows(source, stage.seed)
     if JSON_COLUMN in rows.column_names:
         texts = []
@@ -490,13 +529,15 @@ def _documents(source: Source, stage: Stage) -> tuple[list[str], int]:
                 texts.append(None)
     else:
         column = source.columns.get("text", "text")
-        if column not in rows.column_names:
-            _refuse_columns(source, column, rows.column_names)
+        _require_column(source, rows.column_names)
         texts = rows[column]
     kept = [text for text in texts if _is_text(text)]
     if not kept:
         raise DataError(f"{source}: no row has any text under 'text'")
-    return kept, len(texts) - len(kept)
+    refused = [
+        number for number, text in zip(rows[ROW_COLUMN], texts, strict=True) if not _is_text(text)
+    ]
+    return kept, refused
 
 
 def _is_text(text: Any) -> bool:
@@ -506,48 +547,58 @@ def _is_text(text: Any) -> bool:
         return False
 
 
-def _text_column(source: Source, stage: Stage) -> str:
-    """The column of a streaming source that holds its text."""
+def _require_column(source: Source, names: list[str]) -> None:
     column = source.columns.get("text", "text")
-    names = _read_hub(source, streaming=True).column_names
-    if names is not None and column not in names:
-        _refuse_columns(source, column, names)
-    return column
+    if column not in names:
+        others = ", ".join(name for name in names if name != ROW_COLUMN)
+        raise DataError(
+            f"{source}: has no column '{column}' but {others}; name its text with "
+            "`columns: {text: YOUR_COLUMN}`"
+        )
 
 
-def _refuse_columns(source: Source, column: str, names: list[str]) -> None:
-    raise DataError(
-        f"{source}: has no column '{column}' but {', '.join(names)}; name its text with "
-        "`columns: {text: YOUR_COLUMN}`"
-    )
-
-
-def _stream_text(stage: Stage, tokenizer: Any, length: int) -> tuple[Any, Any]:
-    """An endless stream of rows, tokenized while it is read; the first documents are held out."""
-    if len(stage.data) > 1:
-        raise DataError(f"{stage.name}.data: a streaming source must be the only one")
-    source = stage.data[0]
-    column = _text_column(source, stage)
+def _open_stream(source: Source) -> datasets.IterableDataset:
+    if Path(source.path).expanduser().exists():
+        raise DataError(f"{source}: streaming is for datasets on the Hub; leave it out")
     stream = _read_hub(source, streaming=True)
-    held_out, held = None, 0
+    if stream.column_names is not None:
+        _require_column(source, stream.column_names)
+    return stream
+
+
+def _stream_texts(stream: Iterable[dict[str, Any]], source: Source) -> Iterator[str]:
+    column = source.columns.get("text", "text")
+    return (row[column] for row in stream if _is_text(row.get(column)))
+
+
+def _stream_rows(
+    stage: Stage, stream: datasets.IterableDataset, tokenizer: Any, length: int
+) -> tuple[Any, Any]:
+    """An endless stream of rows, tokenized while it is read; the first documents are held out."""
+    source = stage.data[0]
+    held: set[str] = set()
+    count, held_out = 0, None
     if stage.validates:
         if stage.held_out < 1:
             raise DataError(
                 f"{stage.name}.held_out: {stage.held_out} is a share, but a stream's length is not "
                 "known; give a number of documents"
             )
-        held = int(stage.held_out)
-        texts = [row[column] for row in stream.take(held)]
+        count = int(stage.held_out)
+        texts = list(_stream_texts(stream.take(count), source))
         rows = list(cut_rows(_encode_texts(texts, tokenizer), tokenizer.bos_token_id, length))
         if not rows:
-            raise DataError(f"base: held_out: {held} documents fill no row of {length} tokens")
+            raise DataError(
+                f"{stage.name}: held_out: {count} documents fill no row of {length} tokens"
+            )
+        held = set(texts)
         held_out = datasets.Dataset.from_dict({"input_ids": rows})
 
     def endless_rows() -> Iterator[dict[str, list[int]]]:
-        shuffled = stream.skip(held).shuffle(seed=stage.seed, buffer_size=10_000)
+        shuffled = stream.skip(count).shuffle(seed=stage.seed, buffer_size=10_000)
         for epoch in itertools.count():
             shuffled.set_epoch(epoch)
-            texts = (row[column] for row in shuffled if _is_text(row[column]))
+            texts = (text for text in _stream_texts(shuffled, source) if text not in held)
             row = None
             for row in cut_rows(_encode_texts(texts, tokenizer), tokenizer.bos_token_id, length):
                 yield {"input_ids": row}

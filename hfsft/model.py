@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, NanoChatConfig, NanoChatForCausalLM
 
@@ -39,6 +41,8 @@ def build_model(recipe: Recipe, tokenizer: Any) -> Any:
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
+    for key in special.keys() & settings.keys():
+        raise RecipeError(f"{recipe.path}: model.{key}: the tokenizer gives it; leave it out")
     if "depth" in settings:
         config = nanochat_config(settings.pop("depth"), **settings, **special)
     else:
@@ -46,20 +50,40 @@ def build_model(recipe: Recipe, tokenizer: Any) -> Any:
             config = AutoConfig.for_model(settings.pop("model_type"), **settings, **special)
         except (ValueError, TypeError) as error:
             raise RecipeError(f"{recipe.path}: model: {str(error).splitlines()[0]}") from None
-        except Exception as error:  # huggingface_hub's strict dataclasses have a base of their own
-            if "Strict" not in type(error).__name__:
-                raise
+        except StrictDataclassError as error:
             raise RecipeError(f"{recipe.path}: model: {' '.join(str(error).split())}") from None
+    _check_heads(config, recipe)
     torch.manual_seed(recipe.seed)
     try:
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     except (ValueError, ImportError) as error:
         raise RecipeError(f"{recipe.path}: model: {str(error).splitlines()[0]}") from None
+    except KeyError as error:  # an activation or a rope_type
+        raise RecipeError(f"{recipe.path}: model: transformers knows no {error}") from None
     if isinstance(model, NanoChatForCausalLM):
         init_nanochat_weights(model)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model
+
+
+def _check_heads(config: Any, recipe: Recipe) -> None:
+    """Refuse heads that would fail in the first forward pass only."""
+    heads = getattr(config, "num_attention_heads", None)
+    groups = getattr(config, "num_key_value_heads", None)
+    if not heads or not groups:  # such as gpt2, whose modules check it themselves
+        return
+    if heads % groups:
+        raise RecipeError(
+            f"{recipe.path}: model.num_key_value_heads: {groups} does not divide the {heads} "
+            "attention heads"
+        )
+    width = getattr(config, "head_dim", None) or config.hidden_size / heads
+    if width % 2:  # rotary positions turn pairs
+        raise RecipeError(
+            f"{recipe.path}: model.num_attention_heads: {heads} heads share a hidden_size of "
+            f"{config.hidden_size}, {width:g} each; it must be an even number"
+        )
 
 
 def nanochat_config(depth: int, **settings: Any) -> NanoChatConfig:
@@ -130,6 +154,7 @@ def load_model(stage: Stage, tokenizer: Any) -> Any:
                 f"{start} lacks {len(lacking)} chat tokens, which LoRA alone cannot learn\n"
                 "  Add lora: {modules_to_save: [embed_tokens, lm_head]}, or start from a chat model"
             )
+        torch.manual_seed(stage.seed)  # new rows are drawn around the old ones' mean
         model.resize_token_embeddings(len(tokenizer))
     positions = getattr(model.config, "max_position_embeddings", None)
     if stage.max_length and positions and stage.max_length > positions:
@@ -149,20 +174,31 @@ def load_plain_model(start: str, stage: Stage, **kwargs: Any) -> Any:
     """Load a causal language model from a folder or the Hub, with errors that a user can read."""
     require_model(start, stage.revision)
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model, loaded = AutoModelForCausalLM.from_pretrained(
             start,
             revision=stage.revision,
             attn_implementation=stage.attn_implementation,
             trust_remote_code=stage.trust_remote_code,
             use_safetensors=True,  # nothing that came over the network is unpickled
+            output_loading_info=True,
             **{key: value for key, value in kwargs.items() if value is not None},
         )
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise ModelError(f"{start}: cannot be loaded: {str(error).splitlines()[0]}") from None
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError":
-            raise
+    except StrictDataclassError as error:
+        raise ModelError(f"{start}: config.json: {' '.join(str(error).split())}") from None
+    except SafetensorError as error:
         raise ModelError(f"{start}: its weights cannot be read: {error}") from None
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ModelError(f"{start}: its weights have other shapes than its config.json") from None
+    if missing := sorted(loaded["missing_keys"]):  # transformers draws them at random, and warns
+        raise ModelError(
+            f"{start}: its weights lack {len(missing)} tensors that its config.json asks for, such "
+            f"as {missing[0]}"
+        )
+    return model
 
 
 def _quantization(stage: Stage) -> Any:
@@ -200,7 +236,7 @@ def _with_lora(model: Any, stage: Stage, quantized: bool) -> Any:
         )
         torch.manual_seed(stage.seed)
         return get_peft_model(model, config)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, NotImplementedError) as error:
         raise RecipeError(f"{stage.name}.lora: {str(error).splitlines()[0]}") from None
 
 

@@ -46,11 +46,11 @@ def cut_rows(documents: Iterable[list[int]], bos: int, length: int) -> Iterator[
     """
     buffer: list[int] = []
     for ids in documents:
-        buffer.append(bos)
-        buffer += ids
-        while len(buffer) >= length:
-            yield buffer[:length]
-            buffer = buffer[length:]
+        buffer += [bos, *ids]
+        full = len(buffer) - len(buffer) % length
+        for start in range(0, full, length):
+            yield buffer[start : start + length]
+        del buffer[:full]
 
 
 class PackedConversations(torch.utils.data.Dataset):

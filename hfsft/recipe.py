@@ -54,9 +54,16 @@ class Source:
     rows: int | None = None  # keep a seeded sample of this many rows
     first: bool = False  # take the first rows instead of a sample
     repeat: int = 1  # how often the kept rows are seen an epoch
+    weight: float = 1.0  # scales that: 0.5 sees half of them, 2.5 all twice and half once more
+    seed: int | None = None  # of the sample, or of a task's rows; None: the recipe's
     streaming: bool = False  # read while training instead of before; base text only
     columns: dict = field(default_factory=dict)  # the format's column: the row's own column
     format: str | None = None  # messages, sharegpt, ... ; None: told from the columns
+
+    @property
+    def copies(self) -> float:
+        """How often an epoch sees each kept row."""
+        return self.repeat * self.weight
 
     def __str__(self) -> str:
         return self.path + (f":{self.name}" if self.name else "")
@@ -78,6 +85,9 @@ class Stage:
     tokens_per_step: int | None = None  # base, mid
     examples_per_step: int | None = None  # sft: conversations an update
     assistant_only_loss: bool = False
+    duplicates: str = "keep"  # exact copies of a conversation or document: keep or drop
+    on_bad_rows: str | None = None  # error or skip; None: error above 1% of a source
+    on_too_long: str = "truncate"  # conversations above max_length: truncate, drop, split, error
     lora: dict | None = None  # fields of peft.LoraConfig
     load_in_4bit: bool = False  # QLoRA
     attn_implementation: str | None = None  # None: what transformers chooses, sdpa
@@ -476,8 +486,8 @@ def _source_problem(source: Source, stage: str) -> str | None:
             "streaming is for base text; a conversation's place in the run needs the whole of "
             f"{source}"
         )
-    if source.streaming and (source.rows or source.first or source.repeat > 1):
-        return f"rows, first and repeat need the whole of {source}; streaming reads it as it trains"
+    if source.streaming and (source.rows or source.first or source.copies != 1):
+        return f"a streaming {source} is read as it trains: no rows, first, repeat or weight"
     if stage == "base" and source.format not in (None, "text"):
         return f"format {source.format} is for mid and sft; base learns from text"
     if stage != "base" and source.format == "text":

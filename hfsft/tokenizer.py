@@ -124,15 +124,16 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(
             start, revision=revision, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:
+        # the tokenizers library raises Exception itself
+        if type(error) is not Exception and not isinstance(error, OSError | ValueError | KeyError):
+            raise
         raise ModelError(f"{start}: cannot load its tokenizer: {_first_line(error)}") from None
     if not tokenizer.is_fast:
         raise ModelError(f"{start}: has no fast tokenizer (tokenizer.json), which training needs")
-    vocabulary = tokenizer.get_vocab()
     if chat_template is None and not tokenizer.chat_template:
-        chat_template = (
-            "chatml" if {"<|im_start|>", "<|im_end|>"} <= set(vocabulary) else "nanochat"
-        )
+        is_chatml = {"<|im_start|>", "<|im_end|>"} <= set(tokenizer.get_vocab())
+        chat_template = "chatml" if is_chatml else "nanochat"
     if chat_template in ("nanochat", "chatml"):
         tokenizer = _with_template(tokenizer, chat_template)
     elif chat_template is not None:
@@ -148,6 +149,7 @@ def load_tokenizer(
     if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
         # a pad that is the end token teaches a model never to stop, wherever pads are masked
         known = ("<|pad|>", "<pad>", "[PAD]", "<|endoftext|>")
+        vocabulary = tokenizer.get_vocab()
         spare = [t for t in known if t in vocabulary and t != tokenizer.eos_token]
         tokenizer.add_special_tokens({"pad_token": spare[0] if spare else "<|pad|>"})
     return tokenizer
@@ -155,15 +157,14 @@ def load_tokenizer(
 
 def _with_template(tokenizer: Any, name: str) -> Any:
     """Give a tokenizer one of our templates, the tokens it needs, and its end-of-turn as eos."""
+    tokens = SPECIAL_TOKENS if name == "nanochat" else ("<|im_start|>", "<|im_end|>")
+    # also those in the vocabulary: as plain tokens they could be written inside a message
+    tokenizer.add_special_tokens(
+        {"extra_special_tokens": list(tokens)}, replace_extra_special_tokens=False
+    )
     if name == "nanochat":
-        missing = [token for token in SPECIAL_TOKENS if token not in tokenizer.get_vocab()]
-        if missing:
-            tokenizer.add_special_tokens({"additional_special_tokens": missing})
         tokenizer.bos_token, tokenizer.eos_token = "<|bos|>", "<|assistant_end|>"
     else:
-        missing = [t for t in ("<|im_start|>", "<|im_end|>") if t not in tokenizer.get_vocab()]
-        if missing:
-            tokenizer.add_special_tokens({"additional_special_tokens": missing})
         tokenizer.eos_token = "<|im_end|>"
     tokenizer.chat_template = template(name)
     return _recognise_template(tokenizer, name)

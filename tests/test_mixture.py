@@ -1,0 +1,687 @@
+"""Sources of every kind, and the fate of each row: kept, cut, refused, repeated or held out."""
+
+import csv
+import gzip
+import io
+import itertools
+import json
+import os
+from pathlib import Path
+
+import datasets
+import pytest
+import yaml
+
+from hfsft.conversations import IGNORED, encode_conversation
+from hfsft.errors import DataError
+from hfsft.mixture import (
+    JSON_COLUMN,
+    ROW_COLUMN,
+    _stream_rows,
+    base_texts,
+    load_conversations,
+    load_packed_conversations,
+    load_rows,
+    load_text,
+)
+from hfsft.recipe import Recipe, Source, Stage, load_recipe
+from hfsft.tasks import facts, task_rows
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_progress_bars():
+    datasets.disable_progress_bars()
+    yield
+    datasets.enable_progress_bars()
+
+
+def conversation(question: str, answer: str = "Yes.") -> dict:
+    return {
+        "messages": [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
+    }
+
+
+CONVERSATIONS = [conversation(f"Question {number}?", f"Answer {number}.") for number in range(20)]
+
+
+def write_jsonl(path: Path, rows: list) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def texts_of(rows: datasets.Dataset, tokenizer) -> list[str]:
+    return [tokenizer.decode(ids) for ids in rows["input_ids"]]
+
+
+def rendered(row: dict, tokenizer) -> str:
+    return tokenizer.decode(encode_conversation(row["messages"], tokenizer)[0])
+
+
+# --- rows of one source ---
+
+
+def as_csv(rows: list[dict]) -> bytes:
+    written = io.StringIO()
+    writer = csv.writer(written)
+    writer.writerow(["prompt", "completion"])
+    writer.writerows([message["content"] for message in row["messages"]] for row in rows)
+    return written.getvalue().encode()
+
+
+def as_parquet(rows: list[dict]) -> bytes:
+    written = io.BytesIO()
+    datasets.Dataset.from_list(rows).to_parquet(written)
+    return written.getvalue()
+
+
+FILES = {
+    "jsonl": lambda rows: "\n\n".join(map(json.dumps, rows)).encode(),
+    "jsonl with a byte order mark": lambda rows: b"\xef\xbb\xbf" + FILES["jsonl"](rows),
+    "json": lambda rows: json.dumps(rows, indent=1).encode(),
+    "csv": as_csv,
+    "parquet": as_parquet,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "zipped"),
+    [*((kind, False) for kind in FILES), ("jsonl", True), ("json", True), ("csv", True)],
+)
+def test_files_of_every_kind_give_the_same(kind, zipped, tmp_path, make_stage, tokenizer):
+    data = FILES[kind](CONVERSATIONS)
+    name = f"rows.{kind.split()[0]}" + (".gz" if zipped else "")
+    (tmp_path / name).write_bytes(gzip.compress(data) if zipped else data)
+    stage = make_stage(str(tmp_path / name))
+    train, held_out = load_conversations(stage, tokenizer)
+    assert held_out is None
+    assert texts_of(train, tokenizer) == [rendered(row, tokenizer) for row in CONVERSATIONS]
+    # JSON's copy of its columns is not among them
+    assert train.column_names == ["input_ids", "labels", "length", "source"]
+
+
+def test_folders_and_globs(tmp_path, make_stage, tokenizer, monkeypatch):
+    expected = [rendered(row, tokenizer) for row in CONVERSATIONS]
+    rows = datasets.Dataset.from_list(CONVERSATIONS)
+    rows.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict(train=rows, few=rows.select([3, 5])).save_to_disk(tmp_path / "splits")
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "train.parquet").write_bytes(as_parquet(CONVERSATIONS))
+    write_jsonl(tmp_path / "part-b.jsonl", CONVERSATIONS[7:])
+    write_jsonl(tmp_path / "part-a.jsonl", CONVERSATIONS[:7])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for path in (
+        tmp_path / "saved",
+        tmp_path / "splits",
+        tmp_path / "files",
+        tmp_path / "part-*.jsonl",
+        "~/saved",
+        "~/part-*.jsonl",
+    ):
+        train, _ = load_conversations(make_stage(str(path)), tokenizer)
+        assert texts_of(train, tokenizer) == expected
+    few, _ = load_conversations(
+        make_stage(Source(str(tmp_path / "splits"), split="few")), tokenizer
+    )
+    assert texts_of(few, tokenizer) == [expected[3], expected[5]]
+
+
+def test_a_text_file_is_one_document(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n")
+    (tmp_path / "b.txt").write_text("three")
+    rows = load_rows(Source(str(tmp_path / "*.txt")), 0)
+    assert rows["text"][:] == ["one\n\ntwo\n", "three"]
+    (tmp_path / "c.txt.gz").write_bytes(gzip.compress(b"four"))
+    assert load_rows(Source(str(tmp_path / "c.txt.gz")), 0)["text"][:] == ["four"]
+
+
+def test_built_in_sources():
+    rows = load_rows(Source("identity", rows=5, split="test"), 3)
+    assert [json.loads(row) for row in rows[JSON_COLUMN]] == task_rows("identity", 5, "test", 3)
+    assert load_rows(Source("facts"), 0)["text"][:] == facts()
+
+
+def test_rows_are_a_seeded_sample_and_first_are_the_first(tmp_path):
+    path = write_jsonl(tmp_path / "r.jsonl", CONVERSATIONS)
+    sample = load_rows(Source(path, rows=5), 42)[ROW_COLUMN][:]
+    assert sample == load_rows(Source(path, rows=5), 42)[ROW_COLUMN][:]
+    assert len(set(sample)) == 5
+    assert sorted(sample) != list(range(5))
+    assert sample != load_rows(Source(path, rows=5), 43)[ROW_COLUMN][:]
+    assert load_rows(Source(path, rows=5, first=True), 42)[ROW_COLUMN][:] == [0, 1, 2, 3, 4]
+    assert load_rows(Source(path, rows=99), 42)[ROW_COLUMN][:] == list(range(20))
+
+
+def broken(path: Path) -> str:
+    """The path, with what its name says written into it."""
+    name = path.name
+    lines = "".join(json.dumps(row) + "\n" for row in CONVERSATIONS).encode()
+    path.write_bytes(
+        {
+            "half.parquet": as_parquet(CONVERSATIONS)[:700],
+            "half.jsonl.gz": gzip.compress(lines)[:-20],
+            "not.jsonl.gz": b"hello",
+            "half.csv.gz": gzip.compress(as_csv(CONVERSATIONS))[:-20],
+            "rows.parquet.gz": gzip.compress(as_parquet(CONVERSATIONS)),
+            "object.json": b'{"data": []}',
+            "lines.json": lines,
+            "latin.jsonl": '{"text": "é"}'.encode("latin-1"),
+            "ragged.csv": b"prompt,completion\na,b,c\n",
+            "header.csv": b"prompt,completion\n",
+            "list.json": b"[]",
+            "number.jsonl": b"5\n[]\n{\n",
+        }.get(name, b"")
+    )
+    return str(path)
+
+
+BROKEN = {
+    "half.parquet": "cannot be read: Parquet magic bytes not found in footer",
+    "half.jsonl.gz": "cannot be read: Compressed file ended before the end-of-stream marker",
+    "not.jsonl.gz": "cannot be read: Not a gzipped file",
+    "half.csv.gz": "cannot be read: Compressed file ended before the end-of-stream marker",
+    "rows.parquet.gz": "unknown kind of file '.gz'",
+    "rows.xml": "unknown kind of file '.xml'; known are .jsonl, .json, .csv and .txt, each also "
+    ".gz, and .parquet",
+    "object.json": "holds no list of rows",
+    "lines.json": "not a JSON list of rows: Extra data: line 2 column 1",
+    "latin.jsonl": "not UTF-8 text (byte 10)",
+    "ragged.csv": "cannot be read: a row has more fields than the header",
+    "header.csv": "has no rows",
+    "list.json": "has no rows",
+    "empty.jsonl": "has no rows",
+    "empty.json": "not a JSON list of rows: Expecting value",
+    "empty.csv": "cannot be read: No columns to parse from file",
+    "empty.parquet": "cannot be read: Parquet file size is 0 bytes",
+    "number.jsonl": "no row is JSON with columns",
+    "folder": "cannot be read: The directory at",
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_file_is_an_error_that_names_it(name, tmp_path, make_stage, tokenizer):
+    path = tmp_path / name
+    if name == "folder":
+        path.mkdir()
+    else:
+        broken(path)
+    with pytest.raises(DataError) as error:
+        load_conversations(make_stage(str(path)), tokenizer)
+    assert str(error.value).startswith(f"{path}: {BROKEN[name]}")
+    assert len(str(error.value).splitlines()) == 1
+    assert len(str(error.value)) - len(str(path)) < 150
+
+
+def test_a_broken_file_of_several_is_named(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", CONVERSATIONS)
+    (tmp_path / "b.jsonl").write_bytes(b"\xff")
+    with pytest.raises(DataError) as error:
+        load_rows(Source(f"{tmp_path}/*.jsonl"), 0)
+    assert str(error.value) == f"{tmp_path}/*.jsonl: b.jsonl: not UTF-8 text (byte 0)"
+    (tmp_path / "c.parquet").write_bytes(as_parquet([{"a": "x"}]))
+    (tmp_path / "d.parquet").write_bytes(as_parquet([{"b": "x"}]))
+    with pytest.raises(DataError) as error:
+        load_rows(Source(f"{tmp_path}/*.parquet"), 0)
+    assert str(error.value) == f"{tmp_path}/*.parquet: its files differ in their columns"
+
+
+def test_a_source_that_is_not_there_is_an_error(tmp_path):
+    rows = datasets.Dataset.from_list(CONVERSATIONS)
+    rows.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict(train=rows, few=rows).save_to_disk(tmp_path / "splits")
+    write_jsonl(tmp_path / "a.jsonl", CONVERSATIONS)
+    (tmp_path / "b.csv").write_bytes(as_csv(CONVERSATIONS))
+    for path, split, says in (
+        ("none.jsonl", "train", "no such file"),
+        ("none", "train", "no such file"),
+        ("*.none", "train", "no file matches"),
+        ("[ab].*", "train", "matches files of several kinds: .csv, .jsonl"),
+        ("a.jsonl", "test", "split: test: a file is all one split"),
+        ("saved", "test", "split: test: a file is all one split"),
+        ("splits", "test", "has no split test but train, few"),
+    ):
+        with pytest.raises(DataError) as error:
+            load_rows(Source(f"{tmp_path}/{path}", split=split), 0)
+        assert str(error.value) == f"{tmp_path}/{path}: {says}"
+    for path in ("rows.jsonl", "rows.csv.gz"):  # no name on the Hub
+        with pytest.raises(DataError, match=rf"^{path}: no such file$"):
+            load_rows(Source(path), 0)
+    with pytest.raises(DataError, match=r"^identity: unknown split 'dev'; there are train, test$"):
+        load_rows(Source("identity", split="dev"), 0)
+
+
+# --- conversations ---
+
+
+def test_columns_are_renamed(tmp_path, make_stage, tokenizer):
+    rows = [{"chat": row["messages"], "messages": "other", "id": 1} for row in CONVERSATIONS]
+    (tmp_path / "c.parquet").write_bytes(as_parquet(rows))
+    for path in (write_jsonl(tmp_path / "c.jsonl", rows), str(tmp_path / "c.parquet")):
+        stage = make_stage(Source(path, columns={"messages": "chat"}))
+        train, _ = load_conversations(stage, tokenizer)
+        assert texts_of(train, tokenizer) == [rendered(row, tokenizer) for row in CONVERSATIONS]
+    rows = [{"q": "Hi", "a": "Hello"}]
+    path = write_jsonl(tmp_path / "d.jsonl", rows)
+    stage = make_stage(Source(path, columns={"prompt": "q", "completion": "a"}))
+    train, _ = load_conversations(stage, tokenizer)
+    assert texts_of(train, tokenizer) == [rendered(conversation("Hi", "Hello"), tokenizer)]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_wrong_columns_are_an_error_that_lists_them(kind, tmp_path, make_stage, tokenizer):
+    path = tmp_path / f"r.{kind}"
+    path.write_bytes(FILES[kind]([{"chat": "Hi", "id": 1}]))
+    for columns in ({}, {"messages": "talk"}):
+        with pytest.raises(DataError) as error:
+            load_conversations(make_stage(Source(str(path), columns=columns)), tokenizer)
+        lines = str(error.value).splitlines()
+        assert lines[0] == f"{path}: cannot tell the format from its columns chat, id"
+        assert len(lines) == 2
+
+
+def test_a_column_that_bears_our_name_is_no_trouble(tmp_path, make_stage, tokenizer):
+    rows = [row | {"row_number": "x", "length": "long"} for row in CONVERSATIONS]
+    (tmp_path / "r.parquet").write_bytes(as_parquet(rows))
+    train, _ = load_conversations(make_stage(str(tmp_path / "r.parquet")), tokenizer)
+    assert len(train) == 20
+
+
+def test_text_is_no_conversation(make_stage, tokenizer):
+    with pytest.raises(DataError, match=r"^facts: format text is for base; sft learns from conv"):
+        load_conversations(make_stage(Source("facts", format="text")), tokenizer)
+
+
+def test_refused_rows_are_listed_and_data_json_counts(tmp_path, make_stage, tokenizer):
+    long = conversation("Long?", "word " * 200)
+    too_long = conversation("word " * 200, "No.")
+    path = tmp_path / "r.jsonl"
+    lines = [
+        json.dumps(CONVERSATIONS[0]),
+        '{"messages": [',
+        json.dumps(long),
+        json.dumps({"messages": []}),
+        json.dumps(too_long),
+        json.dumps({"other": 1}),
+        "[1]",
+        json.dumps(CONVERSATIONS[1]),
+        json.dumps(conversation("Hi", "")),
+        json.dumps({"messages": []}),
+    ]
+    path.write_text("\n".join(lines))
+    other = write_jsonl(tmp_path / "other.jsonl", CONVERSATIONS[2:12])
+    stage = make_stage(str(path), Source(other, rows=5, repeat=3), max_length=48)
+    train, _ = load_conversations(stage, tokenizer)
+
+    source = str(path)
+    assert read_jsonl(stage.folder / "rejected.jsonl") == [
+        {"source": source, "row": 1, "reason": "not JSON"},
+        {"source": source, "row": 3, "reason": "no messages"},
+        {"source": source, "row": 4, "reason": "nothing left to train on"},
+        {"source": source, "row": 5, "reason": "not a row of format messages"},
+        {"source": source, "row": 6, "reason": "not a mapping of columns"},
+        {"source": source, "row": 8, "reason": "empty content"},
+        {"source": source, "row": 9, "reason": "no messages"},
+    ]
+    kept = [encode_conversation(r["messages"], tokenizer) for r in (CONVERSATIONS[0], long)]
+    kept = [(ids[:48], labels[:48]) for ids, labels in kept]
+    kept.append(encode_conversation(CONVERSATIONS[1]["messages"], tokenizer))
+    first, second = json.loads((stage.folder / "data.json").read_text())
+    lengths = sorted(len(ids) for ids, _ in kept)
+    assert first == {
+        "source": source,
+        "read": 10,
+        "kept": 3,
+        "repeat": 1,
+        "refused": {
+            "not JSON": 1,
+            "no messages": 2,
+            "nothing left to train on": 1,
+            "not a row of format messages": 1,
+            "not a mapping of columns": 1,
+            "empty content": 1,
+        },
+        "truncated": 1,
+        "tokens": sum(lengths),
+        "trained_tokens": sum(label != IGNORED for _, labels in kept for label in labels),
+        "length_percentiles": {"5": lengths[0], "50": lengths[1], "95": 48, "100": 48},
+    }
+    assert [row["input_ids"] for row in train][:3] == [ids for ids, _ in kept]
+    assert [row["labels"] for row in train][:3] == [labels for _, labels in kept]
+    assert train["length"][:3] == [len(ids) for ids, _ in kept]
+    assert (second["read"], second["kept"], second["repeat"], second["refused"]) == (5, 5, 3, {})
+    assert len(train) == 3 + 5 * 3
+    assert train["source"][:] == [0] * 3 + [1] * 15
+    assert second["tokens"] == sum(train["length"][3:8])
+
+
+def test_a_cut_conversation_keeps_a_trained_token_or_is_refused(make_stage, tokenizer, tmp_path):
+    row = conversation("Hello there?", "Yes indeed.")
+    ids, labels = encode_conversation(row["messages"], tokenizer)
+    first = next(place for place, label in enumerate(labels) if label != IGNORED)
+    path = write_jsonl(tmp_path / "r.jsonl", [row])
+    for length in range(2, len(ids) + 2):
+        stage = make_stage(path, max_length=length)
+        if length <= first:
+            with pytest.raises(DataError) as error:
+                load_conversations(stage, tokenizer)
+            assert str(error.value) == (
+                "sft: no row is left to train on; all were refused (nothing left to train on)"
+            )
+        else:
+            train, _ = load_conversations(stage, tokenizer)
+            assert train[0]["input_ids"] == ids[:length]
+            assert train[0]["labels"] == labels[:length]
+            assert train[0]["labels"][first] != IGNORED
+
+
+def test_all_tokens_train_without_assistant_only(make_stage, tokenizer, tmp_path):
+    path = write_jsonl(tmp_path / "r.jsonl", CONVERSATIONS)
+    train, _ = load_conversations(make_stage(path, assistant_only_loss=False), tokenizer)
+    assert all(row["labels"] == row["input_ids"] for row in train)
+
+
+def test_held_out_conversations_are_in_no_training_row(make_stage, tokenizer, tmp_path):
+    # 20 different ones; b has 10 of them again, and c one of those five times
+    a = write_jsonl(tmp_path / "a.jsonl", CONVERSATIONS)
+    b = write_jsonl(tmp_path / "b.jsonl", CONVERSATIONS[:10])
+    c = write_jsonl(tmp_path / "c.jsonl", [CONVERSATIONS[3]] * 5)
+    stage = make_stage(a, Source(b, repeat=2), c, held_out=6)
+    train, held_out = load_conversations(stage, tokenizer)
+    held = texts_of(held_out, tokenizer)
+    assert len(held) == len(set(held)) == 6
+    names = [rendered(row, tokenizer) for row in CONVERSATIONS]
+    assert set(held) <= set(names)
+    weight = dict.fromkeys(names, 1)
+    for name in names[:10]:
+        weight[name] += 2
+    weight[names[3]] += 5
+    trained = texts_of(train, tokenizer)
+    assert sorted(trained) == sorted(
+        name for name in names if name not in held for _ in range(weight[name])
+    )
+    # the same conversations whatever the order of the sources, others with another seed
+    again = load_conversations(make_stage(c, b, a, held_out=6), tokenizer)[1]
+    assert sorted(texts_of(again, tokenizer)) == sorted(held)
+    other = load_conversations(make_stage(a, b, c, held_out=6, seed=1), tokenizer)[1]
+    assert sorted(texts_of(other, tokenizer)) != sorted(held)
+
+
+def test_held_out_may_be_a_share_or_none(make_stage, tokenizer, tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", CONVERSATIONS * 2)
+    for held_out, count in ((0.25, 5), (0.01, 1), (3, 3)):
+        train, held = load_conversations(make_stage(path, held_out=held_out), tokenizer)
+        assert (len(train), len(held)) == (40 - 2 * count, count)
+    for stage in (
+        make_stage(path, held_out=0),
+        make_stage(path, held_out=5, trainer={"eval_strategy": "no"}),
+    ):
+        train, held = load_conversations(stage, tokenizer)
+        assert (len(train), held) == (40, None)
+    with pytest.raises(DataError) as error:
+        load_conversations(make_stage(path, held_out=20), tokenizer)
+    assert str(error.value) == (
+        "sft: held_out: 20 of 20 different conversations leaves none to train on"
+    )
+
+
+def test_packed_conversations_are_whole_and_in_seeded_order(make_stage, tokenizer, tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", CONVERSATIONS)
+    stage = make_stage(path, name="mid", max_length=96, held_out=4)
+    train, held_out = load_packed_conversations(stage, tokenizer)
+    again, _ = load_packed_conversations(stage, tokenizer)
+    assert train.rows == again.rows
+    assert sorted(item for row in train.rows for item in row) == list(range(16))
+    assert sorted(item for row in held_out.rows for item in row) == list(range(4))
+    assert len(train) < 16
+    assert all(len(row["input_ids"]) <= 96 for row in [*train, *held_out])
+    seen = [tokenizer.decode(row["input_ids"]) for row in [*train, *held_out]]
+    parts = sorted("<|bos|>" + part for text in seen for part in text.split("<|bos|>")[1:])
+    assert parts == sorted(rendered(row, tokenizer) for row in CONVERSATIONS)
+    off = make_stage(path, name="mid", max_length=96)
+    assert load_packed_conversations(off, tokenizer)[1] is None
+
+
+# --- base text ---
+
+
+@pytest.fixture
+def make_recipe(tmp_path):
+    """Makes a recipe with a base stage of these sources and settings."""
+
+    def make(data: list[dict], **settings) -> Recipe:
+        path = tmp_path / "recipe.yaml"
+        base = {"max_steps": 1, "max_length": 8, "held_out": 0, "tokens_per_step": None}
+        recipe = {
+            "output_dir": str(tmp_path),
+            "model": {"depth": 2, "vocab_size": 512},
+            "tokenizer": {"train": True},
+            "base": {**base, "per_device_train_batch_size": 1, "data": data, **settings},
+        }
+        path.write_text(yaml.safe_dump(recipe))
+        return load_recipe(str(path), "--quiet")
+
+    return make
+
+
+def documents(count: int, name: str = "doc") -> list[dict]:
+    return [{"text": f"{name} {number} ends."} for number in range(count)]
+
+
+def stream_of(texts: list[str], tokenizer) -> list[int]:
+    ids = []
+    for text in texts:
+        ids += [0, *tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)]
+    return ids
+
+
+def flat(rows: datasets.Dataset) -> list[int]:
+    return list(itertools.chain.from_iterable(rows["input_ids"]))
+
+
+def split_documents(ids: list[int], tokenizer) -> list[str]:
+    """The whole documents in a stream of tokens; the last may be cut."""
+    return tokenizer.decode(ids).split("<|bos|>")[1:-1]
+
+
+def test_base_rows_are_the_documents_end_to_end(tmp_path, make_recipe, tokenizer):
+    rows = documents(30)
+    rows[5]["text"] = "a <|bos|> written in a text is plain"
+    path = write_jsonl(tmp_path / "d.jsonl", rows)
+    train, held_out = load_text(make_recipe([{"path": path}]), tokenizer)
+    assert held_out is None
+    assert {len(row) for row in train["input_ids"]} == {8}
+    ids = flat(train)
+    # each document once, in the order of a seeded shuffle, behind a <|bos|>
+    texts = ["".join(tokenizer.decode(part)) for part in split_at_bos(ids)]
+    whole = sorted(row["text"] for row in rows)
+    assert len(texts) == 30
+    assert set(texts[:-1]) <= set(whole) and texts != [row["text"] for row in rows]
+    last = next(text for text in whole if text not in texts[:-1])
+    expected = stream_of([*texts[:-1], last], tokenizer)
+    assert ids == expected[: len(expected) // 8 * 8]
+    again, _ = load_text(make_recipe([{"path": path}]), tokenizer)
+    assert flat(again) == ids
+
+
+def split_at_bos(ids: list[int]) -> list[list[int]]:
+    parts: list[list[int]] = []
+    for token in ids:
+        if token == 0:
+            parts.append([])
+        else:
+            parts[-1].append(token)
+    return parts
+
+
+def test_base_audit_counts_what_was_read(tmp_path, make_recipe, tokenizer):
+    rows = [*documents(20), {"text": " "}, {"text": None}, {"other": 1}, {"text": "\ud800"}, 5]
+    path = write_jsonl(tmp_path / "d.jsonl", rows)
+    other = write_jsonl(tmp_path / "e.jsonl", [{"body": f"other {n}"} for n in range(10)])
+    recipe = make_recipe(
+        [{"path": path, "repeat": 2}, {"path": other, "columns": {"text": "body"}}]
+    )
+    train, _ = load_text(recipe, tokenizer)
+    (audit,) = json.loads((recipe.base.folder / "data.json").read_text())
+    assert audit == {
+        "source": f"{path}, {other}",
+        "read": 35,
+        "kept": 30,
+        "refused": {"no text": 5},
+        "tokens": len(train) * 8,
+        "rows": len(train),
+        "held_out_rows": 0,
+    }
+    assert read_jsonl(recipe.base.folder / "rejected.jsonl") == [
+        {"source": path, "row": number, "reason": "no text"} for number in range(20, 25)
+    ]
+    tokens = 2 * len(stream_of([row["text"] for row in rows[:20]], tokenizer))
+    tokens += len(stream_of([f"other {number}" for number in range(10)], tokenizer))
+    assert len(train) == tokens // 8
+    assert list(base_texts(recipe.base)) == [
+        *(row["text"] for row in rows[:20]),
+        *(f"other {number}" for number in range(10)),
+    ]
+
+
+def test_held_out_documents_are_in_no_training_row(tmp_path, make_recipe, tokenizer):
+    rows = documents(40)
+    a = write_jsonl(tmp_path / "a.jsonl", rows)
+    b = write_jsonl(tmp_path / "b.jsonl", rows[:20])
+    recipe = make_recipe(
+        [{"path": a, "repeat": 2}, {"path": b}], held_out=10, eval_steps=1, max_length=4
+    )
+    train, held_out = load_text(recipe, tokenizer)
+    held = {tokenizer.decode(part) for part in split_at_bos(flat(held_out))[:-1]}
+    trained = [tokenizer.decode(part) for part in split_at_bos(flat(train))[:-1]]
+    assert 9 <= len(held) <= 10
+    assert not held & set(trained)
+    in_a, in_b = ({row["text"] for row in part} - held for part in (rows, rows[:20]))
+    # the tenth held-out document may be cut off from the rows' end, and a last one of training
+    assert len(trained) + 1 >= 2 * (len(in_a) - 1) + len(in_b) - 1
+    assert max(trained.count(text) for text in in_b) == 3
+    audit = json.loads((recipe.base.folder / "data.json").read_text())[0]
+    assert (audit["read"], audit["kept"]) == (60, 60)
+    assert (audit["rows"], audit["held_out_rows"]) == (len(train), len(held_out))
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "says"),
+    [
+        (documents(1), {"max_length": 64}, "base: the text fills no row of 64 tokens; give it"),
+        (
+            documents(30),
+            {"held_out": 1, "eval_steps": 1, "max_length": 64},
+            "base: held_out: 1 documents fill no row of 64 tokens; hold out more",
+        ),
+        (
+            documents(30),
+            {"held_out": 30, "eval_steps": 1},
+            "base: held_out: 30 of 30 different documents leaves none to train on",
+        ),
+        ([{"body": "x"}], {}, "d.jsonl: no row has any text under 'text'"),
+        ([{"text": ""}], {}, "d.jsonl: no row has any text under 'text'"),
+    ],
+)
+def test_base_text_that_does_not_do(rows, settings, says, tmp_path, make_recipe, tokenizer):
+    path = write_jsonl(tmp_path / "d.jsonl", rows)
+    with pytest.raises(DataError) as error:
+        load_text(make_recipe([{"path": path}], **settings), tokenizer)
+    assert says in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_base_text_without_its_column(tmp_path, make_recipe, tokenizer):
+    (tmp_path / "d.parquet").write_bytes(as_parquet([{"body": "x", "id": 1}]))
+    with pytest.raises(DataError) as error:
+        load_text(make_recipe([{"path": str(tmp_path / "d.parquet")}]), tokenizer)
+    assert str(error.value) == (
+        f"{tmp_path}/d.parquet: has no column 'text' but body, id; name its text with "
+        "`columns: {text: YOUR_COLUMN}`"
+    )
+
+
+# --- base text from a stream ---
+
+
+def streaming_stage(make_stage, **settings) -> Stage:
+    source = Source("me/text", streaming=True, columns={"text": "body"})
+    return make_stage(source, name="base", **{"max_length": None, **settings})
+
+
+def streamed(rows: list[dict]) -> datasets.IterableDataset:
+    return datasets.Dataset.from_list(rows).to_iterable_dataset(num_shards=2)
+
+
+def test_a_stream_is_endless_and_holds_its_first_documents_out(make_stage, tokenizer):
+    rows = [{"body": row["text"]} for row in documents(50)]
+    rows[3]["body"] = None
+    rows[40]["body"] = rows[1]["body"]  # a copy of one that is held out
+    rows[41]["body"] = " "
+    stage = streaming_stage(make_stage, held_out=5)
+    train, held_out = _stream_rows(stage, streamed(rows), tokenizer, 4)
+    held = [rows[number]["body"] for number in (0, 1, 2, 4)]
+    expected = stream_of(held, tokenizer)
+    assert flat(held_out) == expected[: len(expected) // 4 * 4]
+
+    kept = [rows[number]["body"] for number in range(5, 50) if number not in (40, 41)]
+    epoch = len(stream_of(kept, tokenizer)) // 4  # rows
+    taken = [row["input_ids"] for row in itertools.islice(iter(train), 3 * epoch)]
+    orders = []
+    for start in range(0, 3 * epoch, epoch):
+        ids = list(itertools.chain.from_iterable(taken[start : start + epoch]))
+        order = [tokenizer.decode(part) for part in split_at_bos(ids)]
+        # an epoch ends where its tokens fill no row any more
+        assert set(order[:-1]) <= set(kept)
+        assert len(order[:-1]) in (len(kept) - 1, len(kept) - 2, len(kept))
+        assert len(set(order[:-1])) == len(order[:-1])
+        orders.append(order)
+    assert orders[0] != orders[1] != orders[2]
+    assert orders[0][:-1] != kept[: len(orders[0]) - 1]  # shuffled
+    again = _stream_rows(stage, streamed(rows), tokenizer, 4)[0]
+    assert [row["input_ids"] for row in itertools.islice(iter(again), 3 * epoch)] == taken
+
+
+def test_a_stream_without_validation_trains_on_all(make_stage, tokenizer):
+    rows = [{"body": row["text"]} for row in documents(20)]
+    train, held_out = _stream_rows(streaming_stage(make_stage), streamed(rows), tokenizer, 4)
+    assert held_out is None
+    epoch = len(stream_of([row["body"] for row in rows], tokenizer)) // 4
+    ids = [token for row in itertools.islice(iter(train), epoch) for token in row["input_ids"]]
+    assert len(split_at_bos(ids)) in (19, 20)
+
+
+@pytest.mark.parametrize(
+    ("held_out", "length", "says"),
+    [
+        (
+            0.1,
+            4,
+            "base.held_out: 0.1 is a share, but a stream's length is not known; give a number",
+        ),
+        (2, 500, "base: held_out: 2 documents fill no row of 500 tokens"),
+        (0, 5000, "me/text: what is not held out fills no row of 5000 tokens"),
+    ],
+)
+def test_a_stream_that_does_not_do(held_out, length, says, make_stage, tokenizer):
+    rows = [{"body": row["text"]} for row in documents(20)]
+    stage = streaming_stage(make_stage, held_out=held_out)
+    with pytest.raises(DataError) as error:
+        next(iter(_stream_rows(stage, streamed(rows), tokenizer, length)[0]))
+    assert str(error.value).startswith(says)
+
+
+def test_a_stream_must_be_alone_and_on_the_hub(tmp_path, make_recipe, tokenizer):
+    path = write_jsonl(tmp_path / "d.jsonl", documents(5))
+    recipe = make_recipe([{"path": path, "streaming": True}, {"path": path}])
+    with pytest.raises(DataError, match=r"^base.data: a streaming source must be the only one$"):
+        load_text(recipe, tokenizer)
+    recipe = make_recipe([{"path": path, "streaming": True}])
+    with pytest.raises(DataError, match=r"d.jsonl: streaming is for datasets on the Hub; leave"):
+        load_text(recipe, tokenizer)
+    assert sorted(os.listdir(tmp_path)) == ["d.jsonl", "recipe.yaml"]
