@@ -133,6 +133,28 @@ def sft(
     _stage("sft", context, recipe, config_file, quiet)
 
 
+@app.command(context_settings=OVERRIDES)
+def data(
+    context: typer.Context,
+    recipe: RecipeArgument,
+    show: Annotated[
+        int, typer.Option("--show", min=0, help="Examples of each stage to print.")
+    ] = 1,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what the model will see: rows kept and refused, lengths, and real examples."""
+    from hfsft.recipe import load_recipe
+
+    checked = load_recipe(recipe, *context.args)
+    from hfsft.preview import preview, print_preview
+
+    seen = preview(checked, show)
+    if as_json:
+        print(json.dumps(seen, ensure_ascii=False, indent=1))
+    else:
+        print_preview(seen)
+
+
 @app.command()
 def chat(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model's folder, or a Hub id.")],

@@ -8,11 +8,16 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from hfsft import templates
 from hfsft.errors import DataError
 
 Messages = list[dict[str, Any]]
 IGNORED = -100  # the label of a token that is not trained on, in torch and transformers
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+
+
+class TooLong(Exception):
+    """A conversation above `max_length` where `on_too_long` is error."""
 
 
 class BadRow(Exception):
@@ -152,6 +157,9 @@ def to_messages(row: dict[str, Any], name: str) -> Messages:
     Raises:
         BadRow: with the reason.
     """
+    for column in ("chat_template", "chat_template_kwargs", "tools"):
+        if row.get(column):
+            raise BadRow(f"brings its own {column}")
     try:
         messages = FORMATS[name][1](row)
     except (KeyError, TypeError, ValueError, AttributeError):
@@ -287,15 +295,17 @@ def encode_conversation(
         Token ids and labels of the same length; untrained labels are -100.
 
     Raises:
-        BadRow: where the template cannot write the message, or a foreign one cannot keep its text
-            apart from the special tokens.
+        BadRow: where the template cannot write the conversation.
     """
     pieces_of = {"nanochat": nanochat_pieces, "chatml": chatml_pieces}.get(tokenizer.hfsft_template)
     if pieces_of is None:
-        ids, mask = _encode_with_template(messages, tokenizer)
-        if not assistant_only:
-            mask = [1] * len(ids)
-        return ids, [i if m else IGNORED for i, m in zip(ids, mask, strict=True)]
+        plain = [message | {"content": _text_alone(message["content"])} for message in messages]
+        try:
+            ids, mask = templates.encode(plain, tokenizer)
+        except templates.TemplateError as error:
+            raise BadRow(str(error)) from None
+        trained = (mine or not assistant_only for mine in mask)
+        return ids, [i if t else IGNORED for i, t in zip(ids, trained, strict=True)]
     ids, labels, output = [], [], False
     for text, special, trained in pieces_of(messages):
         piece = (
@@ -311,26 +321,75 @@ def encode_conversation(
     return ids, labels
 
 
-def _encode_with_template(messages: Messages, tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Encode through the model's own Jinja template, with its or trl's `{% generation %}` marks."""
-    import jinja2
+def fit_conversation(
+    messages: Messages,
+    tokenizer: Any,
+    max_length: int | None,
+    on_too_long: str = "truncate",
+    assistant_only: bool = True,
+) -> list[tuple[list[int], list[int], bool]]:
+    """Encode a conversation into at most `max_length` tokens, as `on_too_long` says.
 
-    # of Llama 3's special tokens `all_special_tokens` names but two
-    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    plain = []
-    for message in messages:
-        content = _text_alone(message["content"])
-        # foreign templates render the text first and tokenize after
-        if any(token in content for token in special):
-            raise BadRow("a special token written inside the content")
-        plain.append({"role": message["role"], "content": content})
-    try:
-        encoded = tokenizer.apply_chat_template(
-            plain,
-            chat_template=tokenizer.hfsft_training_template,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-        )
-    except jinja2.TemplateError as error:
-        raise BadRow(f"the chat template refuses it: {error}") from None
-    return list(encoded["input_ids"]), list(encoded["assistant_masks"])
+    Args:
+        messages: as `check_messages` returns them.
+        tokenizer: as `load_tokenizer` returns it.
+        max_length: tokens; None: as long as it is.
+        on_too_long: "truncate" keeps the beginning and cuts no character in two; "drop" refuses it;
+            "split" makes several of it, each with the system message and whole exchanges, and
+            truncates an exchange that is too long by itself; "error" raises `TooLong`.
+        assistant_only: as `encode_conversation`.
+
+    Returns:
+        Token ids, labels, and whether they were cut; several only where it was split.
+
+    Raises:
+        BadRow: with the reason, also where no trained token is left.
+        TooLong: see `on_too_long`.
+    """
+    ids, labels = encode_conversation(messages, tokenizer, assistant_only)
+    if max_length is None or len(ids) <= max_length:
+        return [(ids, _trained(labels), False)]
+    if on_too_long == "error":
+        raise TooLong
+    if on_too_long == "drop":
+        raise BadRow("longer than max_length")
+    if on_too_long == "split" and len(messages) > 3:
+        fitted = []
+        for part in _split(messages, tokenizer, max_length, assistant_only):
+            fitted += fit_conversation(part, tokenizer, max_length, "truncate", assistant_only)
+        return fitted
+    end = _character_end(ids, max_length, tokenizer)
+    return [(ids[:end], _trained(labels[:end]), True)]
+
+
+def _trained(labels: list[int]) -> list[int]:
+    # the first token is predicted by none before it
+    if all(label == IGNORED for label in labels[1:]):
+        raise BadRow("nothing left to train on")
+    return labels
+
+
+def _character_end(ids: list[int], end: int, tokenizer: Any) -> int:
+    """The last position up to `end` that cuts no character: one takes at most four byte tokens."""
+    for position in range(end, max(end - 4, 0), -1):
+        if not tokenizer.decode(ids[max(0, position - 8) : position]).endswith("\ufffd"):
+            return position
+    return end  # the text itself holds replacement characters
+
+
+def _split(
+    messages: Messages, tokenizer: Any, max_length: int, assistant_only: bool
+) -> list[Messages]:
+    """Cut a conversation between exchanges, as few times as its exchanges in order allow."""
+    system = messages[:1] if messages[0]["role"] == "system" else []
+    turns = messages[len(system) :]
+    parts: list[Messages] = []
+    for start in range(0, len(turns), 2):
+        exchange = turns[start : start + 2]
+        longer = [*(parts[-1] if parts else system), *exchange]
+        fits = len(encode_conversation(longer, tokenizer, assistant_only)[0]) <= max_length
+        if parts and fits:
+            parts[-1] = longer
+        else:
+            parts.append([*system, *exchange])
+    return parts

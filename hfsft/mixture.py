@@ -10,18 +10,29 @@ import random
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 from accelerate import PartialState
+from rich.console import Console
 
 from hfsft import conversations
+from hfsft.audit import (
+    NOT_BAD,
+    audit_source,
+    bad_rows,
+    print_audit,
+    too_many_bad_rows,
+    write_audit,
+)
 from hfsft.conversations import (
     IGNORED,
     BadRow,
+    TooLong,
     detect_format,
-    encode_conversation,
+    fit_conversation,
     to_messages,
 )
 from hfsft.errors import DataError
@@ -51,6 +62,7 @@ def load_rows(source: Source, seed: int) -> datasets.Dataset:
     Raises:
         DataError: if the source is missing, unreadable or empty.
     """
+    seed = seed if source.seed is None else source.seed
     if source.path in TASKS:
         try:
             made = task_rows(source.path, rows=source.rows, split=source.split, seed=seed)
@@ -212,71 +224,135 @@ def _digest(ids: list[int]) -> str:
     return hashlib.blake2b(repr(ids).encode(), digest_size=8).hexdigest()
 
 
+@dataclass(frozen=True)
+class Mixture:
+    """A stage's data, and what became of every row of its sources."""
+
+    train: Any  # a dataset; of a stream, an endless one
+    held_out: Any  # a dataset, or None where the stage validates nothing
+    audit: dict[str, Any]  # as `audit.write_audit` takes it
+    rejected: list[dict[str, Any]]  # source, row, reason
+
+
+def _settle(mixture: Mixture, stage: Stage) -> Mixture:
+    """Write a mixture's audit, print its table, and refuse it where `on_bad_rows` says so."""
+    if PartialState().is_main_process:
+        write_audit(stage.folder, mixture.audit, mixture.rejected)
+        if not stage.quiet:
+            print_audit(stage.name, mixture.audit, Console(highlight=False))
+    for source in mixture.audit["sources"]:
+        refuse = stage.on_bad_rows == "error" and bad_rows(source) > 0
+        if refuse or (stage.on_bad_rows is None and too_many_bad_rows(source)):
+            first = next(
+                entry
+                for entry in mixture.rejected
+                if entry["source"] == source["source"] and entry["reason"] not in NOT_BAD
+            )
+            raise DataError(
+                f"{source['source']}: {bad_rows(source):,} of {source['read']:,} rows are bad, the "
+                f"first is row {first['row']} ({first['reason']})\n  Each is in "
+                f"{stage.folder / 'rejected.jsonl'}; to train on the rest: --on_bad_rows skip"
+            )
+    return mixture
+
+
 # --- conversations ---
 
 
-def load_conversations(
-    stage: Stage, tokenizer: Any, max_length: int | None = None
-) -> tuple[datasets.Dataset, datasets.Dataset | None]:
-    """Load, encode and mix a stage's conversations; writes `data.json` and `rejected.jsonl`.
+def mix_conversations(stage: Stage, tokenizer: Any) -> Mixture:
+    """Load, encode and mix a stage's conversations.
 
     Args:
         stage: names the sources and how many conversations to hold out.
         tokenizer: as `load_tokenizer` returns it.
-        max_length: tokens a conversation; longer ones are cut, and refused if that leaves no
-            trained token. None: the stage's own.
 
     Returns:
-        The conversations to train on and those held out (None if the stage validates nothing), with
-        `input_ids`, `labels`, `length` and `source`. What is held out, and any exact copy of it in
-        any source, is in no training row; copies for `repeat` are made after.
+        Conversations with `input_ids`, `labels`, `length` and `source`. What is held out, and any
+        exact copy of it in any source, is in no training row; `repeat` and `weight` copy after.
 
     Raises:
         DataError: if a source cannot be read or nothing is left to train on.
     """
-    max_length = max_length or stage.max_length
     parts, audits, rejected = [], [], []
+    seen: set[str] = set()
     with PartialState().main_process_first():
-        for source in stage.data:
-            encoded = _encode_source(source, stage, tokenizer, max_length)
-            reasons = Counter(reason for reason in encoded["refused"] if reason)
-            for number, reason in zip(encoded[ROW_COLUMN], encoded["refused"], strict=True):
-                if reason:
-                    rejected.append({"source": str(source), "row": number, "reason": reason})
-            kept = [index for index, reason in enumerate(encoded["refused"]) if not reason]
-            parts.append(encoded.select(kept))
-            audits.append(_audit(source, encoded, parts[-1], reasons))
-    _write_audit(stage, audits, rejected)
+        for index, source in enumerate(stage.data):
+            encoded = _encode_source(source, stage, tokenizer)
+            reasons = encoded["refused"][:]
+            duplicates = 0
+            for position, digest in enumerate(encoded["digest"]):
+                if reasons[position]:
+                    continue
+                if digest in seen:
+                    duplicates += 1
+                    if stage.duplicates == "drop":
+                        reasons[position] = "exact duplicate"
+                seen.add(digest)
+            numbers = encoded[ROW_COLUMN][:]
+            rejected += [
+                {"source": str(source), "row": number, "reason": reason}
+                for number, reason in zip(numbers, reasons, strict=True)
+                if reason
+            ]
+            kept = encoded.select([i for i, reason in enumerate(reasons) if not reason])
+            parts.append(kept.add_column("source", [index] * len(kept)))
+            audits.append(
+                audit_source(
+                    str(source),
+                    read=len(set(numbers)),
+                    lengths=kept["length"][:],
+                    trained_tokens=sum(kept["trained"]),
+                    reasons=Counter(reason for reason in reasons if reason),
+                    truncated=sum(kept["cut"]),
+                    split=len(numbers) - len(set(numbers)),
+                    duplicates=duplicates,
+                )
+            )
     if not any(len(part) for part in parts):
         first = f" ({rejected[0]['reason']})" if rejected else ""
         raise DataError(f"{stage.name}: no row is left to train on; all were refused{first}")
 
     held_digests = _choose_held_out(stage, [digest for part in parts for digest in part["digest"]])
     train, held = [], []
-    seen: set[str] = set()
-    for index, (source, part) in enumerate(zip(stage.data, parts, strict=True)):
+    seen = set()
+    for source, part, audit in zip(stage.data, parts, audits, strict=True):
         digests = part["digest"][:]
-        part = part.add_column("source", [index] * len(part)).select_columns(
-            ["input_ids", "labels", "length", "source"]
-        )
-        train.append(
-            part.select(
-                [i for i, digest in enumerate(digests) if digest not in held_digests]
-                * source.repeat
-            )
-        )
+        part = part.select_columns(["input_ids", "labels", "length", "source"])
+        trained = [i for i, digest in enumerate(digests) if digest not in held_digests]
+        train.append(part.select(copies(trained, source, stage.seed)))
         first_copies = []
         for i, digest in enumerate(digests):
             if digest in held_digests and digest not in seen:
                 seen.add(digest)
                 first_copies.append(i)
         held.append(part.select(first_copies))
+        audit |= {"train": len(train[-1]), "held_out": len(held[-1])}
     train_set = datasets.concatenate_datasets(train)
     if len(train_set) == 0:
         raise DataError(
             f"{stage.name}: held_out: {stage.held_out} leaves no conversation to train on"
         )
-    return train_set, datasets.concatenate_datasets(held) if held_digests else None
+    held_out = datasets.concatenate_datasets(held) if held_digests else None
+    sizes = {"train": len(train_set), "held_out": len(held_out) if held_out is not None else 0}
+    return Mixture(train_set, held_out, {"sources": audits, **sizes}, rejected)
+
+
+def copies(items: list[Any], source: Source, seed: int) -> list[Any]:
+    """The items of one epoch: each as often as the source says, a seeded part once more."""
+    whole = int(source.copies)
+    part = round(len(items) * (source.copies - whole))
+    more = random.Random(f"{seed}:weight:{source}").sample(range(len(items)), part)
+    return items * whole + [items[i] for i in sorted(more)]
+
+
+def load_conversations(stage: Stage, tokenizer: Any) -> tuple[Any, Any]:
+    """Mix a stage's conversations, write and print their audit; errors as `mix_conversations`.
+
+    Returns:
+        The conversations to train on, and those held out or None.
+    """
+    mixture = _settle(mix_conversations(stage, tokenizer), stage)
+    return mixture.train, mixture.held_out
 
 
 def _choose_held_out(stage: Stage, digests: list[str]) -> set[str]:
@@ -293,53 +369,64 @@ def _choose_held_out(stage: Stage, digests: list[str]) -> set[str]:
     return set(random.Random(f"{stage.seed}:held_out").sample(different, int(count)))
 
 
-def _encode_source(
-    source: Source, stage: Stage, tokenizer: Any, max_length: int | None
-) -> datasets.Dataset:
+def _encode_source(source: Source, stage: Stage, tokenizer: Any) -> datasets.Dataset:
+    """Encode a source's rows; what is refused has the reason under `refused` and nothing else."""
     rows = load_rows(source, stage.seed)
-    row_format = source.format
-    if row_format is None:
-        row_format = detect_format(_columns(rows, source), str(source))
-    if row_format == "text":
-        raise DataError(
-            f"{source}: format text is for base; {stage.name} learns from conversations"
-        )
+    row_format = source.format or detect_format(_columns(rows, source), str(source))
 
-    def encode(row: dict[str, Any], _code: str = CODE) -> dict[str, Any]:
-        empty = {"input_ids": [], "labels": [], "length": 0, "digest": "", "cut": False}
-        try:
-            messages = to_messages(_renamed(row, source), row_format)
-            ids, labels = encode_conversation(messages, tokenizer, stage.assistant_only_loss)
-        except BadRow as bad:
-            return empty | {"refused": str(bad)}
-        cut = bool(max_length) and len(ids) > max_length
-        ids, labels = ids[:max_length], labels[:max_length]
-        if all(label == IGNORED for label in labels[1:]):
-            return empty | {"refused": "nothing left to train on"}
-        return {
-            "input_ids": ids,
-            "labels": labels,
-            "length": len(ids),
-            "digest": _digest(ids),
-            "cut": cut,
-            "refused": "",
-        }
+    def encode(batch: dict[str, list[Any]], _code: str = CODE) -> dict[str, list[Any]]:
+        out: dict[str, list[Any]] = {name: [] for name in FEATURES}
+        for index, number in enumerate(batch[ROW_COLUMN]):
+            row = {name: values[index] for name, values in batch.items() if name != ROW_COLUMN}
+            try:
+                messages = to_messages(_renamed(row, source), row_format)
+                encoded = fit_conversation(
+                    messages,
+                    tokenizer,
+                    stage.max_length,
+                    stage.on_too_long,
+                    stage.assistant_only_loss,
+                )
+            except TooLong:
+                raise DataError(
+                    f"{source}: row {number} is longer than max_length ({stage.max_length} tokens) "
+                    "and on_too_long is error"
+                ) from None
+            except BadRow as bad:
+                encoded = [([], [], False)]
+                out["refused"].append(str(bad))
+            else:
+                out["refused"] += [""] * len(encoded)
+            for ids, labels, cut in encoded:
+                out[ROW_COLUMN].append(number)
+                out["input_ids"].append(ids)
+                out["labels"].append(labels)
+                out["length"].append(len(ids))
+                out["trained"].append(sum(label != IGNORED for label in labels))
+                out["digest"].append(_digest(ids))
+                out["cut"].append(cut)
+        return out
 
     return rows.map(
         encode,
-        remove_columns=[name for name in rows.column_names if name != ROW_COLUMN],
+        batched=True,
+        remove_columns=rows.column_names,
         num_proc=stage.dataset_num_proc,
         desc=str(source),
-        features=datasets.Features(
-            **{ROW_COLUMN: datasets.Value("int64")},
-            input_ids=datasets.List(datasets.Value("int32")),
-            labels=datasets.List(datasets.Value("int32")),
-            length=datasets.Value("int32"),
-            digest=datasets.Value("string"),
-            cut=datasets.Value("bool"),
-            refused=datasets.Value("string"),
-        ),
+        features=datasets.Features(FEATURES),
     )
+
+
+FEATURES = {
+    ROW_COLUMN: datasets.Value("int64"),
+    "input_ids": datasets.List(datasets.Value("int32")),
+    "labels": datasets.List(datasets.Value("int32")),
+    "length": datasets.Value("int32"),
+    "trained": datasets.Value("int32"),
+    "digest": datasets.Value("string"),
+    "cut": datasets.Value("bool"),
+    "refused": datasets.Value("string"),
+}
 
 
 def _columns(rows: datasets.Dataset, source: Source) -> list[str]:
@@ -353,47 +440,6 @@ def _columns(rows: datasets.Dataset, source: Source) -> list[str]:
         except BadRow:
             continue
     raise DataError(f"{source}: no row is JSON with columns")
-
-
-def _audit(
-    source: Source, encoded: datasets.Dataset, kept: datasets.Dataset, reasons: Counter
-) -> dict[str, Any]:
-    lengths = sorted(kept["length"])
-    return {
-        "source": str(source),
-        "read": len(encoded),
-        "kept": len(kept),
-        "repeat": source.repeat,
-        "refused": dict(reasons),
-        "truncated": sum(kept["cut"]),
-        "tokens": sum(lengths),
-        "trained_tokens": sum(
-            sum(label != IGNORED for label in labels) for labels in kept["labels"]
-        ),
-        "length_percentiles": {
-            str(percent): lengths[min(len(lengths) - 1, len(lengths) * percent // 100)]
-            for percent in (5, 50, 95, 100)
-            if lengths
-        },
-    }
-
-
-def _write_audit(stage: Stage, audits: list[dict], rejected: list[dict]) -> None:
-    if not PartialState().is_main_process:
-        return
-    stage.folder.mkdir(parents=True, exist_ok=True)
-    (stage.folder / "data.json").write_text(json.dumps(audits, indent=1) + "\n")
-    (stage.folder / "rejected.jsonl").write_text(
-        "".join(json.dumps(entry) + "\n" for entry in rejected)
-    )
-    for audit in audits:
-        refused = sum(audit["refused"].values())
-        if refused and not stage.quiet:
-            most = max(audit["refused"], key=audit["refused"].get)
-            print(
-                f"{audit['source']}: {refused:,} of {audit['read']:,} rows refused, most for "
-                f"'{most}'; each is in {stage.folder / 'rejected.jsonl'}"
-            )
 
 
 def load_packed_conversations(stage: Stage, tokenizer: Any) -> tuple[Any, Any]:
@@ -428,15 +474,25 @@ def base_texts(stage: Stage) -> Iterator[str]:
 
 
 def load_text(recipe: Recipe, tokenizer: Any) -> tuple[Any, Any]:
-    """Base's data: documents laid end to end and cut into rows of `max_length` tokens.
+    """Base's data, its audit written and printed; errors as `mix_text`.
+
+    Returns:
+        Rows to train on, and rows held out or None.
+    """
+    mixture = _settle(mix_text(recipe, tokenizer), recipe.base)
+    return mixture.train, mixture.held_out
+
+
+def mix_text(recipe: Recipe, tokenizer: Any) -> Mixture:
+    """Lay base's documents end to end and cut them into rows of `max_length` tokens.
 
     Args:
         recipe: its base stage names the sources.
         tokenizer: as `load_tokenizer` returns it.
 
     Returns:
-        Rows to train on (an endless stream if a source streams) and rows held out (None if the
-        stage validates nothing). Held-out documents are in no training row.
+        Rows of `input_ids` (an endless stream if a source streams). Held-out documents, and copies
+        of them, are in no training row.
 
     Raises:
         DataError: if a source cannot be read, or the text fills no row.
@@ -446,24 +502,29 @@ def load_text(recipe: Recipe, tokenizer: Any) -> tuple[Any, Any]:
     if any(source.streaming for source in stage.data):
         if len(stage.data) > 1:
             raise DataError(f"{stage.name}.data: a streaming source must be the only one")
-        return _stream_rows(stage, _open_stream(stage.data[0]), tokenizer, length)
+        train, held_out = _stream_rows(stage, _open_stream(stage.data[0]), tokenizer, length)
+        return Mixture(train, held_out, {"sources": [], "train": None, "held_out": None}, [])
     with PartialState().main_process_first():
-        documents, kept, rejected = [], 0, []
-        for source in stage.data:
-            texts, refused = _documents(source, stage)
-            documents += texts * source.repeat
-            kept += len(texts)
-            rejected += [
-                {"source": str(source), "row": number, "reason": "no text"} for number in refused
-            ]
-        digests = [hashlib.blake2b(text.encode(), digest_size=8).hexdigest() for text in documents]
-        held = _choose_held_out(stage, digests)
-        held_texts = dict(zip(digests, documents, strict=True))
+        read = [_documents(source, stage) for source in stage.data]
+        parts, rejected, audits = _without_duplicates(stage, read)
+        digests = [[_text_digest(text) for text in texts] for texts in parts]
+        held = _choose_held_out(stage, [digest for part in digests for digest in part])
+        train_texts: list[str] = []
+        held_texts: dict[str, str] = {}
+        for source, texts, marks, audit in zip(stage.data, parts, digests, audits, strict=True):
+            before = len(held_texts)
+            held_texts |= {
+                mark: text for mark, text in zip(marks, texts, strict=True) if mark in held
+            }
+            seen = copies(
+                [text for mark, text in zip(marks, texts, strict=True) if mark not in held],
+                source,
+                stage.seed,
+            )
+            train_texts += seen
+            audit |= {"train": len(seen), "held_out": len(held_texts) - before}
         rows = []
-        for texts in (
-            [text for text, digest in zip(documents, digests, strict=True) if digest not in held],
-            [held_texts[digest] for digest in sorted(held)],
-        ):
+        for texts in (train_texts, [held_texts[mark] for mark in sorted(held)]):
             random.Random(f"{stage.seed}:documents").shuffle(texts)
             ids = _encode_texts(texts, tokenizer)
             rows.append(list(cut_rows(ids, tokenizer.bos_token_id, length)))
@@ -477,25 +538,58 @@ def load_text(recipe: Recipe, tokenizer: Any) -> tuple[Any, Any]:
             f"base: held_out: {stage.held_out} documents fill no row of {length} tokens; "
             "hold out more"
         )
-    _write_audit(
-        stage,
-        [
-            {
-                "source": ", ".join(str(source) for source in stage.data),
-                "read": kept + len(rejected),
-                "kept": kept,
-                "refused": {"no text": len(rejected)} if rejected else {},
-                "tokens": len(train) * length,
-                "rows": len(train),
-                "held_out_rows": len(held_out),
-            }
-        ],
-        rejected,
-    )
-    return (
+    return Mixture(
         datasets.Dataset.from_dict({"input_ids": train}),
         datasets.Dataset.from_dict({"input_ids": held_out}) if held_out else None,
+        {
+            "sources": audits,
+            "train": len(train_texts),
+            "held_out": len(held_texts),
+            "rows": len(train),
+            "held_out_rows": len(held_out),
+            "tokens_a_row": length,
+        },
+        rejected,
     )
+
+
+def _text_digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _without_duplicates(
+    stage: Stage, read: list[tuple[list[str], list[int], list[int]]]
+) -> tuple[list[list[str]], list[dict[str, Any]], list[dict[str, Any]]]:
+    """The documents of each source, the refused rows, and each source's audit."""
+    parts, rejected, audits = [], [], []
+    seen: set[str] = set()
+    for source, (texts, numbers, refused) in zip(stage.data, read, strict=True):
+        entries = [(number, "no text") for number in refused]
+        kept, duplicates = [], 0
+        for text, number in zip(texts, numbers, strict=True):
+            digest = _text_digest(text)
+            duplicates += digest in seen
+            if digest in seen and stage.duplicates == "drop":
+                entries.append((number, "exact duplicate"))
+            else:
+                kept.append(text)
+            seen.add(digest)
+        parts.append(kept)
+        rejected += [
+            {"source": str(source), "row": number, "reason": reason} for number, reason in entries
+        ]
+        audits.append(
+            audit_source(
+                str(source),
+                read=len(texts) + len(refused),
+                lengths=[len(text) for text in kept],
+                trained_tokens=0,
+                reasons=Counter(reason for _, reason in entries),
+                duplicates=duplicates,
+                unit="characters",
+            )
+        )
+    return parts, rejected, audits
 
 
 def text_length(recipe: Recipe) -> int:
@@ -517,8 +611,8 @@ def _batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
         yield batch
 
 
-def _documents(source: Source, stage: Stage) -> tuple[list[str], list[int]]:
-    """The texts of a source that does not stream, and the numbers of the rows that have none."""
+def _documents(source: Source, stage: Stage) -> tuple[list[str], list[int], list[int]]:
+    """The texts of a source, the numbers of their rows, and those of the rows that have none."""
     rows = load_rows(source, stage.seed)
     if JSON_COLUMN in rows.column_names:
         texts = []
@@ -531,13 +625,12 @@ def _documents(source: Source, stage: Stage) -> tuple[list[str], list[int]]:
         column = source.columns.get("text", "text")
         _require_column(source, rows.column_names)
         texts = rows[column]
-    kept = [text for text in texts if _is_text(text)]
+    numbered = list(zip(texts, rows[ROW_COLUMN], strict=True))
+    kept = [(text, number) for text, number in numbered if _is_text(text)]
     if not kept:
         raise DataError(f"{source}: no row has any text under 'text'")
-    refused = [
-        number for number, text in zip(rows[ROW_COLUMN], texts, strict=True) if not _is_text(text)
-    ]
-    return kept, refused
+    refused = [number for text, number in numbered if not _is_text(text)]
+    return [text for text, _ in kept], [number for _, number in kept], refused
 
 
 def _is_text(text: Any) -> bool:

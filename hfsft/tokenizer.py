@@ -1,5 +1,6 @@
 """The tokenizer: trained on base text or loaded, with chat tokens, a template, and its own pad."""
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
@@ -10,6 +11,7 @@ from accelerate import PartialState
 from hfsft.errors import ModelError, RecipeError
 from hfsft.hub import require_model
 from hfsft.recipe import Recipe, Stage
+from hfsft.templates import TemplateError, end_of_turn
 
 # karpathy/nanochat's nine, in its order, and a pad: as an embedding's padding_idx it gets no
 # gradient, so it can be no token that means anything
@@ -187,14 +189,15 @@ def _recognise_template(tokenizer: Any, start: str) -> Any:
         if has_generation_markers(tokenizer.chat_template):
             tokenizer.hfsft_training_template = tokenizer.chat_template
         else:
-            try:
+            with contextlib.suppress(ValueError):  # a template that trl does not know
                 tokenizer.hfsft_training_template = get_training_chat_template(tokenizer)
-            except ValueError:
-                raise ModelError(
-                    f"{start}: its chat template does not mark the assistant's tokens with "
-                    "{% generation %}\n  Give one that does: tokenizer: {chat_template: FILE}, or "
-                    "chatml, or nanochat"
-                ) from None
+        try:
+            tokenizer.eos_token = end_of_turn(tokenizer)
+        except TemplateError as error:
+            raise ModelError(
+                f"{start}: cannot train with its chat template: {error}\n  Give another: "
+                "tokenizer: {chat_template: FILE}, or chatml, or nanochat"
+            ) from None
     return tokenizer
 
 
@@ -209,7 +212,19 @@ def base_tokenizer(recipe: Recipe, texts: Iterable[str], resuming: bool) -> Any:
     Returns:
         As `load_tokenizer`.
     """
-    settings, folder = recipe.tokenizer, recipe.folder / "tokenizer"
+    folder = recipe.folder / "tokenizer"
+    if recipe.tokenizer.get("train"):
+        state = PartialState()
+        if state.is_main_process and not resuming:
+            new_tokenizer(recipe, texts).save_pretrained(folder)
+        state.wait_for_everyone()
+        return load_tokenizer(str(folder))
+    return new_tokenizer(recipe, texts)
+
+
+def new_tokenizer(recipe: Recipe, texts: Iterable[str]) -> Any:
+    """The tokenizer that a recipe's `tokenizer` section asks for, trained on `texts` or loaded."""
+    settings = recipe.tokenizer
     if not settings.get("train"):
         return load_tokenizer(
             settings["path"],
@@ -217,15 +232,9 @@ def base_tokenizer(recipe: Recipe, texts: Iterable[str], resuming: bool) -> Any:
             settings.get("revision"),
             recipe.trust_remote_code,
         )
-    if resuming:
-        return load_tokenizer(str(folder))
     limit = settings.get("max_chars", 200_000_000)  # some 8 GB of memory for the counts of words
     vocab_size = settings.get("vocab_size") or recipe.model["vocab_size"]
-    state = PartialState()
-    if state.is_main_process:
-        train_tokenizer(_take_chars(texts, limit), vocab_size).save_pretrained(folder)
-    state.wait_for_everyone()
-    return load_tokenizer(str(folder))
+    return train_tokenizer(_take_chars(texts, limit), vocab_size)
 
 
 def stage_tokenizer(recipe: Recipe, stage: Stage) -> Any:

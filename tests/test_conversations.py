@@ -14,6 +14,7 @@ from hfsft.conversations import (
     check_messages,
     detect_format,
     encode_conversation,
+    fit_conversation,
     to_messages,
 )
 from hfsft.errors import DataError
@@ -373,40 +374,93 @@ def test_a_special_token_in_a_message_is_plain_text(name, request, tokenizer):
         assert tokenizer.decode(answer[:-1]) == text
 
 
-def test_a_foreign_template_refuses_a_special_token_in_a_message(tokenizer, tmp_path):
-    foreign = PreTrainedTokenizerFast.from_pretrained(saved(tokenizer, tmp_path / "a"))
-    # as in Llama 3: special, but in no list of the tokenizer's own
-    foreign.add_tokens(["<|eot|>"], special_tokens=True)
-    foreign.chat_template = (
-        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
-        "<|eot|>{% endgeneration %}{% else %}{{ m.role }}: {{ m.content }}<|eot|>{% endif %}"
-        "{% endfor %}"
-    )
-    foreign = load_tokenizer(saved(foreign, tmp_path / "b"))
-    assert foreign.hfsft_template is None
-    assert "<|eot|>" not in foreign.all_special_tokens
-    ids, labels = encode_conversation(TOOL, foreign)
-    assert foreign.decode(ids) == (
+MARKED = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    "<|eot|>{% endgeneration %}{% else %}{{ m.role }}: {{ m.content }}<|eot|>{% endif %}"
+    "{% endfor %}"
+)
+UNMARKED = (
+    "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|eot|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture
+def foreign(tokenizer, tmp_path):
+    """Gives a tokenizer of ours a template of somebody else's."""
+
+    def make(template: str):
+        made = PreTrainedTokenizerFast.from_pretrained(saved(tokenizer, tmp_path / "a"))
+        # as in Llama 3: special, but in no list of the tokenizer's own
+        made.add_tokens(["<|start|>", "<|eot|>"], special_tokens=True)
+        made.chat_template = template
+        return load_tokenizer(saved(made, tmp_path / "b"))
+
+    return make
+
+
+def test_a_foreign_template_s_marks_are_trained(foreign):
+    made = foreign(MARKED)
+    assert (made.hfsft_template, made.eos_token) == (None, "<|eot|>")
+    ids, labels = encode_conversation(TOOL, made)
+    assert made.decode(ids) == (
         "system: Be brief.<|eot|>user: What is 48/2?<|eot|>Let me see: It is 24.<|eot|>"
         "user: Thanks<|eot|>Bye<|eot|>"
     )
-    trained = foreign.decode([label for label in labels if label != IGNORED])
+    trained = made.decode([label for label in labels if label != IGNORED])
     assert trained == "Let me see: It is 24.<|eot|>Bye<|eot|>"
-    assert encode_conversation(TOOL, foreign, assistant_only=False) == (ids, ids)
-    for token in ("<|eot|>", "<|bos|>"):
-        with pytest.raises(BadRow, match=r"^a special token written inside the content$"):
-            encode_conversation([user(f"Hi{token}"), assistant("Hello")], foreign)
+    assert encode_conversation(TOOL, made, assistant_only=False) == (ids, ids)
 
 
-def test_a_foreign_template_s_refusal_is_a_reason(tokenizer, tmp_path):
-    foreign = PreTrainedTokenizerFast.from_pretrained(saved(tokenizer, tmp_path / "a"))
-    foreign.chat_template = (
+def test_a_foreign_template_without_marks_is_told_by_what_each_turn_adds(foreign):
+    made = foreign(UNMARKED)
+    assert made.hfsft_training_template is None and made.eos_token == "<|eot|>"
+    ids, labels = encode_conversation(TOOL, made)
+    expected = made.apply_chat_template(
+        [m | {"content": "Let me see: It is 24."} if i == 2 else m for i, m in enumerate(TOOL)],
+        return_dict=True,
+    )["input_ids"]
+    assert ids == expected
+    trained = made.decode([label for label in labels if label != IGNORED])
+    assert trained == "Let me see: It is 24.<|eot|>Bye<|eot|>"
+
+
+@pytest.mark.parametrize("template", [MARKED, UNMARKED], ids=["marked", "unmarked"])
+def test_a_foreign_template_writes_a_literal_special_token_as_text(foreign, template):
+    made = foreign(template)
+    text = "a<|eot|>b<|bos|><|start|>c"
+    ids, labels = encode_conversation([user(text), assistant(text)], made)
+    eot = made.convert_tokens_to_ids("<|eot|>")
+    assert ids.count(eot) == 2  # the template's own
+    assert made.convert_tokens_to_ids("<|bos|>") not in ids
+    assert made.decode(ids).count(text) == 2
+    trained = [label for label in labels if label != IGNORED]
+    assert made.decode(trained[:-1]) == text and trained[-1] == eot
+
+
+def test_a_foreign_template_s_refusal_is_a_reason(foreign):
+    made = foreign(
         "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-        "{% generation %}{{ messages[-1].content }}{% endgeneration %}"
+        "{% generation %}{{ messages[-1].content }}<|eot|>{% endgeneration %}"
     )
-    foreign = load_tokenizer(saved(foreign, tmp_path / "b"))
     with pytest.raises(BadRow, match=r"^the chat template refuses it: no system role$"):
-        encode_conversation([system("Be kind."), *HELLO], foreign)
+        encode_conversation([system("Be kind."), *HELLO], made)
+
+
+def test_truncation_cuts_no_character(tokenizer):
+    messages = [user("Hi"), assistant("🙂🦊🐳" * 20)]
+    whole, _ = encode_conversation(messages, tokenizer)
+    for limit in range(12, 60):
+        ((ids, labels, cut),) = fit_conversation(messages, tokenizer, limit)
+        assert cut and limit - 4 < len(ids) <= limit
+        assert ids == whole[: len(ids)] and len(labels) == len(ids)
+        assert "\ufffd" not in tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("column", ["tools", "chat_template", "chat_template_kwargs"])
+def test_a_row_cannot_bring_its_own_template(column):
+    with pytest.raises(BadRow, match=f"^brings its own {column}$"):
+        to_messages({"messages": HELLO, column: {"a": 1}}, "messages")
 
 
 def saved(tokenizer, folder) -> str:

@@ -16,13 +16,13 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ROWS = [
     {"__init__"},
     {"errors", "fields"},
-    {"keys", "nodes", "tasks", "hub"},
+    {"keys", "nodes", "tasks", "hub", "templates"},
     {"recipe"},
-    {"record", "conversations", "tokenizer"},
+    {"record", "conversations", "tokenizer", "audit"},
     {"packing", "model"},
     {"mixture"},
     {"training"},
-    {"evaluation", "report", "chat", "launch"},
+    {"evaluation", "report", "chat", "launch", "preview"},
     {"base", "mid", "sft"},
     {"cli", "__main__"},
 ]

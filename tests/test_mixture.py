@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import os
+from collections import Counter
 from pathlib import Path
 
 import datasets
@@ -292,11 +293,6 @@ def test_a_column_that_bears_our_name_is_no_trouble(tmp_path, make_stage, tokeni
     assert len(train) == 20
 
 
-def test_text_is_no_conversation(make_stage, tokenizer):
-    with pytest.raises(DataError, match=r"^facts: format text is for base; sft learns from conv"):
-        load_conversations(make_stage(Source("facts", format="text")), tokenizer)
-
-
 def test_refused_rows_are_listed_and_data_json_counts(tmp_path, make_stage, tokenizer):
     long = conversation("Long?", "word " * 200)
     too_long = conversation("word " * 200, "No.")
@@ -315,7 +311,15 @@ def test_refused_rows_are_listed_and_data_json_counts(tmp_path, make_stage, toke
     ]
     path.write_text("\n".join(lines))
     other = write_jsonl(tmp_path / "other.jsonl", CONVERSATIONS[2:12])
-    stage = make_stage(str(path), Source(other, rows=5, repeat=3), max_length=48)
+    sources = (str(path), Source(other, rows=5, repeat=3))
+    with pytest.raises(DataError) as error:
+        load_conversations(make_stage(*sources, max_length=48), tokenizer)
+    folder = make_stage(*sources).folder
+    assert str(error.value) == (
+        f"{path}: 6 of 10 rows are bad, the first is row 1 (not JSON)\n  Each is in "
+        f"{folder / 'rejected.jsonl'}; to train on the rest: --on_bad_rows skip"
+    )
+    stage = make_stage(*sources, max_length=48, on_bad_rows="skip")
     train, _ = load_conversations(stage, tokenizer)
 
     source = str(path)
@@ -331,13 +335,18 @@ def test_refused_rows_are_listed_and_data_json_counts(tmp_path, make_stage, toke
     kept = [encode_conversation(r["messages"], tokenizer) for r in (CONVERSATIONS[0], long)]
     kept = [(ids[:48], labels[:48]) for ids, labels in kept]
     kept.append(encode_conversation(CONVERSATIONS[1]["messages"], tokenizer))
-    first, second = json.loads((stage.folder / "data.json").read_text())
+    audit = json.loads((stage.folder / "data.json").read_text())
+    first, second = audit.pop("sources")
+    assert audit == {"train": 18, "held_out": 0}
     lengths = sorted(len(ids) for ids, _ in kept)
     assert first == {
         "source": source,
         "read": 10,
         "kept": 3,
-        "repeat": 1,
+        "train": 3,
+        "held_out": 0,
+        "split": 0,
+        "duplicates": 0,
         "refused": {
             "not JSON": 1,
             "no messages": 2,
@@ -354,7 +363,7 @@ def test_refused_rows_are_listed_and_data_json_counts(tmp_path, make_stage, toke
     assert [row["input_ids"] for row in train][:3] == [ids for ids, _ in kept]
     assert [row["labels"] for row in train][:3] == [labels for _, labels in kept]
     assert train["length"][:3] == [len(ids) for ids, _ in kept]
-    assert (second["read"], second["kept"], second["repeat"], second["refused"]) == (5, 5, 3, {})
+    assert (second["read"], second["kept"], second["train"], second["refused"]) == (5, 5, 15, {})
     assert len(train) == 3 + 5 * 3
     assert train["source"][:] == [0] * 3 + [1] * 15
     assert second["tokens"] == sum(train["length"][3:8])
@@ -519,24 +528,105 @@ def split_at_bos(ids: list[int]) -> list[list[int]]:
     return parts
 
 
+@pytest.mark.parametrize(("copies", "seen"), [(0.5, 5), (1.0, 10), (2.5, 25)])
+def test_weight_sees_exactly_that_many(tmp_path, make_stage, tokenizer, copies, seen):
+    path = write_jsonl(tmp_path / "w.jsonl", CONVERSATIONS[:10])
+    stage = make_stage(Source(path, weight=copies))
+    train, _ = load_conversations(stage, tokenizer)
+    counts = Counter(texts_of(train, tokenizer))
+    assert len(train) == seen
+    assert set(counts.values()) <= {int(copies), int(copies) + 1}
+    again, _ = load_conversations(stage, tokenizer)
+    assert again["input_ids"][:] == train["input_ids"][:]
+    audit = json.loads((stage.folder / "data.json").read_text())
+    assert (audit["train"], audit["sources"][0]["train"]) == (seen, seen)
+
+
+def test_exact_duplicates_are_kept_or_dropped_and_counted(tmp_path, make_stage, tokenizer):
+    one = write_jsonl(tmp_path / "one.jsonl", [*CONVERSATIONS[:5], CONVERSATIONS[0]])
+    two = write_jsonl(tmp_path / "two.jsonl", CONVERSATIONS[3:8])
+    for duplicates, sizes in (("keep", [6, 5]), ("drop", [5, 3])):
+        stage = make_stage(one, two, duplicates=duplicates)
+        train, _ = load_conversations(stage, tokenizer)
+        audit = json.loads((stage.folder / "data.json").read_text())
+        assert [source["kept"] for source in audit["sources"]] == sizes
+        assert [source["duplicates"] for source in audit["sources"]] == [1, 2]
+        assert len(train) == sum(sizes)
+    assert [
+        (entry["row"], entry["reason"]) for entry in read_jsonl(stage.folder / "rejected.jsonl")
+    ] == [
+        (5, "exact duplicate"),
+        (0, "exact duplicate"),
+        (1, "exact duplicate"),
+    ]
+
+
+def test_one_bad_row_in_a_hundred_is_skipped_and_two_are_an_error(tmp_path, make_stage, tokenizer):
+    good = [conversation(f"Number {number}?") for number in range(199)]
+    path = write_jsonl(tmp_path / "some.jsonl", [*good[:99], {"messages": []}])
+    train, _ = load_conversations(make_stage(path), tokenizer)
+    assert len(train) == 99
+    with pytest.raises(DataError, match="1 of 100 rows are bad"):
+        load_conversations(make_stage(path, on_bad_rows="error"), tokenizer)
+    path = write_jsonl(tmp_path / "more.jsonl", [*good[:98], {"messages": []}, {"messages": []}])
+    with pytest.raises(DataError, match="2 of 100 rows are bad"):
+        load_conversations(make_stage(path), tokenizer)
+    path = write_jsonl(tmp_path / "few.jsonl", [*good[:98], {"messages": []}])
+    with pytest.raises(DataError, match="1 of 99 rows are bad"):
+        load_conversations(make_stage(path), tokenizer)
+
+
+def test_on_too_long(tmp_path, make_stage, tokenizer):
+    long = {"messages": [m for c in CONVERSATIONS[:4] for m in c["messages"]]}
+    path = write_jsonl(tmp_path / "long.jsonl", [CONVERSATIONS[5], long])
+    one, whole = (
+        len(encode_conversation(row["messages"], tokenizer)[0]) for row in (CONVERSATIONS[5], long)
+    )
+    limit = 2 * one
+    assert limit < whole
+    lengths = {}
+    for policy in ("truncate", "drop", "split"):
+        stage = make_stage(path, max_length=limit, on_too_long=policy)
+        train, _ = load_conversations(stage, tokenizer)
+        lengths[policy] = train["length"][:]
+        audit = json.loads((stage.folder / "data.json").read_text())["sources"][0]
+        assert audit["read"] == 2
+        assert (audit["truncated"], audit["split"]) == {
+            "truncate": (1, 0),
+            "drop": (0, 0),
+            "split": (0, 1),
+        }[policy]
+    assert lengths["truncate"] == [one, limit]
+    assert lengths["drop"] == [one]
+    # two exchanges fit a row, behind one <|bos|>
+    assert len(lengths["split"]) == 3 and max(lengths["split"]) <= limit
+    assert sum(lengths["split"]) == one + whole + 1
+    with pytest.raises(DataError, match=r"long\.jsonl: row 1 is longer than max_length"):
+        load_conversations(make_stage(path, max_length=limit, on_too_long="error"), tokenizer)
+
+
 def test_base_audit_counts_what_was_read(tmp_path, make_recipe, tokenizer):
     rows = [*documents(20), {"text": " "}, {"text": None}, {"other": 1}, {"text": "\ud800"}, 5]
     path = write_jsonl(tmp_path / "d.jsonl", rows)
     other = write_jsonl(tmp_path / "e.jsonl", [{"body": f"other {n}"} for n in range(10)])
     recipe = make_recipe(
-        [{"path": path, "repeat": 2}, {"path": other, "columns": {"text": "body"}}]
+        [{"path": path, "repeat": 2}, {"path": other, "columns": {"text": "body"}}],
+        on_bad_rows="skip",
     )
     train, _ = load_text(recipe, tokenizer)
-    (audit,) = json.loads((recipe.base.folder / "data.json").read_text())
+    audit = json.loads((recipe.base.folder / "data.json").read_text())
+    first, second = audit.pop("sources")
     assert audit == {
-        "source": f"{path}, {other}",
-        "read": 35,
-        "kept": 30,
-        "refused": {"no text": 5},
-        "tokens": len(train) * 8,
+        "train": 50,
+        "held_out": 0,
         "rows": len(train),
         "held_out_rows": 0,
+        "tokens_a_row": 8,
     }
+    assert (first["read"], first["kept"], first["train"]) == (25, 20, 40)
+    assert first["refused"] == {"no text": 5}
+    assert first["characters"] == sum(len(row["text"]) for row in rows[:20])
+    assert (second["read"], second["kept"], second["train"]) == (10, 10, 10)
     assert read_jsonl(recipe.base.folder / "rejected.jsonl") == [
         {"source": path, "row": number, "reason": "no text"} for number in range(20, 25)
     ]
@@ -565,8 +655,11 @@ def test_held_out_documents_are_in_no_training_row(tmp_path, make_recipe, tokeni
     # the tenth held-out document may be cut off from the rows' end, and a last one of training
     assert len(trained) + 1 >= 2 * (len(in_a) - 1) + len(in_b) - 1
     assert max(trained.count(text) for text in in_b) == 3
-    audit = json.loads((recipe.base.folder / "data.json").read_text())[0]
-    assert (audit["read"], audit["kept"]) == (60, 60)
+    audit = json.loads((recipe.base.folder / "data.json").read_text())
+    assert [source["read"] for source in audit["sources"]] == [40, 20]
+    # each document of the second source is one of the first's
+    assert [source["duplicates"] for source in audit["sources"]] == [0, 20]
+    assert audit["held_out"] == 10
     assert (audit["rows"], audit["held_out_rows"]) == (len(train), len(held_out))
 
 

@@ -197,7 +197,7 @@ def test_plain_bpe_gets_nanochat_tokens(save):
 
 
 def test_another_template_can_be_chosen(save, tokenizer, tmp_path):
-    plain = plain_bpe("<|im_start|>", "<|im_end|>", "<|other|>", eos_token="<|im_end|>")
+    plain = plain_bpe("<|im_start|>", "<|im_end|>", "<|other|>", "<|end|>", eos_token="<|im_end|>")
     plain.add_special_tokens({"extra_special_tokens": ["<|other|>"]})
     folder = save(plain)
     assert load_tokenizer(folder).hfsft_template == "chatml"
@@ -238,14 +238,27 @@ def test_foreign_template_known_to_trl_is_trained_with_its_marked_copy(save):
     assert tokenizer.pad_token == "<|endoftext|>"
 
 
-def test_unknown_template_without_marks_is_an_error(save):
-    folder = save(plain_bpe("<|end|>", eos_token="<|end|>"), UNMARKED)
+def test_unknown_template_without_marks_is_told_by_its_turns(save):
+    tokenizer = load_tokenizer(save(plain_bpe("<|end|>", eos_token="<|end|>"), UNMARKED))
+    assert (tokenizer.hfsft_template, tokenizer.hfsft_training_template) == (None, None)
+    assert tokenizer.eos_token == "<|end|>"
+
+
+@pytest.mark.parametrize(
+    ("template", "problem"),
+    [
+        ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "end in no special token"),
+        ("{{ messages[-1].content }}<|end|>", "rewrites earlier turns"),
+        ("{{ raise_exception('never') }}", "the chat template refuses it: never"),
+    ],
+)
+def test_a_template_that_cannot_be_trained_with(save, template, problem):
+    folder = save(plain_bpe("<|end|>", eos_token="<|end|>"), template)
     with pytest.raises(ModelError) as error:
         load_tokenizer(folder)
-    assert str(error.value) == (
-        f"{folder}: its chat template does not mark the assistant's tokens with {{% generation %}}"
-        "\n  Give one that does: tokenizer: {chat_template: FILE}, or chatml, or nanochat"
-    )
+    first, second = str(error.value).splitlines()
+    assert first.startswith(f"{folder}: cannot train with its chat template: ") and problem in first
+    assert second.strip().startswith("Give another: tokenizer: {chat_template: FILE}")
     assert load_tokenizer(folder, "chatml").hfsft_template == "chatml"
 
 
