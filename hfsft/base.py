@@ -15,7 +15,7 @@ def main(*argv: str) -> None:
     stage = recipe.base
 
     # torch, transformers and trl take 5 s to import: a recipe's mistakes are answered before
-    from hfsft.mixture import base_texts, load_text, text_length
+    from hfsft.corpus import base_texts, load_text, text_length
     from hfsft.model import build_model
     from hfsft.packing import RowCollator
     from hfsft.tokenizer import base_tokenizer

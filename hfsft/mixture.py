@@ -1,21 +1,22 @@
 """Sources → one dataset: load, sample, encode, hold out, repeat; and count each row's fate."""
 
 import glob
-import gzip
 import hashlib
-import itertools
 import json
 import os
 import random
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
+import fsspec
+import zstandard
 from accelerate import PartialState
+from datasets.arrow_writer import ArrowWriter
 from rich.console import Console
 
 from hfsft import conversations
@@ -37,8 +38,8 @@ from hfsft.conversations import (
 )
 from hfsft.errors import DataError
 from hfsft.hub import require_on_hub
-from hfsft.packing import PackedConversations, cut_rows
-from hfsft.recipe import Recipe, Source, Stage
+from hfsft.packing import PackedConversations
+from hfsft.recipe import Source, Stage
 from hfsft.tasks import TASKS, TEXTS, task_rows
 from hfsft.tasks import text_rows as embedded_texts
 
@@ -76,7 +77,7 @@ def load_rows(source: Source, seed: int) -> datasets.Dataset:
     elif Path(source.path).expanduser().is_dir():
         rows = _read_folder(source)
     else:
-        rows = _read_hub(source, streaming=False)
+        rows = read_hub(source, streaming=False)
     if len(rows) == 0:
         raise DataError(f"{source}: has no rows")
     if ROW_COLUMN not in rows.column_names:
@@ -93,6 +94,42 @@ def _json_rows(lines: list[str]) -> datasets.Dataset:
     return datasets.Dataset.from_dict({JSON_COLUMN: lines, ROW_COLUMN: list(range(len(lines)))})
 
 
+def once(
+    key: str, rows: Callable[[], Iterator[dict[str, Any]]], features: dict[str, Any]
+) -> datasets.Dataset:
+    """Rows that are made and written to the datasets cache once, and memory-mapped from then on.
+
+    Args:
+        key: says all that the rows depend on.
+        rows: makes them; called only if the cache holds none of that key.
+        features: their columns.
+    """
+    name = hashlib.blake2b(f"{CODE}{key}".encode(), digest_size=16).hexdigest()
+    path = Path(datasets.config.HF_DATASETS_CACHE) / "hfsft" / f"{name}.arrow"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}")
+        try:
+            with ArrowWriter(path=str(partial), features=datasets.Features(features)) as writer:
+                for row in rows():
+                    writer.write(row)
+                writer.finalize()
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    return datasets.Dataset.from_file(str(path))
+
+
+def _content(files: list[Path]) -> str:
+    """A digest of what files hold."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in files:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
 def _local_files(source: Source) -> list[Path]:
     path = os.path.expanduser(source.path)
     if Path(path).is_file():
@@ -104,7 +141,8 @@ def _local_files(source: Source) -> list[Path]:
         return files
     if not Path(path).is_dir() and (
         path.startswith((".", "/"))
-        or Path(path.removesuffix(".gz")).suffix in (*READERS, ".jsonl", ".json")
+        or Path(path.removesuffix(".gz").removesuffix(".zst")).suffix
+        in (*READERS, ".jsonl", ".json")
     ):
         raise DataError(f"{source}: no such file")
     return []
@@ -118,11 +156,20 @@ def _read_files(files: list[Path], source: Source) -> datasets.Dataset:
     if suffix not in (".jsonl", ".json", *READERS):
         raise DataError(
             f"{source}: unknown kind of file {suffix!r}; known are .jsonl, .json, .csv and .txt, "
-            "each also .gz, and .parquet"
+            "each also .gz or .zst, and .parquet"
         )
     _refuse_split(source)
     if suffix not in READERS:
-        return _json_rows([line for file in files for line in _json_lines(file, suffix, source)])
+        try:
+            content = _content(files)
+        except OSError as error:
+            raise DataError(f"{source}: cannot be read: {_first_line(error)}") from None
+        lines = (line for file in files for line in _json_lines(file, suffix, source))
+        return once(
+            f"json:{suffix}:{content}",
+            lambda: ({JSON_COLUMN: line, ROW_COLUMN: n} for n, line in enumerate(lines)),
+            {JSON_COLUMN: datasets.Value("large_string"), ROW_COLUMN: datasets.Value("int64")},
+        )
     options = {"sample_by": "document"} if suffix == ".txt" else {}
     try:
         rows = datasets.load_dataset(
@@ -141,7 +188,7 @@ def _read_files(files: list[Path], source: Source) -> datasets.Dataset:
 
 
 def _suffix(file: Path) -> str:
-    name = file.name.removesuffix(".gz")
+    name = file.name.removesuffix(".gz").removesuffix(".zst")
     return file.suffix if name.endswith(".parquet") else Path(name).suffix
 
 
@@ -150,28 +197,29 @@ def _refuse_split(source: Source) -> None:
         raise DataError(f"{source}: split: {source.split}: a file is all one split")
 
 
-def _json_lines(file: Path, suffix: str, source: Source) -> list[str]:
-    """Each row's JSON text."""
+def _json_lines(file: Path, suffix: str, source: Source) -> Iterator[str]:
+    """Each row's JSON text, line by line of a .jsonl, from the list of a .json."""
     place = str(source) if str(source) == str(file) else f"{source}: {file.name}"
+    number = 0
     try:
-        text = _read_text(file)
-        if suffix == ".jsonl":
-            return [line for line in text.split("\n") if line.strip()]
-        held = json.loads(text)
-        if isinstance(held, list):
-            return [json.dumps(row) for row in held]
-    except UnicodeDecodeError as error:
-        raise DataError(f"{place}: not UTF-8 text (byte {error.start})") from None
-    except (OSError, EOFError, zlib.error) as error:
+        with fsspec.open(str(file), "rb", compression="infer") as opened:
+            if suffix == ".jsonl":
+                for number, line in enumerate(opened, 1):
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+                    if text.strip():
+                        yield text
+                return
+            held = json.loads(opened.read().decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        where = f" (line {number})" if number else ""
+        raise DataError(f"{place}: not UTF-8 text{where}") from None
+    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
         raise DataError(f"{place}: cannot be read: {_first_line(error)}") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{place}: not a JSON list of rows: {_first_line(error)}") from None
-    raise DataError(f"{place}: holds no list of rows")
-
-
-def _read_text(file: Path) -> str:
-    data = file.read_bytes()
-    return (gzip.decompress(data) if file.suffix == ".gz" else data).decode("utf-8-sig")
+    if not isinstance(held, list):
+        raise DataError(f"{place}: holds no list of rows")
+    yield from (json.dumps(row) for row in held)
 
 
 def _read_folder(source: Source) -> datasets.Dataset:
@@ -194,7 +242,12 @@ def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _read_hub(source: Source, streaming: bool) -> Any:
+def read_hub(source: Source, streaming: bool) -> Any:
+    """A dataset on the Hub.
+
+    Raises:
+        DataError: if it cannot be reached or loaded.
+    """
     require_on_hub(source.path, "dataset", source.revision)
     try:
         return datasets.load_dataset(
@@ -208,7 +261,7 @@ def _read_hub(source: Source, streaming: bool) -> Any:
         raise DataError(f"{source}: cannot be loaded: {_first_line(error)}") from None
 
 
-def _renamed(row: dict[str, Any], source: Source) -> dict[str, Any]:
+def renamed(row: dict[str, Any], source: Source) -> dict[str, Any]:
     """The row with the columns that `source.columns` names under the format's own names."""
     if JSON_COLUMN in row:
         try:
@@ -234,7 +287,7 @@ class Mixture:
     rejected: list[dict[str, Any]]  # source, row, reason
 
 
-def _settle(mixture: Mixture, stage: Stage) -> Mixture:
+def settle(mixture: Mixture, stage: Stage) -> Mixture:
     """Write a mixture's audit, print its table, and refuse it where `on_bad_rows` says so."""
     if PartialState().is_main_process:
         write_audit(stage.folder, mixture.audit, mixture.rejected)
@@ -312,7 +365,7 @@ def mix_conversations(stage: Stage, tokenizer: Any) -> Mixture:
         first = f" ({rejected[0]['reason']})" if rejected else ""
         raise DataError(f"{stage.name}: no row is left to train on; all were refused{first}")
 
-    held_digests = _choose_held_out(stage, [digest for part in parts for digest in part["digest"]])
+    held_digests = choose_held_out(stage, [digest for part in parts for digest in part["digest"]])
     train, held = [], []
     seen = set()
     for source, part, audit in zip(stage.data, parts, audits, strict=True):
@@ -351,11 +404,16 @@ def load_conversations(stage: Stage, tokenizer: Any) -> tuple[Any, Any]:
     Returns:
         The conversations to train on, and those held out or None.
     """
-    mixture = _settle(mix_conversations(stage, tokenizer), stage)
+    mixture = settle(mix_conversations(stage, tokenizer), stage)
     return mixture.train, mixture.held_out
 
 
-def _choose_held_out(stage: Stage, digests: list[str]) -> set[str]:
+def choose_held_out(stage: Stage, digests: list[Any]) -> set[Any]:
+    """The digests of the content that a stage holds out, chosen by its seed.
+
+    Raises:
+        DataError: if that leaves nothing to train on.
+    """
     if not stage.validates:
         return set()
     different = sorted(set(digests))
@@ -379,7 +437,7 @@ def _encode_source(source: Source, stage: Stage, tokenizer: Any) -> datasets.Dat
         for index, number in enumerate(batch[ROW_COLUMN]):
             row = {name: values[index] for name, values in batch.items() if name != ROW_COLUMN}
             try:
-                messages = to_messages(_renamed(row, source), row_format)
+                messages = to_messages(renamed(row, source), row_format)
                 encoded = fit_conversation(
                     messages,
                     tokenizer,
@@ -436,7 +494,7 @@ def _columns(rows: datasets.Dataset, source: Source) -> list[str]:
         return names + [new for new, old in source.columns.items() if old in names]
     for row in rows:
         try:
-            return list(_renamed(row, source))
+            return list(renamed(row, source))
         except BadRow:
             continue
     raise DataError(f"{source}: no row is JSON with columns")
@@ -459,243 +517,3 @@ def load_packed_conversations(stage: Stage, tokenizer: Any) -> tuple[Any, Any]:
             held_out, stage.max_length, list(range(len(held_out)))
         )
     return PackedConversations(train, stage.max_length, order), packed_held_out
-
-
-# --- base text ---
-
-
-def base_texts(stage: Stage) -> Iterator[str]:
-    """The documents of the base stage, source by source, to train a tokenizer on."""
-    for source in stage.data:
-        if source.streaming:
-            yield from _stream_texts(_open_stream(source), source)
-        else:
-            yield from _documents(source, stage)[0]
-
-
-def load_text(recipe: Recipe, tokenizer: Any) -> tuple[Any, Any]:
-    """Base's data, its audit written and printed; errors as `mix_text`.
-
-    Returns:
-        Rows to train on, and rows held out or None.
-    """
-    mixture = _settle(mix_text(recipe, tokenizer), recipe.base)
-    return mixture.train, mixture.held_out
-
-
-def mix_text(recipe: Recipe, tokenizer: Any) -> Mixture:
-    """Lay base's documents end to end and cut them into rows of `max_length` tokens.
-
-    Args:
-        recipe: its base stage names the sources.
-        tokenizer: as `load_tokenizer` returns it.
-
-    Returns:
-        Rows of `input_ids` (an endless stream if a source streams). Held-out documents, and copies
-        of them, are in no training row.
-
-    Raises:
-        DataError: if a source cannot be read, or the text fills no row.
-    """
-    stage = recipe.base
-    length = text_length(recipe)
-    if any(source.streaming for source in stage.data):
-        if len(stage.data) > 1:
-            raise DataError(f"{stage.name}.data: a streaming source must be the only one")
-        train, held_out = _stream_rows(stage, _open_stream(stage.data[0]), tokenizer, length)
-        return Mixture(train, held_out, {"sources": [], "train": None, "held_out": None}, [])
-    with PartialState().main_process_first():
-        read = [_documents(source, stage) for source in stage.data]
-        parts, rejected, audits = _without_duplicates(stage, read)
-        digests = [[_text_digest(text) for text in texts] for texts in parts]
-        held = _choose_held_out(stage, [digest for part in digests for digest in part])
-        train_texts: list[str] = []
-        held_texts: dict[str, str] = {}
-        for source, texts, marks, audit in zip(stage.data, parts, digests, audits, strict=True):
-            before = len(held_texts)
-            held_texts |= {
-                mark: text for mark, text in zip(marks, texts, strict=True) if mark in held
-            }
-            seen = copies(
-                [text for mark, text in zip(marks, texts, strict=True) if mark not in held],
-                source,
-                stage.seed,
-            )
-            train_texts += seen
-            audit |= {"train": len(seen), "held_out": len(held_texts) - before}
-        rows = []
-        for texts in (train_texts, [held_texts[mark] for mark in sorted(held)]):
-            random.Random(f"{stage.seed}:documents").shuffle(texts)
-            ids = _encode_texts(texts, tokenizer)
-            rows.append(list(cut_rows(ids, tokenizer.bos_token_id, length)))
-    train, held_out = rows
-    if not train:
-        raise DataError(
-            f"base: the text fills no row of {length} tokens; give it more, or a smaller max_length"
-        )
-    if held and not held_out:
-        raise DataError(
-            f"base: held_out: {stage.held_out} documents fill no row of {length} tokens; "
-            "hold out more"
-        )
-    return Mixture(
-        datasets.Dataset.from_dict({"input_ids": train}),
-        datasets.Dataset.from_dict({"input_ids": held_out}) if held_out else None,
-        {
-            "sources": audits,
-            "train": len(train_texts),
-            "held_out": len(held_texts),
-            "rows": len(train),
-            "held_out_rows": len(held_out),
-            "tokens_a_row": length,
-        },
-        rejected,
-    )
-
-
-def _text_digest(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-def _without_duplicates(
-    stage: Stage, read: list[tuple[list[str], list[int], list[int]]]
-) -> tuple[list[list[str]], list[dict[str, Any]], list[dict[str, Any]]]:
-    """The documents of each source, the refused rows, and each source's audit."""
-    parts, rejected, audits = [], [], []
-    seen: set[str] = set()
-    for source, (texts, numbers, refused) in zip(stage.data, read, strict=True):
-        entries = [(number, "no text") for number in refused]
-        kept, duplicates = [], 0
-        for text, number in zip(texts, numbers, strict=True):
-            digest = _text_digest(text)
-            duplicates += digest in seen
-            if digest in seen and stage.duplicates == "drop":
-                entries.append((number, "exact duplicate"))
-            else:
-                kept.append(text)
-            seen.add(digest)
-        parts.append(kept)
-        rejected += [
-            {"source": str(source), "row": number, "reason": reason} for number, reason in entries
-        ]
-        audits.append(
-            audit_source(
-                str(source),
-                read=len(texts) + len(refused),
-                lengths=[len(text) for text in kept],
-                trained_tokens=0,
-                reasons=Counter(reason for _, reason in entries),
-                duplicates=duplicates,
-                unit="characters",
-            )
-        )
-    return parts, rejected, audits
-
-
-def text_length(recipe: Recipe) -> int:
-    """Tokens a row of base text: `base.max_length`, else the model's positions, else 2,048."""
-    return recipe.base.max_length or recipe.model.get("max_position_embeddings") or 2048
-
-
-def _encode_texts(texts: Iterable[str], tokenizer: Any) -> Iterator[list[int]]:
-    """Token ids of each text; a special token written in a text is read as plain text."""
-    for batch in _batched(texts, 256):
-        yield from tokenizer(batch, add_special_tokens=False, split_special_tokens=True)[
-            "input_ids"
-        ]
-
-
-def _batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    iterator = iter(items)
-    while batch := list(itertools.islice(iterator, size)):
-        yield batch
-
-
-def _documents(source: Source, stage: Stage) -> tuple[list[str], list[int], list[int]]:
-    """The texts of a source, the numbers of their rows, and those of the rows that have none."""
-    rows = load_rows(source, stage.seed)
-    if JSON_COLUMN in rows.column_names:
-        texts = []
-        for row in rows:
-            try:
-                texts.append(_renamed(row, source).get("text"))
-            except BadRow:
-                texts.append(None)
-    else:
-        column = source.columns.get("text", "text")
-        _require_column(source, rows.column_names)
-        texts = rows[column]
-    numbered = list(zip(texts, rows[ROW_COLUMN], strict=True))
-    kept = [(text, number) for text, number in numbered if _is_text(text)]
-    if not kept:
-        raise DataError(f"{source}: no row has any text under 'text'")
-    refused = [number for text, number in numbered if not _is_text(text)]
-    return [text for text, _ in kept], [number for _, number in kept], refused
-
-
-def _is_text(text: Any) -> bool:
-    try:
-        return isinstance(text, str) and bool(text.strip()) and bool(text.encode())
-    except UnicodeEncodeError:  # a lone surrogate
-        return False
-
-
-def _require_column(source: Source, names: list[str]) -> None:
-    column = source.columns.get("text", "text")
-    if column not in names:
-        others = ", ".join(name for name in names if name != ROW_COLUMN)
-        raise DataError(
-            f"{source}: has no column '{column}' but {others}; name its text with "
-            "`columns: {text: YOUR_COLUMN}`"
-        )
-
-
-def _open_stream(source: Source) -> datasets.IterableDataset:
-    if Path(source.path).expanduser().exists():
-        raise DataError(f"{source}: streaming is for datasets on the Hub; leave it out")
-    stream = _read_hub(source, streaming=True)
-    if stream.column_names is not None:
-        _require_column(source, stream.column_names)
-    return stream
-
-
-def _stream_texts(stream: Iterable[dict[str, Any]], source: Source) -> Iterator[str]:
-    column = source.columns.get("text", "text")
-    return (row[column] for row in stream if _is_text(row.get(column)))
-
-
-def _stream_rows(
-    stage: Stage, stream: datasets.IterableDataset, tokenizer: Any, length: int
-) -> tuple[Any, Any]:
-    """An endless stream of rows, tokenized while it is read; the first documents are held out."""
-    source = stage.data[0]
-    held: set[str] = set()
-    count, held_out = 0, None
-    if stage.validates:
-        if stage.held_out < 1:
-            raise DataError(
-                f"{stage.name}.held_out: {stage.held_out} is a share, but a stream's length is not "
-                "known; give a number of documents"
-            )
-        count = int(stage.held_out)
-        texts = list(_stream_texts(stream.take(count), source))
-        rows = list(cut_rows(_encode_texts(texts, tokenizer), tokenizer.bos_token_id, length))
-        if not rows:
-            raise DataError(
-                f"{stage.name}: held_out: {count} documents fill no row of {length} tokens"
-            )
-        held = set(texts)
-        held_out = datasets.Dataset.from_dict({"input_ids": rows})
-
-    def endless_rows() -> Iterator[dict[str, list[int]]]:
-        shuffled = stream.skip(count).shuffle(seed=stage.seed, buffer_size=10_000)
-        for epoch in itertools.count():
-            shuffled.set_epoch(epoch)
-            texts = (text for text in _stream_texts(shuffled, source) if text not in held)
-            row = None
-            for row in cut_rows(_encode_texts(texts, tokenizer), tokenizer.bos_token_id, length):
-                yield {"input_ids": row}
-            if row is None:
-                raise DataError(f"{source}: what is not held out fills no row of {length} tokens")
-
-    return datasets.IterableDataset.from_generator(endless_rows), held_out

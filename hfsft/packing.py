@@ -1,6 +1,6 @@
-"""Rows of fixed length: raw text cut into them, conversations laid into them whole."""
+"""Rows of at most so many tokens: documents and conversations laid into them best-fit."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -33,24 +33,27 @@ def best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def cut_rows(documents: Iterable[list[int]], bos: int, length: int) -> Iterator[list[int]]:
-    """Lay documents end to end, each behind a `bos`, and cut the stream into rows.
+def fit_rows(documents: Iterable[list[int]], bos: int, length: int) -> list[list[int]]:
+    """Lay documents into rows, each behind a `bos`; one that fits a row is never cut.
+
+    A longer document becomes full rows and a rest; rests and short documents are laid best-fit.
 
     Args:
         documents: token ids of each.
-        bos: the token that begins a document.
+        bos: the token that begins a row and a document.
         length: tokens a row.
 
-    Yields:
-        Rows of exactly `length` token ids; the last tokens that fill no row are dropped.
+    Returns:
+        Rows of at most `length` token ids; no token is dropped.
     """
-    buffer: list[int] = []
+    rows, pieces = [], []
     for ids in documents:
-        buffer += [bos, *ids]
-        full = len(buffer) - len(buffer) % length
-        for start in range(0, full, length):
-            yield buffer[start : start + length]
-        del buffer[:full]
+        for start in range(0, max(len(ids), 1), length - 1):
+            piece = [bos, *ids[start : start + length - 1]]
+            (rows if len(piece) == length else pieces).append(piece)
+    for items in best_fit([len(piece) for piece in pieces], length):
+        rows.append([token for item in items for token in pieces[item]])
+    return rows
 
 
 class PackedConversations(torch.utils.data.Dataset):

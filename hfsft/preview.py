@@ -11,7 +11,8 @@ from rich.text import Text
 
 from hfsft.audit import print_audit
 from hfsft.conversations import IGNORED
-from hfsft.mixture import base_texts, mix_conversations, mix_text
+from hfsft.corpus import base_texts, mix_text
+from hfsft.mixture import mix_conversations
 from hfsft.recipe import Recipe, Stage
 from hfsft.tokenizer import new_tokenizer, stage_tokenizer
 

@@ -30,6 +30,7 @@ from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
 from hfsft.conversations import IGNORED
+from hfsft.corpus import TextStream
 from hfsft.errors import Interrupted, RecipeError
 from hfsft.model import bf16_is_native, merged_model
 from hfsft.recipe import Recipe, Stage, check_tokens_per_step
@@ -105,6 +106,7 @@ def arguments(stage: Stage, train: Any, row_length: int | None = None) -> Traini
             disable_tqdm=True,  # ConsoleCallback draws the bar
             include_num_input_tokens_seen="non_padding",
             eval_on_start=stage.validates and last_checkpoint(stage) is None,
+            ignore_data_skip=isinstance(train, TextStream),  # it goes on from its own state
             logging_nan_inf_filter=False,  # it logs a NaN as the mean of the losses before
             **{"use_cpu": on_cpu, "dataloader_pin_memory": not on_cpu} | settings,
         )
@@ -113,7 +115,7 @@ def arguments(stage: Stage, train: Any, row_length: int | None = None) -> Traini
     examples = accumulation * made.per_device_train_batch_size * made.world_size
     if stage.max_steps is not None:
         made.max_steps = stage.max_steps
-    elif isinstance(train, datasets.IterableDataset):
+    elif isinstance(train, TextStream):
         raise RecipeError(f"{stage.name}: a stream has no epochs; give max_steps")
     else:
         made.max_steps = max(1, math.ceil(len(train) * made.num_train_epochs / examples))
@@ -181,6 +183,8 @@ class _StageMixin:
         self.stop_signal = StopOnSignal(self.accelerator)
         self.metrics_log = MetricsCallback(stage.folder / "metrics.jsonl")
         self.add_callback(self.stop_signal)
+        if isinstance(self.train_dataset, TextStream):
+            self.add_callback(StreamCallback(self.train_dataset))
         self.add_callback(self.metrics_log)
         if not stage.quiet:
             self.add_callback(ConsoleCallback(stage.name))
@@ -339,6 +343,27 @@ class MetricsCallback(TrainerCallback):
         return [line[key] for line in self.lines if key in line]
 
 
+class StreamCallback(TrainerCallback):
+    """Keep a stream's place in every checkpoint, and go on from it."""
+
+    FILE = "stream.json"
+
+    def __init__(self, stream: TextStream):
+        self.stream = stream
+
+    def on_save(self, args, state, control, **kwargs):
+        """Write the place behind the last row that was trained on."""
+        if state.is_world_process_zero:
+            step = args.per_device_train_batch_size * args.gradient_accumulation_steps
+            rows = state.global_step * step * args.world_size
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            (folder / self.FILE).write_text(json.dumps(self.stream.state_after(rows)) + "\n")
+
+    def go_on(self, checkpoint: str) -> None:
+        """Set the stream to the place that a checkpoint holds."""
+        self.stream.go_on(json.loads((Path(checkpoint) / self.FILE).read_text()))
+
+
 class ConsoleCallback(TrainerCallback):
     """A progress bar on a terminal; elsewhere one plain line a log."""
 
@@ -488,7 +513,10 @@ def train_and_save(trainer: Any, recipe: Recipe, stage: Stage) -> None:
         _write_recipe(recipe)
         write_record(stage.folder, record)
     try:
-        result = trainer.train(resume_from_checkpoint=last_checkpoint(stage))
+        checkpoint = last_checkpoint(stage)
+        if checkpoint is not None and isinstance(trainer.train_dataset, TextStream):
+            StreamCallback(trainer.train_dataset).go_on(checkpoint)
+        result = trainer.train(resume_from_checkpoint=checkpoint)
         if trainer.stop_signal.received and trainer.state.global_step < trainer.args.max_steps:
             record["status"] = "interrupted"
             name = signal.Signals(trainer.stop_signal.received).name

@@ -21,6 +21,7 @@ ROWS = [
     {"record", "conversations", "tokenizer", "audit"},
     {"packing", "model"},
     {"mixture"},
+    {"corpus"},
     {"training"},
     {"evaluation", "report", "chat", "launch", "preview"},
     {"base", "mid", "sft"},

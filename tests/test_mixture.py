@@ -3,29 +3,23 @@
 import csv
 import gzip
 import io
-import itertools
 import json
-import os
 from collections import Counter
 from pathlib import Path
 
 import datasets
 import pytest
-import yaml
 
 from hfsft.conversations import IGNORED, encode_conversation
 from hfsft.errors import DataError
 from hfsft.mixture import (
     JSON_COLUMN,
     ROW_COLUMN,
-    _stream_rows,
-    base_texts,
     load_conversations,
     load_packed_conversations,
     load_rows,
-    load_text,
 )
-from hfsft.recipe import Recipe, Source, Stage, load_recipe
+from hfsft.recipe import Source
 from hfsft.tasks import facts, task_rows
 
 
@@ -189,10 +183,10 @@ BROKEN = {
     "half.csv.gz": "cannot be read: Compressed file ended before the end-of-stream marker",
     "rows.parquet.gz": "unknown kind of file '.gz'",
     "rows.xml": "unknown kind of file '.xml'; known are .jsonl, .json, .csv and .txt, each also "
-    ".gz, and .parquet",
+    ".gz or .zst, and .parquet",
     "object.json": "holds no list of rows",
     "lines.json": "not a JSON list of rows: Extra data: line 2 column 1",
-    "latin.jsonl": "not UTF-8 text (byte 10)",
+    "latin.jsonl": "not UTF-8 text (line 1)",
     "ragged.csv": "cannot be read: a row has more fields than the header",
     "header.csv": "has no rows",
     "list.json": "has no rows",
@@ -224,7 +218,7 @@ def test_a_broken_file_of_several_is_named(tmp_path):
     (tmp_path / "b.jsonl").write_bytes(b"\xff")
     with pytest.raises(DataError) as error:
         load_rows(Source(f"{tmp_path}/*.jsonl"), 0)
-    assert str(error.value) == f"{tmp_path}/*.jsonl: b.jsonl: not UTF-8 text (byte 0)"
+    assert str(error.value) == f"{tmp_path}/*.jsonl: b.jsonl: not UTF-8 text (line 1)"
     (tmp_path / "c.parquet").write_bytes(as_parquet([{"a": "x"}]))
     (tmp_path / "d.parquet").write_bytes(as_parquet([{"b": "x"}]))
     with pytest.raises(DataError) as error:
@@ -456,78 +450,6 @@ def test_packed_conversations_are_whole_and_in_seeded_order(make_stage, tokenize
     assert load_packed_conversations(off, tokenizer)[1] is None
 
 
-# --- base text ---
-
-
-@pytest.fixture
-def make_recipe(tmp_path):
-    """Makes a recipe with a base stage of these sources and settings."""
-
-    def make(data: list[dict], **settings) -> Recipe:
-        path = tmp_path / "recipe.yaml"
-        base = {"max_steps": 1, "max_length": 8, "held_out": 0, "tokens_per_step": None}
-        recipe = {
-            "output_dir": str(tmp_path),
-            "model": {"depth": 2, "vocab_size": 512},
-            "tokenizer": {"train": True},
-            "base": {**base, "per_device_train_batch_size": 1, "data": data, **settings},
-        }
-        path.write_text(yaml.safe_dump(recipe))
-        return load_recipe(str(path), "--quiet")
-
-    return make
-
-
-def documents(count: int, name: str = "doc") -> list[dict]:
-    return [{"text": f"{name} {number} ends."} for number in range(count)]
-
-
-def stream_of(texts: list[str], tokenizer) -> list[int]:
-    ids = []
-    for text in texts:
-        ids += [0, *tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)]
-    return ids
-
-
-def flat(rows: datasets.Dataset) -> list[int]:
-    return list(itertools.chain.from_iterable(rows["input_ids"]))
-
-
-def split_documents(ids: list[int], tokenizer) -> list[str]:
-    """The whole documents in a stream of tokens; the last may be cut."""
-    return tokenizer.decode(ids).split("<|bos|>")[1:-1]
-
-
-def test_base_rows_are_the_documents_end_to_end(tmp_path, make_recipe, tokenizer):
-    rows = documents(30)
-    rows[5]["text"] = "a <|bos|> written in a text is plain"
-    path = write_jsonl(tmp_path / "d.jsonl", rows)
-    train, held_out = load_text(make_recipe([{"path": path}]), tokenizer)
-    assert held_out is None
-    assert {len(row) for row in train["input_ids"]} == {8}
-    ids = flat(train)
-    # each document once, in the order of a seeded shuffle, behind a <|bos|>
-    texts = ["".join(tokenizer.decode(part)) for part in split_at_bos(ids)]
-    whole = sorted(row["text"] for row in rows)
-    assert len(texts) == 30
-    assert set(texts[:-1]) <= set(whole) and texts != [row["text"] for row in rows]
-    last = next(text for text in whole if text not in texts[:-1])
-    expected = stream_of([*texts[:-1], last], tokenizer)
-    assert ids == expected[: len(expected) // 8 * 8]
-    again, _ = load_text(make_recipe([{"path": path}]), tokenizer)
-    assert flat(again) == ids
-
-
-def split_at_bos(ids: list[int]) -> list[list[int]]:
-    parts: list[list[int]] = []
-    for token in ids:
-        if token == 0:
-            parts.append([])
-        else:
-            parts[-1].append(token)
-    return parts
-
-
 @pytest.mark.parametrize(("copies", "seen"), [(0.5, 5), (1.0, 10), (2.5, 25)])
 def test_weight_sees_exactly_that_many(tmp_path, make_stage, tokenizer, copies, seen):
     path = write_jsonl(tmp_path / "w.jsonl", CONVERSATIONS[:10])
@@ -603,178 +525,3 @@ def test_on_too_long(tmp_path, make_stage, tokenizer):
     assert sum(lengths["split"]) == one + whole + 1
     with pytest.raises(DataError, match=r"long\.jsonl: row 1 is longer than max_length"):
         load_conversations(make_stage(path, max_length=limit, on_too_long="error"), tokenizer)
-
-
-def test_base_audit_counts_what_was_read(tmp_path, make_recipe, tokenizer):
-    rows = [*documents(20), {"text": " "}, {"text": None}, {"other": 1}, {"text": "\ud800"}, 5]
-    path = write_jsonl(tmp_path / "d.jsonl", rows)
-    other = write_jsonl(tmp_path / "e.jsonl", [{"body": f"other {n}"} for n in range(10)])
-    recipe = make_recipe(
-        [{"path": path, "repeat": 2}, {"path": other, "columns": {"text": "body"}}],
-        on_bad_rows="skip",
-    )
-    train, _ = load_text(recipe, tokenizer)
-    audit = json.loads((recipe.base.folder / "data.json").read_text())
-    first, second = audit.pop("sources")
-    assert audit == {
-        "train": 50,
-        "held_out": 0,
-        "rows": len(train),
-        "held_out_rows": 0,
-        "tokens_a_row": 8,
-    }
-    assert (first["read"], first["kept"], first["train"]) == (25, 20, 40)
-    assert first["refused"] == {"no text": 5}
-    assert first["characters"] == sum(len(row["text"]) for row in rows[:20])
-    assert (second["read"], second["kept"], second["train"]) == (10, 10, 10)
-    assert read_jsonl(recipe.base.folder / "rejected.jsonl") == [
-        {"source": path, "row": number, "reason": "no text"} for number in range(20, 25)
-    ]
-    tokens = 2 * len(stream_of([row["text"] for row in rows[:20]], tokenizer))
-    tokens += len(stream_of([f"other {number}" for number in range(10)], tokenizer))
-    assert len(train) == tokens // 8
-    assert list(base_texts(recipe.base)) == [
-        *(row["text"] for row in rows[:20]),
-        *(f"other {number}" for number in range(10)),
-    ]
-
-
-def test_held_out_documents_are_in_no_training_row(tmp_path, make_recipe, tokenizer):
-    rows = documents(40)
-    a = write_jsonl(tmp_path / "a.jsonl", rows)
-    b = write_jsonl(tmp_path / "b.jsonl", rows[:20])
-    recipe = make_recipe(
-        [{"path": a, "repeat": 2}, {"path": b}], held_out=10, eval_steps=1, max_length=4
-    )
-    train, held_out = load_text(recipe, tokenizer)
-    held = {tokenizer.decode(part) for part in split_at_bos(flat(held_out))[:-1]}
-    trained = [tokenizer.decode(part) for part in split_at_bos(flat(train))[:-1]]
-    assert 9 <= len(held) <= 10
-    assert not held & set(trained)
-    in_a, in_b = ({row["text"] for row in part} - held for part in (rows, rows[:20]))
-    # the tenth held-out document may be cut off from the rows' end, and a last one of training
-    assert len(trained) + 1 >= 2 * (len(in_a) - 1) + len(in_b) - 1
-    assert max(trained.count(text) for text in in_b) == 3
-    audit = json.loads((recipe.base.folder / "data.json").read_text())
-    assert [source["read"] for source in audit["sources"]] == [40, 20]
-    # each document of the second source is one of the first's
-    assert [source["duplicates"] for source in audit["sources"]] == [0, 20]
-    assert audit["held_out"] == 10
-    assert (audit["rows"], audit["held_out_rows"]) == (len(train), len(held_out))
-
-
-@pytest.mark.parametrize(
-    ("rows", "settings", "says"),
-    [
-        (documents(1), {"max_length": 64}, "base: the text fills no row of 64 tokens; give it"),
-        (
-            documents(30),
-            {"held_out": 1, "eval_steps": 1, "max_length": 64},
-            "base: held_out: 1 documents fill no row of 64 tokens; hold out more",
-        ),
-        (
-            documents(30),
-            {"held_out": 30, "eval_steps": 1},
-            "base: held_out: 30 of 30 different documents leaves none to train on",
-        ),
-        ([{"body": "x"}], {}, "d.jsonl: no row has any text under 'text'"),
-        ([{"text": ""}], {}, "d.jsonl: no row has any text under 'text'"),
-    ],
-)
-def test_base_text_that_does_not_do(rows, settings, says, tmp_path, make_recipe, tokenizer):
-    path = write_jsonl(tmp_path / "d.jsonl", rows)
-    with pytest.raises(DataError) as error:
-        load_text(make_recipe([{"path": path}], **settings), tokenizer)
-    assert says in str(error.value)
-    assert len(str(error.value).splitlines()) == 1
-
-
-def test_base_text_without_its_column(tmp_path, make_recipe, tokenizer):
-    (tmp_path / "d.parquet").write_bytes(as_parquet([{"body": "x", "id": 1}]))
-    with pytest.raises(DataError) as error:
-        load_text(make_recipe([{"path": str(tmp_path / "d.parquet")}]), tokenizer)
-    assert str(error.value) == (
-        f"{tmp_path}/d.parquet: has no column 'text' but body, id; name its text with "
-        "`columns: {text: YOUR_COLUMN}`"
-    )
-
-
-# --- base text from a stream ---
-
-
-def streaming_stage(make_stage, **settings) -> Stage:
-    source = Source("me/text", streaming=True, columns={"text": "body"})
-    return make_stage(source, name="base", **{"max_length": None, **settings})
-
-
-def streamed(rows: list[dict]) -> datasets.IterableDataset:
-    return datasets.Dataset.from_list(rows).to_iterable_dataset(num_shards=2)
-
-
-def test_a_stream_is_endless_and_holds_its_first_documents_out(make_stage, tokenizer):
-    rows = [{"body": row["text"]} for row in documents(50)]
-    rows[3]["body"] = None
-    rows[40]["body"] = rows[1]["body"]  # a copy of one that is held out
-    rows[41]["body"] = " "
-    stage = streaming_stage(make_stage, held_out=5)
-    train, held_out = _stream_rows(stage, streamed(rows), tokenizer, 4)
-    held = [rows[number]["body"] for number in (0, 1, 2, 4)]
-    expected = stream_of(held, tokenizer)
-    assert flat(held_out) == expected[: len(expected) // 4 * 4]
-
-    kept = [rows[number]["body"] for number in range(5, 50) if number not in (40, 41)]
-    epoch = len(stream_of(kept, tokenizer)) // 4  # rows
-    taken = [row["input_ids"] for row in itertools.islice(iter(train), 3 * epoch)]
-    orders = []
-    for start in range(0, 3 * epoch, epoch):
-        ids = list(itertools.chain.from_iterable(taken[start : start + epoch]))
-        order = [tokenizer.decode(part) for part in split_at_bos(ids)]
-        # an epoch ends where its tokens fill no row any more
-        assert set(order[:-1]) <= set(kept)
-        assert len(order[:-1]) in (len(kept) - 1, len(kept) - 2, len(kept))
-        assert len(set(order[:-1])) == len(order[:-1])
-        orders.append(order)
-    assert orders[0] != orders[1] != orders[2]
-    assert orders[0][:-1] != kept[: len(orders[0]) - 1]  # shuffled
-    again = _stream_rows(stage, streamed(rows), tokenizer, 4)[0]
-    assert [row["input_ids"] for row in itertools.islice(iter(again), 3 * epoch)] == taken
-
-
-def test_a_stream_without_validation_trains_on_all(make_stage, tokenizer):
-    rows = [{"body": row["text"]} for row in documents(20)]
-    train, held_out = _stream_rows(streaming_stage(make_stage), streamed(rows), tokenizer, 4)
-    assert held_out is None
-    epoch = len(stream_of([row["body"] for row in rows], tokenizer)) // 4
-    ids = [token for row in itertools.islice(iter(train), epoch) for token in row["input_ids"]]
-    assert len(split_at_bos(ids)) in (19, 20)
-
-
-@pytest.mark.parametrize(
-    ("held_out", "length", "says"),
-    [
-        (
-            0.1,
-            4,
-            "base.held_out: 0.1 is a share, but a stream's length is not known; give a number",
-        ),
-        (2, 500, "base: held_out: 2 documents fill no row of 500 tokens"),
-        (0, 5000, "me/text: what is not held out fills no row of 5000 tokens"),
-    ],
-)
-def test_a_stream_that_does_not_do(held_out, length, says, make_stage, tokenizer):
-    rows = [{"body": row["text"]} for row in documents(20)]
-    stage = streaming_stage(make_stage, held_out=held_out)
-    with pytest.raises(DataError) as error:
-        next(iter(_stream_rows(stage, streamed(rows), tokenizer, length)[0]))
-    assert str(error.value).startswith(says)
-
-
-def test_a_stream_must_be_alone_and_on_the_hub(tmp_path, make_recipe, tokenizer):
-    path = write_jsonl(tmp_path / "d.jsonl", documents(5))
-    recipe = make_recipe([{"path": path, "streaming": True}, {"path": path}])
-    with pytest.raises(DataError, match=r"^base.data: a streaming source must be the only one$"):
-        load_text(recipe, tokenizer)
-    recipe = make_recipe([{"path": path, "streaming": True}])
-    with pytest.raises(DataError, match=r"d.jsonl: streaming is for datasets on the Hub; leave"):
-        load_text(recipe, tokenizer)
-    assert sorted(os.listdir(tmp_path)) == ["d.jsonl", "recipe.yaml"]

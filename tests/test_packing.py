@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hfsft.conversations import IGNORED
-from hfsft.packing import PackedConversations, RowCollator, best_fit, cut_rows
+from hfsft.packing import PackedConversations, RowCollator, best_fit, fit_rows
 
 PAD = 9
 
@@ -99,20 +99,22 @@ def test_a_step_of_32_conversations_fills_its_rows():
 # --- raw text ---
 
 
-def test_cut_rows_lays_documents_end_to_end():
+def test_fit_rows_cuts_no_document_that_fits():
     documents = [[1, 2, 3], [4], [], [5, 6, 7, 8, 9, 10]]
-    # the stream is 0 1 2 3 0 4 0 0 5 6 7 8 9 10
-    assert list(cut_rows(documents, 0, 4)) == [[0, 1, 2, 3], [0, 4, 0, 0], [5, 6, 7, 8]]
-    assert list(cut_rows(documents, 0, 7)) == [[0, 1, 2, 3, 0, 4, 0], [0, 5, 6, 7, 8, 9, 10]]
-    assert list(cut_rows(documents, 0, 15)) == []
-    assert list(cut_rows([], 0, 4)) == []
+    assert fit_rows(documents, 0, 7) == [[0, 5, 6, 7, 8, 9, 10], [0, 1, 2, 3, 0, 4, 0]]
+    # the longest becomes a full row and a rest
+    assert fit_rows(documents, 0, 5) == [[0, 5, 6, 7, 8], [0, 1, 2, 3, 0], [0, 9, 10, 0, 4]]
+    assert fit_rows([], 0, 4) == []
 
 
-def test_cut_rows_of_a_long_document():
-    # copying what is left for every row took minutes
-    rows = list(cut_rows([list(range(1_000_000))], 0, 10))
-    assert len(rows) == 100_000
-    assert rows[-1] == list(range(999_989, 999_999))
+def test_fit_rows_drops_no_token():
+    rng = random.Random(0)
+    documents = [[rng.randrange(1, 500) for _ in range(rng.randrange(200))] for _ in range(500)]
+    rows = fit_rows(documents, 0, 64)
+    assert max(map(len, rows)) == 64 and all(row[0] == 0 for row in rows)
+    tokens = sorted(token for row in rows for token in row if token)
+    assert tokens == sorted(token for document in documents for token in document)
+    assert sum(map(len, rows)) / (64 * len(rows)) > 0.97
 
 
 # --- conversations ---

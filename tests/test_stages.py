@@ -142,7 +142,8 @@ def test_max_steps_are_optimizer_updates(run, stage):
 def test_base_step_has_its_tokens(run):
     record = read_json(run / "base" / "stage.json")
     assert record["examples_per_step"] == 4  # 256 tokens in rows of 64
-    assert record["tokens"] == 3 * 256
+    # rows are filled best-fit, no fact is cut
+    assert 0.9 * 3 * 256 < record["tokens"] <= 3 * 256
 
 
 def test_sft_step_has_its_examples_whatever_the_device_batch(recipe, run, tmp_path):

@@ -1,0 +1,349 @@
+"""Base text at scale: documents to rows, once into a cache, or while it streams.
+
+Memory holds a block of documents at a time, however large the corpus.
+"""
+
+import copy
+import hashlib
+import itertools
+import random
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from accelerate import PartialState
+
+from hfsft.audit import audit_source
+from hfsft.conversations import BadRow
+from hfsft.errors import DataError
+from hfsft.mixture import (
+    JSON_COLUMN,
+    ROW_COLUMN,
+    Mixture,
+    choose_held_out,
+    copies,
+    load_rows,
+    once,
+    read_hub,
+    renamed,
+    settle,
+)
+from hfsft.packing import fit_rows
+from hfsft.recipe import Recipe, Source, Stage
+
+BLOCK = 2048  # documents that are encoded and laid into rows together
+ROW_FEATURES = {"input_ids": datasets.List(datasets.Value("int32"))}
+
+
+def text_length(recipe: Recipe) -> int:
+    """Tokens a row of base text: `base.max_length`, else the model's positions, else 2,048."""
+    return recipe.base.max_length or recipe.model.get("max_position_embeddings") or 2048
+
+
+def base_texts(stage: Stage) -> Iterator[str]:
+    """The documents of the base stage, source by source, to train a tokenizer on."""
+    for source in stage.data:
+        if source.streaming:
+            yield from _stream_texts(_open_stream(source), source)
+        else:
+            texts = _texts(_text_rows(source, stage), source)
+            yield from (text for text in texts if text is not None)
+
+
+def load_text(recipe: Recipe, tokenizer: Any) -> tuple[Any, Any]:
+    """Base's data, its audit written and printed; errors as `mix_text`.
+
+    Returns:
+        Rows to train on, and rows held out or None.
+    """
+    mixture = settle(mix_text(recipe, tokenizer), recipe.base)
+    return mixture.train, mixture.held_out
+
+
+def mix_text(recipe: Recipe, tokenizer: Any) -> Mixture:
+    """Lay base's documents into rows of at most `max_length` tokens.
+
+    What the rows depend on names them in the cache: the same recipe on the same data encodes none.
+
+    Args:
+        recipe: its base stage names the sources.
+        tokenizer: as `load_tokenizer` returns it.
+
+    Returns:
+        Rows of `input_ids` (a `TextStream` if a source streams). Held-out documents, and copies of
+        them, are in no training row.
+
+    Raises:
+        DataError: if a source cannot be read, or the text fills no row.
+    """
+    stage, length = recipe.base, text_length(recipe)
+    if any(source.streaming for source in stage.data):
+        if len(stage.data) > 1:
+            raise DataError(f"{stage.name}.data: a streaming source must be the only one")
+        train, held_out = open_text_stream(stage, _open_stream(stage.data[0]), tokenizer, length)
+        return Mixture(train, held_out, {"sources": [], "train": None, "held_out": None}, [])
+    with PartialState().main_process_first():
+        sources = [_text_rows(source, stage) for source in stage.data]
+        chosen, held, audits, rejected = _choose(stage, sources)
+        depends_on = [
+            tokenizer.backend_tokenizer.to_str(),
+            length,
+            [
+                (rows._fingerprint, source.columns)
+                for rows, source in zip(sources, stage.data, strict=True)
+            ],
+        ]
+
+        def rows_of(picked: list[list[int]]) -> datasets.Dataset:
+            def made() -> Iterator[dict[str, list[int]]]:
+                for rows, source, indices in zip(sources, stage.data, picked, strict=True):
+                    texts = _texts(rows.select(indices), source)
+                    for block in _batched(texts, BLOCK):
+                        ids = encode_texts(block, tokenizer)
+                        for row in fit_rows(ids, tokenizer.bos_token_id, length):
+                            yield {"input_ids": row}
+
+            return once(repr([*depends_on, picked]), made, ROW_FEATURES)
+
+        train, held_out = rows_of(chosen), rows_of(held) if any(held) else None
+    sizes = {"train": sum(map(len, chosen)), "held_out": sum(map(len, held))}
+    audit = {
+        "sources": audits,
+        **sizes,
+        "rows": len(train),
+        "held_out_rows": len(held_out) if held_out is not None else 0,
+        "tokens_a_row": length,
+    }
+    return Mixture(train, held_out, audit, rejected)
+
+
+def encode_texts(texts: list[str], tokenizer: Any) -> list[list[int]]:
+    """Token ids of each text, in parallel on every core; a special token in it is read as text."""
+    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+def _choose(
+    stage: Stage, sources: list[datasets.Dataset]
+) -> tuple[list[list[int]], list[list[int]], list[dict[str, Any]], list[dict[str, Any]]]:
+    """Which rows of each source are trained on and held out, the audits, and the refused rows."""
+    seen: set[bytes] = set()
+    digests, audits, rejected = [], [], []
+    for rows, source in zip(sources, stage.data, strict=True):
+        marks, lengths, refused, duplicates = [], [], [], 0
+        for text, number in zip(_texts(rows, source), rows[ROW_COLUMN], strict=True):
+            mark = text and hashlib.blake2b(text.encode(), digest_size=8).digest()
+            copy_of_another = mark in seen
+            duplicates += copy_of_another
+            if mark is None:
+                refused.append((number, "no text"))
+            elif copy_of_another and stage.duplicates == "drop":
+                refused.append((number, "exact duplicate"))
+                mark = None
+            else:
+                seen.add(mark)
+                lengths.append(len(text))
+            marks.append(mark)
+        if not lengths:
+            raise DataError(f"{source}: no row has any text under 'text'")
+        digests.append(marks)
+        rejected += [{"source": str(source), "row": n, "reason": reason} for n, reason in refused]
+        audits.append(
+            audit_source(
+                str(source),
+                read=len(rows),
+                lengths=lengths,
+                trained_tokens=0,
+                reasons=Counter(reason for _, reason in refused),
+                duplicates=duplicates,
+                unit="characters",
+            )
+        )
+    held_marks = choose_held_out(stage, [m for marks in digests for m in marks if m is not None])
+    chosen, held = [], []
+    for source, marks, audit in zip(stage.data, digests, audits, strict=True):
+        train = [i for i, m in enumerate(marks) if m is not None and m not in held_marks]
+        chosen.append(copies(train, source, stage.seed))
+        firsts = {}
+        for i, mark in enumerate(marks):
+            if mark in held_marks:
+                firsts.setdefault(mark, i)
+        held.append(sorted(firsts.values()))
+        audit |= {"train": len(chosen[-1]), "held_out": len(held[-1])}
+    if not any(chosen):
+        raise DataError(f"base: held_out: {stage.held_out} leaves no document to train on")
+    return chosen, held, audits, rejected
+
+
+def _text_rows(source: Source, stage: Stage) -> datasets.Dataset:
+    """The rows of a source that does not stream; its text column is there, unless it is JSON."""
+    rows = load_rows(source, stage.seed)
+    if JSON_COLUMN not in rows.column_names:
+        _require_column(source, rows.column_names)
+    return rows
+
+
+def _texts(rows: datasets.Dataset, source: Source) -> Iterator[str | None]:
+    """The text of each row, None where it has none."""
+    column = source.columns.get("text", "text")
+    for batch in rows.iter(batch_size=1000):
+        if JSON_COLUMN not in batch:
+            yield from (text if _is_text(text) else None for text in batch[column])
+            continue
+        for line in batch[JSON_COLUMN]:
+            try:
+                text = renamed({JSON_COLUMN: line}, source).get("text")
+            except BadRow:
+                text = None
+            yield text if _is_text(text) else None
+
+
+def _is_text(text: Any) -> bool:
+    try:
+        return isinstance(text, str) and bool(text.strip()) and bool(text.encode())
+    except UnicodeEncodeError:  # a lone surrogate
+        return False
+
+
+def _require_column(source: Source, names: list[str]) -> None:
+    column = source.columns.get("text", "text")
+    if column not in names:
+        others = ", ".join(name for name in names if name != ROW_COLUMN)
+        raise DataError(
+            f"{source}: has no column '{column}' but {others}; name its text with "
+            "`columns: {text: YOUR_COLUMN}`"
+        )
+
+
+def _batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    iterator = iter(items)
+    while batch := list(itertools.islice(iterator, size)):
+        yield batch
+
+
+# --- streams ---
+
+
+def _open_stream(source: Source) -> datasets.IterableDataset:
+    if Path(source.path).expanduser().exists():
+        raise DataError(f"{source}: streaming is for datasets on the Hub; leave it out")
+    stream = read_hub(source, streaming=True)
+    if stream.column_names is not None:
+        _require_column(source, stream.column_names)
+    return stream
+
+
+def _stream_texts(stream: Iterable[dict[str, Any]], source: Source) -> Iterator[str]:
+    column = source.columns.get("text", "text")
+    return (row[column] for row in stream if _is_text(row.get(column)))
+
+
+def open_text_stream(
+    stage: Stage, stream: datasets.IterableDataset, tokenizer: Any, length: int
+) -> tuple["TextStream", Any]:
+    """A stream's rows to train on, and those of its first documents, which are held out."""
+    source = stage.data[0]
+    if not stage.validates:
+        return TextStream(stream, source, tokenizer, length, stage.seed, set()), None
+    if stage.held_out < 1:
+        raise DataError(
+            f"{stage.name}.held_out: {stage.held_out} is a share, but a stream's length is not "
+            "known; give a number of documents"
+        )
+    count = int(stage.held_out)
+    texts = list(_stream_texts(stream.take(count), source))
+    if not texts:
+        raise DataError(f"{stage.name}: held_out: the first {count} documents have no text")
+    rows = fit_rows(encode_texts(texts, tokenizer), tokenizer.bos_token_id, length)
+    train = TextStream(stream.skip(count), source, tokenizer, length, stage.seed, set(texts))
+    return train, datasets.Dataset.from_dict({"input_ids": rows})
+
+
+class TextStream(torch.utils.data.IterableDataset):
+    """Rows of a streaming source, encoded while it is read, epoch after epoch, without end.
+
+    Documents are read in blocks; each block is shuffled, encoded and laid into rows while the one
+    before it is trained on. A block depends on the seed, the epoch and its number alone: to go on
+    from a row, one block is made again and nothing before it is read.
+    """
+
+    def __init__(
+        self,
+        stream: datasets.IterableDataset,
+        source: Source,
+        tokenizer: Any,
+        length: int,
+        seed: int,
+        held_out: set[str],
+        block: int = BLOCK,
+    ):
+        """Set the stream up; nothing is read yet.
+
+        Args:
+            stream: the documents' rows.
+            source: names the column of their text.
+            tokenizer: encodes them.
+            length: tokens a row.
+            seed: of the order within a block.
+            held_out: documents to leave out wherever they turn up.
+            block: documents a block.
+        """
+        self.stream, self.source, self.tokenizer = stream, source, tokenizer
+        self.length, self.seed, self.held_out, self.block = length, seed, held_out, block
+        self.beginning = copy.deepcopy(stream.state_dict())
+        self.start = {"epoch": 0, "block": 0, "stream": self.beginning}
+        self.skip = self.given = 0  # rows to pass over in the first block; rows before it
+        # where each block that may still be trained on began: rows given before it, its position
+        self.marks: deque[tuple[int, dict[str, Any]]] = deque()
+
+    def state_after(self, rows: int) -> dict[str, Any]:
+        """What `go_on` needs to give the row that follows the first `rows` ones."""
+        while len(self.marks) > 1 and self.marks[1][0] <= rows:
+            self.marks.popleft()
+        before, position = self.marks[0]
+        return {"position": position, "skip": rows - before, "given": rows}
+
+    def go_on(self, state: dict[str, Any]) -> None:
+        """Begin behind the row that `state_after` was asked for."""
+        self.start, self.skip = state["position"], state["skip"]
+        self.given = state["given"] - state["skip"]
+
+    def __iter__(self) -> Iterator[dict[str, list[int]]]:
+        skip, given = self.skip, self.given
+        with ThreadPoolExecutor(max_workers=1) as reader:
+            blocks = self._blocks()
+            ahead = reader.submit(next, blocks)
+            while True:
+                position, rows = ahead.result()
+                ahead = reader.submit(next, blocks)
+                self.marks.append((given, position))
+                for row in rows[skip:]:
+                    yield {"input_ids": row}
+                given, skip = given + len(rows), 0
+
+    def _blocks(self) -> Iterator[tuple[dict[str, Any], list[list[int]]]]:
+        epoch, number, place = self.start["epoch"], self.start["block"], self.start["stream"]
+        while True:
+            self.stream.load_state_dict(copy.deepcopy(place))
+            texts = _stream_texts(iter(self.stream), self.source)
+            while block := list(itertools.islice(texts, self.block)):
+                position = {"epoch": epoch, "block": number, "stream": place}
+                # taken behind the block: before its first row a loaded stream does not know it
+                place = copy.deepcopy(self.stream.state_dict())
+                block = [text for text in block if text not in self.held_out]
+                yield position, self._rows(block, epoch, number)
+                number += 1
+            if number == 0:
+                raise DataError(f"{self.source}: holds no text but what is held out")
+            epoch, number, place = epoch + 1, 0, self.beginning
+
+    def _rows(self, texts: list[str], epoch: int, number: int) -> list[list[int]]:
+        order = random.Random(f"{self.seed}:{epoch}:{number}")
+        order.shuffle(texts)
+        ids = encode_texts(texts, self.tokenizer)
+        rows = fit_rows(ids, self.tokenizer.bos_token_id, self.length)
+        order.shuffle(rows)
+        return rows
