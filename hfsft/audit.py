@@ -5,7 +5,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -91,19 +90,16 @@ def print_audit(stage: str, audit: dict[str, Any], console: Console) -> None:
         console.print(f"{stage}: its data streams and is counted as it is read")
         return
     unit = "tokens" if "tokens" in audit["sources"][0] else "characters"
-    table = Table(
-        header_style="bold", title=f"{stage}: data", title_justify="left", box=box.SIMPLE_HEAD
-    )
-    table.add_column("source", overflow="fold")
-    for column in ("read", "refused", "kept", "an epoch", unit, "trained", "50 %", "max", "cut"):
-        table.add_column(column, justify="right")
+    table = Table(header_style="bold", box=None, padding=(0, 1), pad_edge=False)
+    table.add_column(f"{stage}: data", no_wrap=True)
+    for column in ("read", "kept", "epoch", unit, "trained", "median", "max", "cut"):
+        table.add_column(column, justify="right", no_wrap=True)
     for source in audit["sources"]:
         trained = source["trained_tokens"] / source[unit] if source[unit] else 0
         lengths = source["length_percentiles"]
         table.add_row(
             source["source"],
             f"{source['read']:,}",
-            f"{sum(source['refused'].values()):,}",
             f"{source['kept']:,}",
             f"{source['train']:,}",
             f"{source[unit]:,}",

@@ -2,6 +2,7 @@
 
 import glob
 import hashlib
+import io
 import json
 import os
 import random
@@ -37,6 +38,7 @@ from hfsft.conversations import (
     to_messages,
 )
 from hfsft.errors import DataError
+from hfsft.fields import nearest
 from hfsft.hub import require_on_hub
 from hfsft.packing import PackedConversations
 from hfsft.recipe import Source, Stage
@@ -70,6 +72,8 @@ def load_rows(source: Source, seed: int) -> datasets.Dataset:
         except ValueError as error:
             raise DataError(f"{source}: {error}") from None
         return _json_rows([json.dumps(row) for row in made])
+    if source.path == "reasoning_gym":
+        return _json_rows(_reasoning_gym(source, seed))
     if source.path in TEXTS:
         rows = datasets.Dataset.from_list(embedded_texts(source.path))
     elif files := _local_files(source):
@@ -128,6 +132,22 @@ def _content(files: list[Path]) -> str:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def _reasoning_gym(source: Source, seed: int) -> list[str]:
+    """Rows of one of reasoning-gym's seeded generators, 500 unless `rows` says otherwise."""
+    try:
+        import reasoning_gym
+        from reasoning_gym.factory import DATASETS
+    except ImportError:
+        raise DataError(f"{source}: needs its package: pip install 'hfsft[tasks]'") from None
+    if source.name not in DATASETS:
+        hint = nearest(source.name or "", DATASETS) or ", such as chain_sum"
+        raise DataError(f"{source}: name is none of its {len(DATASETS)} generators{hint}")
+    made = reasoning_gym.create_dataset(source.name, size=source.rows or 500, seed=seed)
+    return [
+        json.dumps({"prompt": item["question"], "completion": str(item["answer"])}) for item in made
+    ]
 
 
 def _local_files(source: Source) -> list[Path]:
@@ -204,7 +224,8 @@ def _json_lines(file: Path, suffix: str, source: Source) -> Iterator[str]:
     try:
         with fsspec.open(str(file), "rb", compression="infer") as opened:
             if suffix == ".jsonl":
-                for number, line in enumerate(opened, 1):
+                # of the readers zstandard's alone gives no lines
+                for number, line in enumerate(io.BufferedReader(opened), 1):
                     text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
                     if text.strip():
                         yield text
@@ -429,6 +450,7 @@ def choose_held_out(stage: Stage, digests: list[Any]) -> set[Any]:
 
 def _encode_source(source: Source, stage: Stage, tokenizer: Any) -> datasets.Dataset:
     """Encode a source's rows; what is refused has the reason under `refused` and nothing else."""
+    positions = None if stage.max_length else model_positions(stage)
     rows = load_rows(source, stage.seed)
     row_format = source.format or detect_format(_columns(rows, source), str(source))
 
@@ -445,6 +467,8 @@ def _encode_source(source: Source, stage: Stage, tokenizer: Any) -> datasets.Dat
                     stage.on_too_long,
                     stage.assistant_only_loss,
                 )
+                if positions and len(encoded[0][0]) > positions:
+                    raise BadRow("longer than the model's positions")
             except TooLong:
                 raise DataError(
                     f"{source}: row {number} is longer than max_length ({stage.max_length} tokens) "
@@ -485,6 +509,17 @@ FEATURES = {
     "cut": datasets.Value("bool"),
     "refused": datasets.Value("string"),
 }
+
+
+def model_positions(stage: Stage) -> int | None:
+    """How many positions the model that a stage starts from has, if its config can be read."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(stage.model_name_or_path, revision=stage.revision)
+    except (OSError, ValueError, TypeError):
+        return None  # a missing model is an error of its own when it is loaded
+    return getattr(config, "max_position_embeddings", None)
 
 
 def _columns(rows: datasets.Dataset, source: Source) -> list[str]:

@@ -4,11 +4,14 @@ import csv
 import gzip
 import io
 import json
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
 import datasets
 import pytest
+from hub_server import HubServer
 
 from hfsft.conversations import IGNORED, encode_conversation
 from hfsft.errors import DataError
@@ -525,3 +528,86 @@ def test_on_too_long(tmp_path, make_stage, tokenizer):
     assert sum(lengths["split"]) == one + whole + 1
     with pytest.raises(DataError, match=r"long\.jsonl: row 1 is longer than max_length"):
         load_conversations(make_stage(path, max_length=limit, on_too_long="error"), tokenizer)
+
+
+# --- sources that need more ---
+
+
+def test_zstandard_files(tmp_path, make_stage, tokenizer):
+    import zstandard
+
+    path = tmp_path / "rows.jsonl.zst"
+    plain = "".join(json.dumps(row) + "\n" for row in CONVERSATIONS).encode()
+    path.write_bytes(zstandard.ZstdCompressor().compress(plain))
+    train, _ = load_conversations(make_stage(str(path)), tokenizer)
+    assert texts_of(train, tokenizer) == [rendered(row, tokenizer) for row in CONVERSATIONS]
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(DataError, match=r"rows\.jsonl\.zst"):
+        load_conversations(make_stage(str(path)), tokenizer)
+
+
+def test_an_edited_file_is_read_again(tmp_path):
+    path = write_jsonl(tmp_path / "r.jsonl", CONVERSATIONS[:3])
+    assert len(load_rows(Source(path), 0)) == 3
+    write_jsonl(tmp_path / "r.jsonl", CONVERSATIONS[:4])
+    assert len(load_rows(Source(path), 0)) == 4
+
+
+def test_rows_above_the_model_s_positions(tmp_path, make_stage, tokenizer, make_model):
+    model = make_model(max_position_embeddings=32)
+    model.save_pretrained(tmp_path / "model")
+    path = write_jsonl(
+        tmp_path / "r.jsonl", [CONVERSATIONS[0], conversation("Long?", "word " * 99)]
+    )
+    stage = make_stage(
+        path, max_length=None, on_bad_rows="skip", model_name_or_path=str(tmp_path / "model")
+    )
+    train, _ = load_conversations(stage, tokenizer)
+    assert len(train) == 1
+    assert read_jsonl(stage.folder / "rejected.jsonl") == [
+        {"source": path, "row": 1, "reason": "longer than the model's positions"}
+    ]
+
+
+def test_reasoning_gym(make_stage, tokenizer):
+    pytest.importorskip("reasoning_gym", reason="the extra hfsft[tasks] is not installed")
+    stage = make_stage(Source("reasoning_gym", name="chain_sum", rows=20, seed=1), max_length=200)
+    train, _ = load_conversations(stage, tokenizer)
+    assert len(train) == 20
+    assert "4 - 1 - 7 =" in texts_of(train, tokenizer)[0]
+    assert texts_of(train, tokenizer)[0].endswith("<|assistant_start|>-4<|assistant_end|>")
+    with pytest.raises(DataError, match="none of its 106 generators; did you mean 'chain_sum'"):
+        load_conversations(make_stage(Source("reasoning_gym", name="chain_sun")), tokenizer)
+
+
+def test_a_dataset_on_the_hub(tmp_path):
+    """Sources read through the real clients, from a Hub on loopback."""
+    code = (
+        "import json, sys\n"
+        "from hfsft.recipe import Source\n"
+        "from hfsft.mixture import load_rows\n"
+        "from hfsft.errors import DataError\n"
+        "for source in (Source('me/chats'), Source('me/chats', rows=3), Source('me/chats',"
+        " split='nothing'), Source('me/none'), Source('me/secret')):\n"
+        "    try: print(len(load_rows(source, 0)))\n"
+        "    except DataError as error: print(str(error).splitlines()[0])\n"
+    )
+    rows = "".join(json.dumps(row) + "\n" for row in CONVERSATIONS).encode()
+    with HubServer() as hub:
+        hub.add_repo("me/chats", "dataset", {"train.jsonl": rows})
+        hub.add_repo("me/secret", "dataset", {"train.jsonl": rows}, private=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=hub.env(tmp_path, "hf_other"),
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[:2] == ["20", "3"]
+    assert lines[2].startswith("me/chats: cannot be loaded: Unknown split")
+    for line, name in zip(lines[3:], ("none", "secret"), strict=True):
+        assert line == (
+            f"no dataset me/{name} here or on the Hub (a private one needs `hf auth login`)"
+        )
