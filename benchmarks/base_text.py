@@ -2,9 +2,9 @@
 
     python benchmarks/base_text.py
 
-Writes JSON lines of the embedded speeches and facts, repeated with a number in each document so that no
-two are the same, into a temporary folder. Each measurement is a process of its own: its peak memory is the
-operating system's (ru_maxrss), its time is of the preparation alone, without imports.
+Writes JSON lines of the embedded speeches and facts, repeated with a number in each document so
+that no two are the same, into a temporary folder. Each measurement is a process of its own: its
+peak memory is the operating system's (ru_maxrss), its time is the preparation's, without imports.
 """
 
 import json
