@@ -408,7 +408,8 @@ BROKEN_BASE = [
     ),
     (
         BASE.replace("[facts]", "[{path: x, streaming: true, rows: 5}]"),
-        "r.yaml:4: base.data.0: a streaming x is read as it trains: no rows, first, repeat or weight",
+        "r.yaml:4: base.data.0: a streaming x is read as it trains: no rows, first, "
+        "repeat or weight",
     ),
 ]
 
