@@ -165,7 +165,7 @@ def test_cpu_config_launches(folder):
     ("arguments", "words"),
     [
         (["sft", "tiny.yaml", "--max_stepz", "3"], "--max_stepz: unknown key 'max_stepz'"),
-        (["sft", "nowhere.yaml"], "no recipe nowhere.yaml"),
+        (["sft", "nowhere.yaml"], "no recipe 'nowhere.yaml'"),
         (["run", "tiny.yaml", "--max_steps", "3"], "of which stage? Say --sft.max_steps"),
         (["sft", "tiny.yaml", "--config_file", "nothing.yaml"], "--config_file: no such file"),
         (["sft", "tiny.yaml", "--name", "z", "--data", "[{path: no.jsonl}]"], "no.jsonl: no such"),

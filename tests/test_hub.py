@@ -36,7 +36,7 @@ class Names(dict):
     def __missing__(self, name):  # a process imports what it is asked for alone
         if name == "snapshot_download":
             return importlib.import_module("huggingface_hub").snapshot_download
-        for module in ("hub", "mixture", "tokenizer", "model"):
+        for module in ("hub", "mixture", "corpus", "tokenizer", "model"):
             if f"\\ndef {name}(" in open(f"hfsft/{module}.py").read():
                 return getattr(importlib.import_module(f"hfsft.{module}"), name)
         raise KeyError(name)
