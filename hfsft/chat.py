@@ -8,7 +8,7 @@ import transformers
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer
 
-from hfsft.errors import ModelError
+from hfsft.errors import ModelError, first_line
 from hfsft.hub import require_model
 
 
@@ -44,7 +44,7 @@ class Chat:
             self.tokenizer = AutoTokenizer.from_pretrained(model)
             self.model = AutoModelForCausalLM.from_pretrained(model, use_safetensors=True).eval()
         except (OSError, ValueError, KeyError) as error:
-            raise ModelError(f"{model}: cannot be loaded: {str(error).splitlines()[0]}") from None
+            raise ModelError(f"{model}: cannot be loaded: {first_line(error)}") from None
         if not self.tokenizer.chat_template:
             raise ModelError(f"{model}: has no chat template; it is no chat model")
         if torch.cuda.is_available():

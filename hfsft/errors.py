@@ -30,6 +30,11 @@ class Interrupted(HfsftError):
         self.exit_status = 128 + signal_number
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its type where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def run_main(main: Callable[..., None], *argv: str) -> None:
     """Run `main(*argv)` as a process does: exit with the status and the words of its error.
 

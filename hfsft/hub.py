@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from hfsft.errors import DataError, HfsftError, ModelError
+from hfsft.errors import DataError, HfsftError, ModelError, first_line
 
 
 def require_on_hub(repo_id: str, repo_type: str, revision: str | None = None) -> None:
@@ -46,7 +46,7 @@ def require_on_hub(repo_id: str, repo_type: str, revision: str | None = None) ->
         folder = f"{repo_type}s--{repo_id.replace('/', '--')}"
         if (Path(constants.HF_HUB_CACHE) / folder / "snapshots").is_dir():
             return
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise kind(
             f"cannot reach the Hub for the {repo_type} {repo_id}: {reason}\n"
             "  To try hfsft without the Hub: hfsft run demo"

@@ -37,7 +37,7 @@ from hfsft.conversations import (
     fit_conversation,
     to_messages,
 )
-from hfsft.errors import DataError
+from hfsft.errors import DataError, first_line
 from hfsft.fields import nearest
 from hfsft.hub import require_on_hub
 from hfsft.packing import PackedConversations
@@ -183,7 +183,7 @@ def _read_files(files: list[Path], source: Source) -> datasets.Dataset:
         try:
             content = _content(files)
         except OSError as error:
-            raise DataError(f"{source}: cannot be read: {_first_line(error)}") from None
+            raise DataError(f"{source}: cannot be read: {first_line(error)}") from None
         lines = (line for file in files for line in _json_lines(file, suffix, source))
         return once(
             f"json:{suffix}:{content}",
@@ -201,7 +201,7 @@ def _read_files(files: list[Path], source: Source) -> datasets.Dataset:
             raise DataError(f"{source}: its files differ in their columns") from None
         if "corresponds to no data" in str(cause):  # a CSV that is but a header
             raise DataError(f"{source}: has no rows") from None
-        raise DataError(f"{source}: cannot be read: {_first_line(cause)}") from None
+        raise DataError(f"{source}: cannot be read: {first_line(cause)}") from None
     if any(name.startswith("__index_level_") for name in rows.column_names):
         raise DataError(f"{source}: cannot be read: a row has more fields than the header")
     return rows
@@ -235,9 +235,9 @@ def _json_lines(file: Path, suffix: str, source: Source) -> Iterator[str]:
         where = f" (line {number})" if number else ""
         raise DataError(f"{place}: not UTF-8 text{where}") from None
     except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
-        raise DataError(f"{place}: cannot be read: {_first_line(error)}") from None
+        raise DataError(f"{place}: cannot be read: {first_line(error)}") from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{place}: not a JSON list of rows: {_first_line(error)}") from None
+        raise DataError(f"{place}: not a JSON list of rows: {first_line(error)}") from None
     if not isinstance(held, list):
         raise DataError(f"{place}: holds no list of rows")
     yield from (json.dumps(row) for row in held)
@@ -256,11 +256,7 @@ def _read_folder(source: Source) -> datasets.Dataset:
             return splits[source.split]
         return datasets.load_dataset(folder, source.name, split=source.split)
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"{source}: cannot be read: {_first_line(error)}") from None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{source}: cannot be read: {first_line(error)}") from None
 
 
 def read_hub(source: Source, streaming: bool) -> Any:
@@ -279,7 +275,7 @@ def read_hub(source: Source, streaming: bool) -> Any:
             streaming=streaming,
         )
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"{source}: cannot be loaded: {_first_line(error)}") from None
+        raise DataError(f"{source}: cannot be loaded: {first_line(error)}") from None
 
 
 def renamed(row: dict[str, Any], source: Source) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, NanoChatConfig, NanoChatForCausalLM
 
-from hfsft.errors import ModelError, RecipeError
+from hfsft.errors import ModelError, RecipeError, first_line
 from hfsft.hub import require_model
 from hfsft.recipe import Recipe, Stage
 
@@ -49,7 +49,7 @@ def build_model(recipe: Recipe, tokenizer: Any) -> Any:
         try:
             config = AutoConfig.for_model(settings.pop("model_type"), **settings, **special)
         except (ValueError, TypeError) as error:
-            raise RecipeError(f"{recipe.path}: model: {str(error).splitlines()[0]}") from None
+            raise RecipeError(f"{recipe.path}: model: {first_line(error)}") from None
         except StrictDataclassError as error:
             raise RecipeError(f"{recipe.path}: model: {' '.join(str(error).split())}") from None
     _check_heads(config, recipe)
@@ -57,7 +57,7 @@ def build_model(recipe: Recipe, tokenizer: Any) -> Any:
     try:
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     except (ValueError, ImportError) as error:
-        raise RecipeError(f"{recipe.path}: model: {str(error).splitlines()[0]}") from None
+        raise RecipeError(f"{recipe.path}: model: {first_line(error)}") from None
     except KeyError as error:  # an activation or a rope_type
         raise RecipeError(f"{recipe.path}: model: transformers knows no {error}") from None
     if isinstance(model, NanoChatForCausalLM):
@@ -184,7 +184,7 @@ def load_plain_model(start: str, stage: Stage, **kwargs: Any) -> Any:
             **{key: value for key, value in kwargs.items() if value is not None},
         )
     except (OSError, ValueError, ImportError, KeyError) as error:
-        raise ModelError(f"{start}: cannot be loaded: {str(error).splitlines()[0]}") from None
+        raise ModelError(f"{start}: cannot be loaded: {first_line(error)}") from None
     except StrictDataclassError as error:
         raise ModelError(f"{start}: config.json: {' '.join(str(error).split())}") from None
     except SafetensorError as error:
@@ -237,7 +237,7 @@ def _with_lora(model: Any, stage: Stage, quantized: bool) -> Any:
         torch.manual_seed(stage.seed)
         return get_peft_model(model, config)
     except (ValueError, TypeError, NotImplementedError) as error:
-        raise RecipeError(f"{stage.name}.lora: {str(error).splitlines()[0]}") from None
+        raise RecipeError(f"{stage.name}.lora: {first_line(error)}") from None
 
 
 def merged_model(adapter: Path, stage: Stage, model: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 from accelerate import PartialState
 
-from hfsft.errors import ModelError, RecipeError
+from hfsft.errors import ModelError, RecipeError, first_line
 from hfsft.hub import require_model
 from hfsft.recipe import Recipe, Stage
 from hfsft.templates import TemplateError, end_of_turn
@@ -130,7 +130,7 @@ def load_tokenizer(
         # the tokenizers library raises Exception itself
         if type(error) is not Exception and not isinstance(error, OSError | ValueError | KeyError):
             raise
-        raise ModelError(f"{start}: cannot load its tokenizer: {_first_line(error)}") from None
+        raise ModelError(f"{start}: cannot load its tokenizer: {first_line(error)}") from None
     if not tokenizer.is_fast:
         raise ModelError(f"{start}: has no fast tokenizer (tokenizer.json), which training needs")
     if chat_template is None and not tokenizer.chat_template:
@@ -253,7 +253,3 @@ def _take_chars(texts: Iterable[str], limit: int) -> Iterator[str]:
             return
         yield text[:limit]
         limit -= len(text)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
