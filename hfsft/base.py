@@ -17,13 +17,13 @@ def main(*argv: str) -> None:
     # torch, transformers and trl take 5 s to import: a recipe's mistakes are answered before
     from hfsft.corpus import base_texts, load_text, text_length
     from hfsft.model import build_model
-    from hfsft.packing import RowCollator
     from hfsft.tokenizer import base_tokenizer
+    from hfsft.trainer import StageTrainer
     from hfsft.training import (
-        StageTrainer,
         arguments,
         last_checkpoint,
         open_stage,
+        rows_per_step,
         train_and_save,
     )
 
@@ -31,13 +31,16 @@ def main(*argv: str) -> None:
         return
     tokenizer = base_tokenizer(recipe, base_texts(stage), bool(last_checkpoint(stage)))
     train, held_out = load_text(recipe, tokenizer)
+    length = text_length(recipe)
+    rows = rows_per_step(stage, length)
     trainer = StageTrainer(
         stage,
+        rows,
+        length,
         model=build_model(recipe, tokenizer),
-        args=arguments(stage, train, row_length=text_length(recipe)),
+        args=arguments(stage, train, rows),
         train_dataset=train,
         eval_dataset=held_out,
-        data_collator=RowCollator(tokenizer.pad_token_id),
         processing_class=tokenizer,
     )
     train_and_save(trainer, recipe, stage)

@@ -22,6 +22,10 @@ class ModelError(HfsftError):
     """A model or tokenizer that is missing, out of reach or does not suit the stage."""
 
 
+class MemoryShortage(HfsftError):
+    """A step that does not fit into memory, however it is cut."""
+
+
 class Interrupted(HfsftError):
     """A stage stopped by a signal, with a checkpoint on disk to go on from."""
 

@@ -17,21 +17,23 @@ def main(*argv: str) -> None:
     # torch, transformers and trl take 5 s to import: a recipe's mistakes are answered before
     from hfsft.mixture import load_packed_conversations
     from hfsft.model import load_model
-    from hfsft.packing import RowCollator
     from hfsft.tokenizer import stage_tokenizer
-    from hfsft.training import StageTrainer, arguments, open_stage, train_and_save
+    from hfsft.trainer import StageTrainer
+    from hfsft.training import arguments, open_stage, rows_per_step, train_and_save
 
     if not open_stage(recipe, stage):
         return
     tokenizer = stage_tokenizer(recipe, stage)
     train, held_out = load_packed_conversations(stage, tokenizer)
+    rows = rows_per_step(stage, stage.max_length)
     trainer = StageTrainer(
         stage,
+        rows,
+        stage.max_length,
         model=load_model(stage, tokenizer),
-        args=arguments(stage, train, row_length=stage.max_length),
+        args=arguments(stage, train, rows),
         train_dataset=train,
         eval_dataset=held_out,
-        data_collator=RowCollator(tokenizer.pad_token_id),
         processing_class=tokenizer,
     )
     train_and_save(trainer, recipe, stage)

@@ -92,33 +92,128 @@ class PackedConversations(torch.utils.data.Dataset):
         return {"input_ids": ids, "labels": labels, "position_ids": positions}
 
 
-class RowCollator:
-    """Batch rows for a causal language model, without an attention mask.
+class StepCollator:
+    """Lay the examples of one optimizer step into rows.
 
-    transformers keeps packed documents apart only if `position_ids` restart and no mask is given.
+    Conversations are laid best-fit, whole, into as few rows of at most `max_length` tokens as they
+    fit; rows that come with `position_ids` (mid) or without labels (base) are rows already.
     """
 
-    def __init__(self, pad_token_id: int):
-        self.pad_token_id = pad_token_id
-
-    def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-        """Pad to the longest row.
+    def __init__(self, pad_token_id: int, max_length: int | None = None, alone: bool = False):
+        """Set it up.
 
         Args:
-            rows: with `input_ids`, and for packed conversations `labels` and `position_ids`.
+            pad_token_id: fills rows up; never trained on, and a document of its own.
+            max_length: tokens a row; None: those of the step's longest conversation.
+            alone: one conversation a row, for a model that cannot keep several apart.
+        """
+        self.pad_token_id, self.max_length, self.alone = pad_token_id, max_length, alone
+
+    def __call__(self, examples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        """Lay them.
+
+        Args:
+            examples: `input_ids`, and `labels` unless every token is trained on.
 
         Returns:
-            int64 tensors of shape [rows, longest]; padding is a document of its own, untrained.
+            int64 `input_ids`, `labels` and `position_ids` of shape [rows, max_length], the fullest
+            rows first. `position_ids` begin at 0 in each document, padding is one too.
         """
-        longest = max(len(row["input_ids"]) for row in rows)
-        batch: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
-        if "position_ids" in rows[0]:
-            batch["position_ids"] = []
-        for row in rows:
-            ids = row["input_ids"]
-            padding = longest - len(ids)
-            batch["input_ids"].append([*ids, *[self.pad_token_id] * padding])
-            batch["labels"].append([*row.get("labels", ids), *[IGNORED] * padding])
-            if "position_ids" in row:
-                batch["position_ids"].append([*row["position_ids"], *range(padding)])
-        return {key: torch.tensor(values) for key, values in batch.items()}
+        documents = [_document(example) for example in examples]
+        capacity = self.max_length or max(len(ids) for ids, _, _ in documents)
+        if self.alone or "position_ids" in examples[0] or "labels" not in examples[0]:
+            bins = [[item] for item in range(len(documents))]
+        else:
+            bins = best_fit([len(ids) for ids, _, _ in documents], capacity)
+        rows = [
+            tuple([token for item in items for token in documents[item][part]] for part in range(3))
+            for items in bins
+        ]
+        rows.sort(key=lambda row: -len(row[0]))
+        width = capacity
+        batch = {
+            "input_ids": torch.full((len(rows), width), self.pad_token_id),
+            "labels": torch.full((len(rows), width), IGNORED),
+            "position_ids": torch.zeros((len(rows), width), dtype=torch.int64),
+        }
+        for index, row in enumerate(rows):
+            length = len(row[0])
+            for tensor, values in zip(batch.values(), row, strict=True):
+                tensor[index, :length] = torch.tensor(values)
+            batch["position_ids"][index, length:] = torch.arange(width - length)
+        return batch
+
+
+def _document(example: dict[str, list[int]]) -> tuple[list[int], list[int], Any]:
+    ids = example["input_ids"]
+    labels = example.get("labels", ids)
+    # its first token would be predicted from the document before it
+    return ids, [IGNORED, *labels[1:]], example.get("position_ids", range(len(ids)))
+
+
+def micro_batches(step: dict[str, torch.Tensor], rows: int) -> list[dict[str, torch.Tensor]]:
+    """Cut a step into micro-batches, each no wider than what its longest row needs.
+
+    Args:
+        step: as `StepCollator` makes it, on the CPU.
+        rows: a micro-batch's; 0: each document by itself.
+
+    Returns:
+        For each `input_ids`, `labels` and `position_ids` of shape [rows, longest].
+    """
+    if rows == 0:
+        return _single_documents(step)
+    parts = []
+    for start in range(0, len(step["input_ids"]), rows):
+        part = {name: tensor[start : start + rows] for name, tensor in step.items()}
+        parts.append({name: tensor[:, : _width(part)] for name, tensor in part.items()})
+    return parts
+
+
+def _single_documents(step: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    parts = []
+    for row in range(len(step["input_ids"])):
+        starts = (step["position_ids"][row] == 0).nonzero().flatten().tolist()
+        for start, end in zip(starts, [*starts[1:], None], strict=True):
+            part = {name: tensor[row : row + 1, start:end] for name, tensor in step.items()}
+            if (part["labels"] != IGNORED).any():  # padding has none
+                parts.append(part)
+    return parts
+
+
+def _width(part: dict[str, torch.Tensor]) -> int:
+    """The longest row up to the padding that the step's longest row asked for.
+
+    Padding is a document of its own, behind the last 0 of `position_ids`, and none of it is trained
+    on. So what follows the last trained token of every row is needed by no loss.
+    """
+    trained = (part["labels"] != IGNORED).any(0).nonzero()
+    return int(trained[-1]) + 1 if len(trained) else 1
+
+
+def model_inputs(part: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """A micro-batch as the patched forward takes it (see `fuse_head`), without an attention mask.
+
+    Args:
+        part: one of `micro_batches`, on the CPU.
+
+    Returns:
+        `input_ids` and `position_ids` [rows, longest]; `targets` and `target_positions` [trained
+        tokens]; `cu_seq_lens_q`, `cu_seq_lens_k` (int32 [documents + 1]) and `max_length_q`,
+        `max_length_k`, by transformers' names.
+    """
+    labels, positions = part["labels"], part["position_ids"]
+    trained = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+    starts = (positions.flatten() == 0).nonzero().flatten()
+    ends = torch.cat([starts, torch.tensor([positions.numel()])]).to(torch.int32)
+    longest = int(ends.diff().max())
+    return {
+        "input_ids": part["input_ids"],
+        "position_ids": positions,
+        "targets": labels[:, 1:][trained],
+        "target_positions": trained[0] * labels.shape[1] + trained[1],
+        "cu_seq_lens_q": ends,
+        "cu_seq_lens_k": ends,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }

@@ -18,7 +18,8 @@ def main(*argv: str) -> None:
     from hfsft.mixture import load_conversations
     from hfsft.model import load_model
     from hfsft.tokenizer import stage_tokenizer
-    from hfsft.training import SFTStageTrainer, arguments, open_stage, train_and_save
+    from hfsft.trainer import SFTStageTrainer
+    from hfsft.training import arguments, open_stage, train_and_save
 
     if not open_stage(recipe, stage):
         return
@@ -26,8 +27,10 @@ def main(*argv: str) -> None:
     train, held_out = load_conversations(stage, tokenizer)
     trainer = SFTStageTrainer(
         stage,
+        stage.examples_per_step,
+        stage.max_length,
         model=load_model(stage, tokenizer),
-        args=arguments(stage, train),
+        args=arguments(stage, train, stage.examples_per_step),
         train_dataset=train,
         eval_dataset=held_out,
         processing_class=tokenizer,

@@ -1,17 +1,12 @@
-"""What the three stages share: arguments, callbacks, the order of examples, and files left."""
+"""What the three stages share: their arguments, beginning and end, and the files they leave."""
 
-import contextlib
-import itertools
 import json
 import math
 import os
-import random
 import resource
 import signal
 import sys
-import time
 import warnings
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -22,14 +17,11 @@ import torch
 import transformers
 import yaml
 from accelerate import PartialState
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
-from trl import SFTConfig, SFTTrainer
+from transformers import TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+from trl import SFTConfig
 
-from hfsft.conversations import IGNORED
+from hfsft.callbacks import StreamCallback
 from hfsft.corpus import TextStream
 from hfsft.errors import Interrupted, RecipeError
 from hfsft.model import bf16_is_native, merged_model
@@ -66,19 +58,19 @@ def precision() -> dict[str, bool]:
     return {"bf16": chosen == "bf16", "fp16": chosen == "fp16"}
 
 
-def arguments(stage: Stage, train: Any, row_length: int | None = None) -> TrainingArguments:
+def arguments(stage: Stage, train: Any, examples: int) -> TrainingArguments:
     """The trainer's arguments: the recipe's, with what hfsft derives from them.
 
     Args:
         stage: its `trainer` settings are passed through untouched.
         train: the training set, for the length of an epoch.
-        row_length: tokens a row (base, mid), to turn `tokens_per_step` into accumulation steps.
+        examples: of an optimizer step, over all devices.
 
     Returns:
         `TrainingArguments`, for sft an `SFTConfig`.
 
     Raises:
-        RecipeError: if the step does not divide over the devices, or upstream refuses the settings.
+        RecipeError: if upstream refuses the settings.
     """
     settings = dict(stage.trainer)
     config_class = TrainingArguments
@@ -93,7 +85,6 @@ def arguments(stage: Stage, train: Any, row_length: int | None = None) -> Traini
         settings |= precision()
     else:
         settings |= {key: bool(settings.get(key)) for key in ("bf16", "fp16")}
-    accumulation = accumulation_steps(stage, row_length)
     on_cpu = PartialState().device.type == "cpu"
     if not stage.validates:
         settings["eval_strategy"] = "no"
@@ -102,7 +93,8 @@ def arguments(stage: Stage, train: Any, row_length: int | None = None) -> Traini
         made = config_class(
             output_dir=str(stage.checkpoints),
             seed=stage.seed,
-            gradient_accumulation_steps=accumulation,
+            gradient_accumulation_steps=1,  # a step comes whole and is cut up in `training_step`
+            remove_unused_columns=False,
             disable_tqdm=True,  # ConsoleCallback draws the bar
             include_num_input_tokens_seen="non_padding",
             eval_on_start=stage.validates and last_checkpoint(stage) is None,
@@ -112,7 +104,6 @@ def arguments(stage: Stage, train: Any, row_length: int | None = None) -> Traini
         )
     except (ValueError, TypeError, ImportError) as error:
         raise RecipeError(f"{stage.name}: {' '.join(str(error).split())}") from None
-    examples = accumulation * made.per_device_train_batch_size * made.world_size
     if stage.max_steps is not None:
         made.max_steps = stage.max_steps
     elif isinstance(train, TextStream):
@@ -122,319 +113,20 @@ def arguments(stage: Stage, train: Any, row_length: int | None = None) -> Traini
     return made
 
 
-def accumulation_steps(stage: Stage, row_length: int | None = None) -> int:
-    """Micro-batches an optimizer update on each device.
+def rows_per_step(stage: Stage, length: int) -> int:
+    """Packed rows of a base or mid step, over all devices.
+
+    Args:
+        stage: `tokens_per_step`, or without it one batch on each device.
+        length: tokens a row.
 
     Raises:
-        RecipeError: if the step does not divide over the devices and their batches.
+        RecipeError: if the step does not divide over the devices.
     """
-    batch, processes = stage.trainer["per_device_train_batch_size"], PartialState().num_processes
-    if stage.name == "sft":
-        if stage.examples_per_step % (batch * processes):
-            raise RecipeError(
-                f"sft.examples_per_step: {stage.examples_per_step} is no multiple of "
-                f"{batch} examples on {processes} devices; set per_device_train_batch_size to a "
-                f"divisor of {stage.examples_per_step / processes:g}"
-            )
-        return stage.examples_per_step // (batch * processes)
+    processes = PartialState().num_processes
     if stage.tokens_per_step is None:
-        return 1
-    return check_tokens_per_step(
-        stage.name, stage.tokens_per_step, batch, row_length, processes, "recipe"
-    )
-
-
-# --- trainers ---
-
-
-class StepSampler(torch.utils.data.Sampler):
-    """The order of examples over the whole run: one seeded permutation after another.
-
-    Every step then has its full number of examples, also where an epoch ends within it, and neither
-    the device batch, nor the number of processes, nor a larger `max_steps` changes the order.
-    """
-
-    def __init__(self, examples: int, total: int, seed: int):
-        self.examples, self.total, self.seed = examples, total, seed
-
-    def __len__(self) -> int:
-        return self.total
-
-    def __iter__(self) -> Iterator[int]:
-        given, epoch = 0, 0
-        while given < self.total:
-            order = list(range(self.examples))
-            random.Random(f"{self.seed}:epoch:{epoch}").shuffle(order)
-            yield from order[: self.total - given]
-            given, epoch = given + len(order), epoch + 1
-
-
-class _StageMixin:
-    """What hfsft changes in a trainer: the order of examples, and who draws the progress."""
-
-    def __init__(self, stage: Stage, **kwargs: Any):
-        try:
-            super().__init__(**kwargs)
-        except (ValueError, ImportError, RuntimeError) as error:
-            raise RecipeError(f"{stage.name}: {' '.join(str(error).split())}") from None
-        for callback in (PrinterCallback, ProgressCallback):
-            self.remove_callback(callback)
-        self.stage = stage
-        self.stop_signal = StopOnSignal(self.accelerator)
-        self.metrics_log = MetricsCallback(stage.folder / "metrics.jsonl")
-        self.add_callback(self.stop_signal)
-        if isinstance(self.train_dataset, TextStream):
-            self.add_callback(StreamCallback(self.train_dataset))
-        self.add_callback(self.metrics_log)
-        if not stage.quiet:
-            self.add_callback(ConsoleCallback(stage.name))
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> StepSampler:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        total = self.args.max_steps * self.get_total_train_batch_size(self.args)
-        return StepSampler(len(dataset), total, self.args.seed)
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader:
-        """This process's share of the held-out examples: every n-th, none twice."""
-        dataset = self.eval_dataset
-        if isinstance(dataset, datasets.Dataset):
-            dataset = self._remove_unused_columns(dataset, "evaluation")
-        share = range(self.args.process_index, len(dataset), self.args.world_size)
-        return torch.utils.data.DataLoader(
-            torch.utils.data.Subset(dataset, share or [0]),
-            batch_size=self.args.eval_batch_size,
-            collate_fn=self.data_collator,
-        )
-
-    def evaluation_loop(
-        self, dataloader: Any, description: str, metric_key_prefix: str = "eval", **kwargs: Any
-    ) -> EvalLoopOutput:
-        """Mean loss a trained token, the same whatever the batch and the number of processes.
-
-        The stock loop averages over batches, and repeats examples to even the processes out.
-        """
-        args, examples = self.args, len(self.eval_dataset)
-        share = len(range(args.process_index, examples, args.world_size))
-        own = math.ceil(share / args.eval_batch_size)
-        longest = math.ceil(math.ceil(examples / args.world_size) / args.eval_batch_size)
-        totals = torch.zeros(2, dtype=torch.float64, device=args.device)  # loss, trained tokens
-        self.model.eval()
-        # every process makes as many forward passes as the longest: sharded weights need it
-        for index, inputs in enumerate(itertools.islice(itertools.cycle(dataloader), longest)):
-            inputs = self._prepare_inputs(inputs)
-            tokens = (inputs["labels"][:, 1:] != IGNORED).sum()
-            with torch.no_grad(), self.compute_loss_context_manager():
-                loss = self.compute_loss(self.model, inputs)
-            if index < own:
-                totals += torch.stack([loss.double() * tokens, tokens.double()])
-            self.control = self.callback_handler.on_prediction_step(args, self.state, self.control)
-        loss, tokens = self.accelerator.reduce(totals).tolist()
-        return EvalLoopOutput(
-            predictions=None,
-            label_ids=None,
-            metrics={f"{metric_key_prefix}_loss": loss / max(tokens, 1)},
-            num_samples=examples,
-        )
-
-
-class StageTrainer(_StageMixin, Trainer):
-    """The trainer of base and mid."""
-
-
-class SFTStageTrainer(_StageMixin, SFTTrainer):
-    """The trainer of sft."""
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Leave out trl's card at every checkpoint: the finished stage gets its own."""
-
-
-class StopOnSignal(TrainerCallback):
-    """On SIGINT or SIGTERM finish the step, save a checkpoint, stop; a second stops at once."""
-
-    def __init__(self, accelerator: Any):
-        self.accelerator = accelerator
-        self.received = 0
-        self.before: dict[int, Any] = {}
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        """Take the signals over; a thread that is not the main one cannot."""
-        with contextlib.suppress(ValueError):
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.before[number] = signal.signal(number, self._receive)
-
-    def _receive(self, number: int, frame: Any) -> None:
-        if self.received:
-            raise KeyboardInterrupt
-        self.received = number
-
-    def on_step_end(self, args, state, control, **kwargs):
-        """Stop at the same step on every process."""
-        received = self.received
-        if self.accelerator.num_processes > 1:
-            flag = torch.tensor([received], device=self.accelerator.device)
-            received = int(self.accelerator.gather(flag).max())
-        if received and state.global_step < state.max_steps:
-            self.received = received
-            control.should_save = True
-            control.should_training_stop = True
-
-    def give_back(self) -> None:
-        """Put the signals' former handlers back."""
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
-class MetricsCallback(TrainerCallback):
-    """Write every logged number to `metrics.jsonl`, one JSON object a line."""
-
-    # of the trainers' own: totals that the lines' own `tokens` and `seconds` say better
-    LEFT_OUT = ("num_tokens", "num_input_tokens_seen", "total_flos", "eval_num_tokens")
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.lines: list[dict[str, Any]] = []
-        self.began = 0.0
-        self.earlier_seconds = 0.0
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        """Keep the lines up to the checkpoint that the run goes on from."""
-        self.began = time.perf_counter()
-        if self.path.is_file():
-            lines = [json.loads(line) for line in self.path.read_text().splitlines() if line]
-            self.lines = [line for line in lines if line["step"] <= state.global_step]
-        if state.global_step == 0:
-            self.lines = []
-        self.earlier_seconds = self.lines[-1]["seconds"] if self.lines else 0.0
-        if state.is_world_process_zero:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
-
-    def on_step_end(self, args, state, control, **kwargs):
-        """Log the last step, whatever `logging_steps`."""
-        if state.global_step >= state.max_steps:
-            control.should_log = True
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        """Append one line."""
-        if "train_loss" in logs:  # the summary at the end
-            return
-        line = {
-            "step": state.global_step,
-            **{
-                key: value
-                for key, value in logs.items()
-                if key not in self.LEFT_OUT
-                and not key.endswith(("_runtime", "_per_second", "epoch"))
-            },
-            "tokens": state.num_input_tokens_seen,
-            "seconds": round(self.seconds(), 3),
-        }
-        self.lines.append(line)
-        if state.is_world_process_zero:
-            with self.path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-
-    def seconds(self) -> float:
-        """Seconds since the stage's first step, without the time between two commands."""
-        return self.earlier_seconds + time.perf_counter() - self.began
-
-    def values(self, key: str) -> list[float]:
-        """Every logged value of one metric, in order."""
-        return [line[key] for line in self.lines if key in line]
-
-
-class StreamCallback(TrainerCallback):
-    """Keep a stream's place in every checkpoint, and go on from it."""
-
-    FILE = "stream.json"
-
-    def __init__(self, stream: TextStream):
-        self.stream = stream
-
-    def on_save(self, args, state, control, **kwargs):
-        """Write the place behind the last row that was trained on."""
-        if state.is_world_process_zero:
-            step = args.per_device_train_batch_size * args.gradient_accumulation_steps
-            rows = state.global_step * step * args.world_size
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            (folder / self.FILE).write_text(json.dumps(self.stream.state_after(rows)) + "\n")
-
-    def go_on(self, checkpoint: str) -> None:
-        """Set the stream to the place that a checkpoint holds."""
-        self.stream.go_on(json.loads((Path(checkpoint) / self.FILE).read_text()))
-
-
-class ConsoleCallback(TrainerCallback):
-    """A progress bar on a terminal; elsewhere one plain line a log."""
-
-    def __init__(self, stage: str):
-        self.stage = stage
-        self.console = Console()
-        self.progress: Progress | None = None
-        self.task: Any = None
-        self.began = 0.0
-        self.evaluating = 0.0  # seconds of them, left out of tokens/s and the time left
-        self.first_step = self.first_tokens = 0
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        """Show the bar."""
-        if not state.is_world_process_zero:
-            return
-        self.began, self.first_step = time.perf_counter(), state.global_step
-        self.first_tokens, self.evaluating = state.num_input_tokens_seen, 0.0
-        if self.console.is_terminal:
-            self.progress = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[shown]}"),
-                TimeRemainingColumn(compact=True),
-                TextColumn("left"),
-                console=self.console,
-            )
-            self.progress.start()
-            self.task = self.progress.add_task(
-                self.stage, total=state.max_steps, completed=state.global_step, shown=""
-            )
-
-    def on_step_end(self, args, state, control, **kwargs):
-        """Move the bar."""
-        if self.progress is not None:
-            self.progress.update(self.task, completed=state.global_step)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        """Say the loss, tokens/s and the time left; or the validation's loss."""
-        if not state.is_world_process_zero:
-            return
-        if "eval_loss" in logs:
-            self.evaluating += logs.get("eval_runtime", 0.0)
-            self._say(
-                f"{self.stage} step {state.global_step}: validation loss {logs['eval_loss']:.4f}"
-            )
-        if "loss" not in logs:
-            return
-        seconds = max(time.perf_counter() - self.began - self.evaluating, 1e-9)
-        speed = (state.num_input_tokens_seen - self.first_tokens) / seconds
-        done = max(state.global_step - self.first_step, 1)
-        left = (state.max_steps - state.global_step) * seconds / done
-        shown = f"loss {logs['loss']:.4f}  {speed:,.0f} tokens/s"
-        if self.progress is not None:
-            self.progress.update(self.task, shown=shown)
-        else:
-            self._say(
-                f"{self.stage} step {state.global_step}/{state.max_steps}: {shown}  "
-                f"{int(left) // 60}:{int(left) % 60:02} left"
-            )
-
-    def _say(self, text: str) -> None:
-        console = self.progress.console if self.progress is not None else self.console
-        console.print(text, highlight=False, soft_wrap=True)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        """Close the bar."""
-        if self.progress is not None:
-            self.progress.stop()
-            self.progress = None
+        return stage.trainer["per_device_train_batch_size"] * processes
+    return check_tokens_per_step(stage.name, stage.tokens_per_step, length, processes, "recipe")
 
 
 # --- a stage's beginning and end ---
@@ -582,6 +274,7 @@ def _measured(trainer: Any) -> dict[str, Any]:
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return {
         "steps": state.global_step,
+        "micro_batch_rows": trainer.rows,
         "examples": state.global_step * trainer.get_total_train_batch_size(trainer.args),
         "tokens": state.num_input_tokens_seen,
         "seconds": round(log.seconds(), 1) if log.began else 0.0,

@@ -8,8 +8,16 @@ import datasets
 import pytest
 import torch
 
+from hfsft.attention import DOCUMENTS
 from hfsft.conversations import IGNORED
-from hfsft.packing import PackedConversations, RowCollator, best_fit, fit_rows
+from hfsft.packing import (
+    PackedConversations,
+    StepCollator,
+    best_fit,
+    fit_rows,
+    micro_batches,
+    model_inputs,
+)
 
 PAD = 9
 
@@ -125,7 +133,7 @@ def conversations(lengths: list[int], seed: int = 0) -> datasets.Dataset:
     rows = []
     for length in lengths:
         ids = [rng.randrange(10, 512) for _ in range(length)]
-        labels = [token if rng.random() < 0.6 else IGNORED for token in ids]
+        labels = [token if rng.random() < 0.6 else IGNORED for token in ids[:-1]] + ids[-1:]
         rows.append({"input_ids": ids, "labels": labels, "length": length})
     return datasets.Dataset.from_list(rows)
 
@@ -146,19 +154,87 @@ def test_packed_rows_by_hand():
         "labels": [IGNORED, 21, 22, IGNORED, 11],
         "position_ids": [0, 1, 2, 0, 1],
     }
-    batch = RowCollator(PAD)([packed[0], packed[1]])
+    # rows that are packed already are not packed again; the fullest comes first
+    batch = StepCollator(PAD, 6)([packed[0], packed[1]])
     assert {key: value.tolist() for key, value in batch.items()} == {
-        "input_ids": [[30, 31, 32, PAD, PAD], [20, 21, 22, 10, 11]],
-        "labels": [[IGNORED, IGNORED, 32, IGNORED, IGNORED], [IGNORED, 21, 22, IGNORED, 11]],
-        "position_ids": [[0, 1, 2, 0, 1], [0, 1, 2, 0, 1]],
+        "input_ids": [[20, 21, 22, 10, 11, PAD], [30, 31, 32, PAD, PAD, PAD]],
+        "labels": [
+            [IGNORED, 21, 22, IGNORED, 11, IGNORED],
+            [IGNORED, IGNORED, 32, IGNORED, IGNORED, IGNORED],
+        ],
+        "position_ids": [[0, 1, 2, 0, 1, 0], [0, 1, 2, 0, 1, 2]],
     }
     assert all(value.dtype == torch.int64 for value in batch.values())
 
 
-def test_rows_of_raw_text_are_batched_without_positions():
-    batch = RowCollator(PAD)([{"input_ids": [1, 2, 3]}, {"input_ids": [4, 5, 6]}])
-    assert set(batch) == {"input_ids", "labels"}
-    assert batch["labels"].tolist() == [[1, 2, 3], [4, 5, 6]]
+def test_a_row_of_raw_text_is_one_document():
+    batch = StepCollator(PAD, 4)([{"input_ids": [1, 2, 3]}, {"input_ids": [4, 5, 6, 7]}])
+    assert batch["input_ids"].tolist() == [[4, 5, 6, 7], [1, 2, 3, PAD]]
+    assert batch["labels"].tolist() == [[IGNORED, 5, 6, 7], [IGNORED, 2, 3, IGNORED]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3], [0, 1, 2, 0]]
+
+
+def test_the_conversations_of_a_step_share_rows():
+    rng = random.Random(3)
+    held = conversations([rng.randint(2, 60) for _ in range(32)])
+    step = StepCollator(PAD, 64)(list(held))
+    rows = len(step["input_ids"])
+    assert rows == len(best_fit(held["length"][:], 64)) == 19
+    assert [len(part["input_ids"]) for part in micro_batches(step, 4)] == [4] * (rows // 4) + (
+        [rows % 4] if rows % 4 else []
+    )
+    # every conversation is there once, whole, untouched but for its first label
+    starts = (step["position_ids"] == 0).nonzero().tolist()
+    found = []
+    for (row, start), (next_row, end) in pairwise([*starts, [None, None]]):
+        end = end if row == next_row else 64
+        found.append(
+            (step["input_ids"][row, start:end].tolist(), step["labels"][row, start:end].tolist())
+        )
+    whole = [(c["input_ids"], [IGNORED, *c["labels"][1:]]) for c in held]
+    assert all(conversation in found for conversation in whole)
+    assert all(
+        set(ids) == {PAD} and set(labels) == {IGNORED}
+        for ids, labels in found
+        if (ids, labels) not in whole
+    )
+    assert sum(1 for conversation in found if conversation in whole) == 32
+
+
+def test_micro_batches_are_no_wider_than_their_last_trained_token():
+    examples = [
+        {"input_ids": [10, 11, 12, 13], "labels": [IGNORED, 11, IGNORED, IGNORED]},
+        {"input_ids": [20, 21, 22], "labels": [IGNORED, 21, 22]},
+    ]
+    step = StepCollator(PAD, 4)(examples)
+    assert [part["input_ids"].tolist() for part in micro_batches(step, 1)] == [
+        [[10, 11]],
+        [[20, 21, 22]],
+    ]
+    assert micro_batches(step, 2)[0]["input_ids"].tolist() == [[10, 11, 12], [20, 21, 22]]
+
+
+def test_micro_batches_of_single_documents():
+    held = conversations([5, 4, 3, 9])
+    step = StepCollator(PAD, 12)(list(held))
+    parts = micro_batches(step, 0)
+    assert sorted(part["input_ids"].tolist()[0] for part in parts) == sorted(held["input_ids"])
+    assert all(part["position_ids"][0, 0] == 0 for part in parts)
+
+
+def test_model_inputs_by_hand():
+    examples = [
+        {"input_ids": [10, 11, 12], "labels": [10, 11, 12]},
+        {"input_ids": [20, 21], "labels": [IGNORED, 21]},
+    ]
+    (part,) = micro_batches(StepCollator(PAD, 6)(examples), 2)
+    found = model_inputs(part)
+    assert part["input_ids"].tolist() == [[10, 11, 12, 20, 21]]
+    assert found["targets"].tolist() == [11, 12, 21]
+    assert found["target_positions"].tolist() == [0, 1, 3]
+    assert found["cu_seq_lens_q"].tolist() == found["cu_seq_lens_k"].tolist() == [0, 3, 5]
+    assert found["cu_seq_lens_q"].dtype == torch.int32
+    assert found["max_length_q"] == found["max_length_k"] == 3
 
 
 def test_every_conversation_is_in_one_row_of_its_window():
@@ -177,32 +253,28 @@ def test_every_conversation_is_in_one_row_of_its_window():
     assert len(packed[chosen]["input_ids"]) == sum(lengths[item] for item in packed.rows[chosen])
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", DOCUMENTS])
 @pytest.mark.parametrize("model_type", ["nanochat", "llama"])
 def test_packed_documents_do_not_see_one_another(make_model, model_type, attention):
     lengths = [40, 3, 17, 30, 2, 25, 11, 8, 1, 22]
     held = conversations(lengths)
     packed = PackedConversations(held, 64, list(range(len(lengths))))
     assert [len(row["input_ids"]) for row in packed] == [64, 64, 31]  # the last is padded by half
-    batch = RowCollator(PAD)(list(packed))
-    model = make_model(model_type, attention)
-    total, trained = 0.0, 0
+    batch = StepCollator(PAD, 64)(list(packed))
+    model = make_model(model_type)
+    inputs = model_inputs(batch)
+    inputs.pop("targets"), inputs.pop("target_positions")
     with torch.no_grad():
-        output = model(**batch, use_cache=False)
-        for row, items in enumerate(packed.rows):
-            start = 0
-            for item in items:
-                ids, labels = (torch.tensor([held[item][key]]) for key in ("input_ids", "labels"))
-                alone = model(input_ids=ids, use_cache=False).logits[0]
-                end = start + lengths[item]
-                assert alone.std() > 0.5
-                torch.testing.assert_close(
-                    output.logits[row, start:end], alone, atol=1e-5, rtol=1e-5
-                )
-                total += torch.nn.functional.cross_entropy(
-                    alone[:-1], labels[0, 1:], ignore_index=IGNORED, reduction="sum"
-                ).item()
-                trained += int((labels[0, 1:] != IGNORED).sum())
-                start = end
-    assert int((batch["labels"] != IGNORED).sum()) == trained
-    assert output.loss.item() * trained == pytest.approx(total, rel=1e-6)
+        alone = [
+            model(input_ids=torch.tensor([conversation["input_ids"]]), use_cache=False).logits[0]
+            for conversation in held
+        ]
+        model.set_attn_implementation(attention)
+        logits = model(**inputs, use_cache=False).logits
+    for row, items in enumerate(packed.rows):
+        start = 0
+        for item in items:
+            end = start + lengths[item]
+            assert alone[item].std() > 0.5
+            torch.testing.assert_close(logits[row, start:end], alone[item], atol=1e-5, rtol=1e-5)
+            start = end

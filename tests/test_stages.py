@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, p
 
 from hfsft import base, mid, sft
 from hfsft.errors import Interrupted, RecipeError
-from hfsft.training import SFTStageTrainer, StageTrainer
+from hfsft.trainer import SFTStageTrainer, StageTrainer
 
 MODEL_FILES = {
     "README.md",
@@ -331,5 +331,5 @@ def test_a_missing_earlier_stage_names_the_mend(tmp_path):
 
 
 def test_tokens_per_step_that_does_not_divide(recipe, tmp_path):
-    with pytest.raises(RecipeError, match=r"tokens_per_step: 300 is no multiple of 128.*256"):
+    with pytest.raises(RecipeError, match=r"tokens_per_step: 300 is no multiple of 64.*256"):
         base.main(recipe, "--output_dir", str(tmp_path), "--tokens_per_step", "300")

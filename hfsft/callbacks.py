@@ -1,0 +1,204 @@
+"""What happens beside the steps: signals, the log, a stream's place, and the console."""
+
+import contextlib
+import json
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+from hfsft.corpus import TextStream
+
+
+class StopOnSignal(TrainerCallback):
+    """On SIGINT or SIGTERM finish the step, save a checkpoint, stop; a second stops at once."""
+
+    def __init__(self, accelerator: Any):
+        self.accelerator = accelerator
+        self.received = 0
+        self.before: dict[int, Any] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Take the signals over; a thread that is not the main one cannot."""
+        with contextlib.suppress(ValueError):
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.before[number] = signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: Any) -> None:
+        if self.received:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Stop at the same step on every process."""
+        received = self.received
+        if self.accelerator.num_processes > 1:
+            flag = torch.tensor([received], device=self.accelerator.device)
+            received = int(self.accelerator.gather(flag).max())
+        if received and state.global_step < state.max_steps:
+            self.received = received
+            control.should_save = True
+            control.should_training_stop = True
+
+    def give_back(self) -> None:
+        """Put the signals' former handlers back."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+class MetricsCallback(TrainerCallback):
+    """Write every logged number to `metrics.jsonl`, one JSON object a line."""
+
+    # of the trainers' own: totals that the lines' own `tokens` and `seconds` say better
+    LEFT_OUT = ("num_tokens", "num_input_tokens_seen", "total_flos", "eval_num_tokens")
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.lines: list[dict[str, Any]] = []
+        self.began = 0.0
+        self.earlier_seconds = 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Keep the lines up to the checkpoint that the run goes on from."""
+        self.began = time.perf_counter()
+        if self.path.is_file():
+            lines = [json.loads(line) for line in self.path.read_text().splitlines() if line]
+            self.lines = [line for line in lines if line["step"] <= state.global_step]
+        if state.global_step == 0:
+            self.lines = []
+        self.earlier_seconds = self.lines[-1]["seconds"] if self.lines else 0.0
+        if state.is_world_process_zero:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Log the last step, whatever `logging_steps`."""
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Append one line."""
+        if "train_loss" in logs:  # the summary at the end
+            return
+        line = {
+            "step": state.global_step,
+            **{
+                key: value
+                for key, value in logs.items()
+                if key not in self.LEFT_OUT
+                and not key.endswith(("_runtime", "_per_second", "epoch"))
+            },
+            "tokens": state.num_input_tokens_seen,
+            "seconds": round(self.seconds(), 3),
+        }
+        self.lines.append(line)
+        if state.is_world_process_zero:
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def seconds(self) -> float:
+        """Seconds since the stage's first step, without the time between two commands."""
+        return self.earlier_seconds + time.perf_counter() - self.began
+
+    def values(self, key: str) -> list[float]:
+        """Every logged value of one metric, in order."""
+        return [line[key] for line in self.lines if key in line]
+
+
+class StreamCallback(TrainerCallback):
+    """Keep a stream's place in every checkpoint, and go on from it."""
+
+    FILE = "stream.json"
+
+    def __init__(self, stream: TextStream):
+        self.stream = stream
+
+    def on_save(self, args, state, control, **kwargs):
+        """Write the place behind the last row that was trained on."""
+        if state.is_world_process_zero:
+            rows = state.global_step * state.train_batch_size * args.world_size
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            (folder / self.FILE).write_text(json.dumps(self.stream.state_after(rows)) + "\n")
+
+    def go_on(self, checkpoint: str) -> None:
+        """Set the stream to the place that a checkpoint holds."""
+        self.stream.go_on(json.loads((Path(checkpoint) / self.FILE).read_text()))
+
+
+class ConsoleCallback(TrainerCallback):
+    """A progress bar on a terminal; elsewhere one plain line a log."""
+
+    def __init__(self, stage: str):
+        self.stage = stage
+        self.console = Console()
+        self.progress: Progress | None = None
+        self.task: Any = None
+        self.began = 0.0
+        self.evaluating = 0.0  # seconds of them, left out of tokens/s and the time left
+        self.first_step = self.first_tokens = 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Show the bar."""
+        if not state.is_world_process_zero:
+            return
+        self.began, self.first_step = time.perf_counter(), state.global_step
+        self.first_tokens, self.evaluating = state.num_input_tokens_seen, 0.0
+        if self.console.is_terminal:
+            self.progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[shown]}"),
+                TimeRemainingColumn(compact=True),
+                TextColumn("left"),
+                console=self.console,
+            )
+            self.progress.start()
+            self.task = self.progress.add_task(
+                self.stage, total=state.max_steps, completed=state.global_step, shown=""
+            )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Move the bar."""
+        if self.progress is not None:
+            self.progress.update(self.task, completed=state.global_step)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Say the loss, tokens/s and the time left; or the validation's loss."""
+        if not state.is_world_process_zero:
+            return
+        if "eval_loss" in logs:
+            self.evaluating += logs.get("eval_runtime", 0.0)
+            self.say(
+                f"{self.stage} step {state.global_step}: validation loss {logs['eval_loss']:.4f}"
+            )
+        if "loss" not in logs:
+            return
+        seconds = max(time.perf_counter() - self.began - self.evaluating, 1e-9)
+        speed = (state.num_input_tokens_seen - self.first_tokens) / seconds
+        done = max(state.global_step - self.first_step, 1)
+        left = (state.max_steps - state.global_step) * seconds / done
+        shown = f"loss {logs['loss']:.4f}  {speed:,.0f} tokens/s"
+        if self.progress is not None:
+            self.progress.update(self.task, shown=shown)
+        else:
+            self.say(
+                f"{self.stage} step {state.global_step}/{state.max_steps}: {shown}  "
+                f"{int(left) // 60}:{int(left) % 60:02} left"
+            )
+
+    def say(self, text: str) -> None:
+        """Print a line, above the bar where there is one."""
+        console = self.progress.console if self.progress is not None else self.console
+        console.print(text, highlight=False, soft_wrap=True)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Close the bar."""
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None
