@@ -4,18 +4,32 @@
 
 Writes JSON lines of the embedded speeches and facts, repeated with a number in each document so
 that no two are the same, into a temporary folder. Each measurement is a process of its own: its
-peak memory is the operating system's (ru_maxrss), its time is the preparation's, without imports.
+time is the preparation's, without imports (both pay for the same ones); its memory is in MiB:
+
+own     the peak of what the process itself holds (RssAnon, looked at every 20 ms), imports included
+imports what of it the imports had taken before
+mapped  the peak of file pages it sees (RssFile): code, and memory-mapped Arrow files, which both
+        keep their rows in; the operating system takes these back whenever it needs the room
+whole   the operating system's own peak of both together (ru_maxrss)
+
+With sizes as arguments (in MB), it measures those; with a name before them, that one alone:
+python benchmarks/base_text.py hfsft 10 200. trl's part at 200 MB takes the longest.
 """
 
 import json
+import os
 import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 SIZES_MB = (10, 200)
+NAMES = ("hfsft", "trl")
+MEMORY = ("own", "imports", "mapped", "whole")
 LENGTH = 2048
 
 
@@ -33,8 +47,8 @@ def write_corpus(path: Path, megabytes: int) -> None:
             count += 1
 
 
-def prepare_hfsft(path: str, tokenizer_folder: str) -> int:
-    """Tokens that hfsft prepares; memory-mapped rows of at most 2,048."""
+def prepare_hfsft(path: str, tokenizer_folder: str) -> Any:
+    """Rows of at most 2,048 tokens as hfsft prepares them."""
     from hfsft.corpus import mix_text
     from hfsft.recipe import load_recipe
     from hfsft.tokenizer import load_tokenizer
@@ -43,12 +57,11 @@ def prepare_hfsft(path: str, tokenizer_folder: str) -> int:
         *("demo", "--base.data", f"[{{path: {path}}}]", "--base.max_length", str(LENGTH)),
         *("--base.tokens_per_step", "null", "--model.max_position_embeddings", str(LENGTH)),
     )
-    rows = mix_text(recipe, load_tokenizer(tokenizer_folder)).train
-    return sum(len(ids) for batch in rows.iter(1000) for ids in batch["input_ids"])
+    return mix_text(recipe, load_tokenizer(tokenizer_folder)).train
 
 
-def prepare_trl(path: str, tokenizer_folder: str) -> int:
-    """Tokens that trl prepares: `datasets.map` row by row as SFTTrainer does, then pack_dataset."""
+def prepare_trl(path: str, tokenizer_folder: str) -> Any:
+    """Rows as trl prepares them: `datasets.map` row by row as SFTTrainer does, then packed."""
     import datasets
     from trl import pack_dataset
 
@@ -58,56 +71,87 @@ def prepare_trl(path: str, tokenizer_folder: str) -> int:
     rows = datasets.load_dataset("json", data_files=path, split="train")
     rows = rows.map(lambda row: {"text": row["text"] + tokenizer.eos_token})
     rows = rows.map(lambda row: {"input_ids": tokenizer(row["text"])["input_ids"]})
-    rows = pack_dataset(rows.select_columns(["input_ids"]), LENGTH, "bfd")
-    return sum(len(ids) for batch in rows.iter(1000) for ids in batch["input_ids"])
+    return pack_dataset(rows.select_columns(["input_ids"]), LENGTH, "bfd")
+
+
+def resident() -> dict[str, int]:
+    """MiB that the process holds itself (`RssAnon`) and sees of files (`RssFile`); Linux only."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return {
+        line.split(":")[0]: int(line.split()[1]) // 1024
+        for line in lines
+        if line.startswith(("RssAnon", "RssFile"))
+    }
 
 
 def measure(name: str, path: str, tokenizer_folder: str) -> None:
     """Print tokens, seconds and peak memory of one preparation as JSON."""
     import datasets
-    import trl  # noqa: F401  # both pay for the same imports
+    import pyarrow.compute as pc
+    import trl  # noqa: F401
 
     import hfsft.corpus  # noqa: F401
 
     datasets.disable_progress_bars()
-    idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    imports = resident()
+    peak, done = dict(imports), threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.02):
+            for kind, size in resident().items():
+                peak[kind] = max(peak[kind], size)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
     began = time.perf_counter()
-    tokens = {"hfsft": prepare_hfsft, "trl": prepare_trl}[name](path, tokenizer_folder)
+    rows = {"hfsft": prepare_hfsft, "trl": prepare_trl}[name](path, tokenizer_folder)
     seconds = time.perf_counter() - began
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({"tokens": tokens, "seconds": seconds, "idle_kb": idle, "peak_kb": peak}))
+    done.set()
+    watcher.join()
+    # before the count, which reads the rows
+    whole = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    lengths = [pc.list_value_length(batch["input_ids"]) for batch in rows.data.to_batches()]
+    tokens = sum(pc.sum(part).as_py() for part in lengths)
+    found = {"own": peak["RssAnon"], "imports": imports["RssAnon"], "mapped": peak["RssFile"]}
+    print(json.dumps({"tokens": tokens, "seconds": seconds, **found, "whole": whole}))
 
 
-def main() -> None:
-    """Measure both at both sizes and print a table."""
+def main(*argv: str) -> None:
+    """Measure both, or the one named, at each size and print a table."""
     from hfsft.tasks import facts, speeches
     from hfsft.tokenizer import train_tokenizer
 
+    names = [name for name in NAMES if name in argv] or NAMES
+    sizes = [int(size) for size in argv if size not in NAMES] or SIZES_MB
     with tempfile.TemporaryDirectory() as folder:
         tokenizer_folder = str(Path(folder) / "tokenizer")
         train_tokenizer([*speeches(), *facts()], 4096).save_pretrained(tokenizer_folder)
-        print(f"{'':8}{'MB':>5}{'tokens':>14}{'seconds':>9}{'tokens/s':>11}{'peak MiB':>10}")
-        for megabytes in SIZES_MB:
+        print(
+            f"{'':8}{'MB':>5}{'tokens':>14}{'seconds':>9}{'tokens/s':>11}"
+            + "".join(f"{kind:>9}" for kind in MEMORY)
+        )
+        for megabytes in sizes:
             path = Path(folder) / f"{megabytes}.jsonl"
             write_corpus(path, megabytes)
-            for name in ("hfsft", "trl"):
+            for name in names:
                 done = subprocess.run(
-                    [sys.executable, __file__, name, str(path), tokenizer_folder],
-                    capture_output=True,
+                    [sys.executable, __file__, "measure", name, str(path), tokenizer_folder],
+                    stdout=subprocess.PIPE,
                     text=True,
                     check=True,
-                    env={"HF_DATASETS_CACHE": f"{folder}/cache", "PATH": "", "HOME": folder},
+                    env=os.environ | {"HF_DATASETS_CACHE": f"{folder}/cache", "HOME": folder},
                 )
                 found = json.loads(done.stdout.splitlines()[-1])
                 print(
                     f"{name:8}{megabytes:5}{found['tokens']:14,}{found['seconds']:9.1f}"
                     f"{found['tokens'] / found['seconds']:11,.0f}"
-                    f"{found['peak_kb'] / 1024:10,.0f}"
+                    + "".join(f"{found[kind]:9,}" for kind in MEMORY),
+                    flush=True,
                 )
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 4:
-        measure(*sys.argv[1:])
+    if sys.argv[1:2] == ["measure"]:
+        measure(*sys.argv[2:])
     else:
-        main()
+        main(*sys.argv[1:])

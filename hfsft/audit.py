@@ -1,15 +1,16 @@
 """What became of every row: counts, lengths and reasons, as a table and as files."""
 
 import json
+import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-# reasons that `on_too_long` and the data's own shape answer for, not a malformed row
-NOT_BAD = ("longer than max_length", "nothing left to train on", "exact duplicate")
+NOT_BAD = ("exact duplicate",)  # the reason to refuse a row that is well-formed
 PERCENTILES = (5, 50, 95, 100)
 
 
@@ -23,29 +24,40 @@ def audit_source(
     split: int = 0,
     duplicates: int = 0,
     unit: str = "tokens",
+    kept: int | None = None,
+    passed_over: Counter | None = None,
 ) -> dict[str, Any]:
     """Sum up one source.
 
     Args:
         source: its name.
         read: rows it holds, after sampling.
-        lengths: of each conversation or document that was kept.
+        lengths: of each document that was kept, or conversation that was prepared.
         trained_tokens: of them, those that carry loss.
         reasons: how many rows were refused for what.
         truncated: conversations that were cut to `max_length`.
         split: rows that became several conversations.
         duplicates: conversations that are exact copies of an earlier one.
         unit: what lengths are counted in: "tokens", or "characters" of base text.
+        kept: rows that are conversations, prepared or not; None: as many as `lengths`.
+        passed_over: of those how many cannot be trained on for what, as far as they were prepared.
 
     Returns:
         Plain data; `length_percentiles` maps a percentage to tokens.
     """
     ordered = sorted(lengths)
+    prepared = {}
+    if kept is not None:
+        prepared = {
+            "passed_over": dict((passed_over or Counter()).most_common()),
+            "prepared": len(ordered),
+        }
     return {
         "source": source,
         "read": read,
-        "kept": len(ordered),
+        "kept": len(ordered) if kept is None else kept,
         "refused": dict(reasons.most_common()),
+        **prepared,
         "truncated": truncated,
         "split": split,
         "duplicates": duplicates,
@@ -84,42 +96,72 @@ def write_audit(folder: Path, audit: dict[str, Any], rejected: list[dict[str, An
     (folder / "rejected.jsonl").write_text(lines)
 
 
+def audit_console() -> Console:
+    """A console as wide as the table needs where the output is no terminal."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 100)
+
+
 def print_audit(stage: str, audit: dict[str, Any], console: Console) -> None:
-    """Print the table of a stage's sources; of a stream nothing is known before it is read."""
+    """Print the table of a stage's sources; of a stream nothing is known before it is read.
+
+    Of conversations: rows `read` and `kept`, conversations `held` out, an `epoch`'s after copies,
+    the run's examples that `use` them, and of those `prepared` tokens, lengths and how many were
+    cut or split.
+    """
     if not audit["sources"]:
         console.print(f"{stage}: its data streams and is counted as it is read")
         return
-    unit = "tokens" if "tokens" in audit["sources"][0] else "characters"
-    table = Table(header_style="bold", box=None, padding=(0, 1), pad_edge=False)
-    table.add_column(f"{stage}: data", no_wrap=True)
-    for column in ("read", "kept", "epoch", unit, "trained", "median", "max", "cut"):
+    base = "characters" in audit["sources"][0]
+    unit = "characters" if base else "tokens"
+    columns = {"read": "read", "kept": "kept", "epoch": "train"}
+    if not base:
+        columns = {"read": "read", "kept": "kept", "held": "held_out", "epoch": "train"}
+        columns |= {"used": "used", "prepared": "prepared"}
+    table = Table(header_style="bold", box=None, pad_edge=False, collapse_padding=True)
+    table.add_column(f"{stage}: data", overflow="fold")
+    for column in (*columns, unit, "trained", "median", "max", "cut"):
         table.add_column(column, justify="right", no_wrap=True)
     for source in audit["sources"]:
         trained = source["trained_tokens"] / source[unit] if source[unit] else 0
         lengths = source["length_percentiles"]
         table.add_row(
             source["source"],
-            f"{source['read']:,}",
-            f"{source['kept']:,}",
-            f"{source['train']:,}",
+            *(f"{source[key]:,}" for key in columns.values()),
             f"{source[unit]:,}",
-            f"{trained:.0%}" if unit == "tokens" else "all",
+            "all" if base else f"{trained:.0%}",
             f"{lengths.get('50', 0):,}",
             f"{lengths.get('100', 0):,}",
             f"{source['truncated'] + source['split']:,}",
         )
     console.print(table)
     for source in audit["sources"]:
-        for reason, count in source["refused"].items():
-            console.print(f"{source['source']}: {count:,} refused: {reason}", soft_wrap=True)
-        if source["duplicates"] and "exact duplicate" not in source["refused"]:
-            console.print(
-                f"{source['source']}: {source['duplicates']:,} exact copies are kept "
-                "(duplicates: drop would drop them)",
-                soft_wrap=True,
-            )
+        for line in _fates(source):
+            console.print(f"{source['source']}: {line}", soft_wrap=True)
+    prepared = sum(source.get("prepared", 0) for source in audit["sources"])
+    if not base and prepared < sum(source["kept"] for source in audit["sources"]):
+        console.print(f"tokens, median, max and cut are of the {prepared:,} prepared")
     if "rows" in audit:
         console.print(f"{audit['rows']:,} rows of {audit['tokens_a_row']:,} tokens", end=": ")
-    kind = "conversations" if unit == "tokens" else "documents"
+    kind = "documents" if base else "conversations"
     held_out = f", {audit['held_out']:,} held out" if audit["held_out"] else ""
-    console.print(f"{audit['train']:,} {kind} to train on{held_out}")
+    used = ""
+    if "examples_per_step" in audit:
+        examples, count = audit["examples_per_step"], audit["used"]
+        used = f"; this run's {count // examples:,} steps of {examples} use {audit['different']:,}"
+        if audit["different"] < count:
+            used += f", {count:,} times in all"
+    console.print(f"{audit['train']:,} {kind} to train on{held_out}{used}", soft_wrap=True)
+
+
+def _fates(source: dict[str, Any]) -> Iterator[str]:
+    """What leads from a source's rows to its epoch, where that is not plain from the table."""
+    for reason, count in source["refused"].items():
+        yield f"{count:,} refused: {reason}"
+    for reason, count in source.get("passed_over", {}).items():
+        yield f"{count:,} passed over: {reason}"
+    if source["duplicates"] and "exact duplicate" not in source["refused"]:
+        yield f"{source['duplicates']:,} exact copies are kept (duplicates: drop would drop them)"
+    if source.get("copies_of_held_out"):
+        yield f"{source['copies_of_held_out']:,} left out: exact copies of held-out conversations"
+    if source.get("copies", 1) != 1:
+        yield f"an epoch sees each {source['copies']:g} times"

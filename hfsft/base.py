@@ -15,13 +15,13 @@ def main(*argv: str) -> None:
     stage = recipe.base
 
     # torch, transformers and trl take 5 s to import: a recipe's mistakes are answered before
+    from hfsft.checkpoint import checkpoints
     from hfsft.corpus import base_texts, load_text, text_length
     from hfsft.model import build_model
     from hfsft.tokenizer import base_tokenizer
     from hfsft.trainer import StageTrainer
     from hfsft.training import (
         arguments,
-        last_checkpoint,
         open_stage,
         rows_per_step,
         train_and_save,
@@ -29,7 +29,7 @@ def main(*argv: str) -> None:
 
     if not open_stage(recipe, stage):
         return
-    tokenizer = base_tokenizer(recipe, base_texts(stage), bool(last_checkpoint(stage)))
+    tokenizer = base_tokenizer(recipe, base_texts(stage), bool(checkpoints(stage.checkpoints)))
     train, held_out = load_text(recipe, tokenizer)
     length = text_length(recipe)
     rows = rows_per_step(stage, length)

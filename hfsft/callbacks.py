@@ -12,27 +12,43 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-from hfsft.corpus import TextStream
+from hfsft.errors import Interrupted
 
 
 class StopOnSignal(TrainerCallback):
-    """On SIGINT or SIGTERM finish the step, save a checkpoint, stop; a second stops at once."""
+    """On a signal finish the step, save a checkpoint and stop; told twice, abandon the step.
+
+    A terminal's signal and the one a launcher passes on count as one if they come together.
+    """
+
+    NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    TOGETHER = 1.0  # seconds
 
     def __init__(self, accelerator: Any):
         self.accelerator = accelerator
-        self.received = 0
+        self.received = 0  # the first signal's number
+        self.times: list[float] = []
         self.before: dict[int, Any] = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Take the signals over; a thread that is not the main one cannot."""
         with contextlib.suppress(ValueError):
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in self.NUMBERS:
                 self.before[number] = signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: Any) -> None:
-        if self.received:
-            raise KeyboardInterrupt
-        self.received = number
+        now = time.monotonic()
+        if self.times and now - self.times[-1] < self.TOGETHER:
+            return
+        self.times.append(now)
+        self.received = self.received or number
+        if len(self.times) > 2:
+            raise Interrupted("stopped without saving, after three signals", number)
+
+    @property
+    def impatient(self) -> bool:
+        """Whether it was told twice, and no other process waits for this step."""
+        return len(self.times) > 1 and self.accelerator.num_processes == 1
 
     def on_step_end(self, args, state, control, **kwargs):
         """Stop at the same step on every process."""
@@ -60,21 +76,25 @@ class MetricsCallback(TrainerCallback):
     def __init__(self, path: Path):
         self.path = path
         self.lines: list[dict[str, Any]] = []
+        if path.is_file():
+            for line in path.read_text().splitlines():
+                with contextlib.suppress(ValueError):  # one that a kill has cut short
+                    self.lines.append(json.loads(line))
         self.began = 0.0
         self.earlier_seconds = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Keep the lines up to the checkpoint that the run goes on from."""
         self.began = time.perf_counter()
-        if self.path.is_file():
-            lines = [json.loads(line) for line in self.path.read_text().splitlines() if line]
-            self.lines = [line for line in lines if line["step"] <= state.global_step]
+        self.lines = [line for line in self.lines if line["step"] <= state.global_step]
         if state.global_step == 0:
             self.lines = []
         self.earlier_seconds = self.lines[-1]["seconds"] if self.lines else 0.0
         if state.is_world_process_zero:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+            partial = self.path.with_suffix(".partial")
+            partial.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+            partial.replace(self.path)
 
     def on_step_end(self, args, state, control, **kwargs):
         """Log the last step, whatever `logging_steps`."""
@@ -105,29 +125,13 @@ class MetricsCallback(TrainerCallback):
         """Seconds since the stage's first step, without the time between two commands."""
         return self.earlier_seconds + time.perf_counter() - self.began
 
+    def has_validation(self, step: int) -> bool:
+        """Whether the log has a validation of this step."""
+        return any(line["step"] == step for line in self.lines if "eval_loss" in line)
+
     def values(self, key: str) -> list[float]:
         """Every logged value of one metric, in order."""
         return [line[key] for line in self.lines if key in line]
-
-
-class StreamCallback(TrainerCallback):
-    """Keep a stream's place in every checkpoint, and go on from it."""
-
-    FILE = "stream.json"
-
-    def __init__(self, stream: TextStream):
-        self.stream = stream
-
-    def on_save(self, args, state, control, **kwargs):
-        """Write the place behind the last row that was trained on."""
-        if state.is_world_process_zero:
-            rows = state.global_step * state.train_batch_size * args.world_size
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            (folder / self.FILE).write_text(json.dumps(self.stream.state_after(rows)) + "\n")
-
-    def go_on(self, checkpoint: str) -> None:
-        """Set the stream to the place that a checkpoint holds."""
-        self.stream.go_on(json.loads((Path(checkpoint) / self.FILE).read_text()))
 
 
 class ConsoleCallback(TrainerCallback):

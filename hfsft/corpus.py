@@ -5,8 +5,8 @@ Memory holds a block of documents at a time, however large the corpus.
 
 import copy
 import hashlib
-import itertools
 import random
+from array import array
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
+import pyarrow as pa
 import torch
 from accelerate import PartialState
 
+from hfsft import packing
 from hfsft.audit import audit_source
 from hfsft.conversations import BadRow
 from hfsft.errors import DataError
@@ -35,7 +38,12 @@ from hfsft.mixture import (
 from hfsft.packing import fit_rows
 from hfsft.recipe import Recipe, Source, Stage
 
-BLOCK = 2048  # documents that are encoded and laid into rows together
+BLOCK = 2048  # documents that are encoded and laid into rows together,
+BLOCK_CHARACTERS = 16_000_000  # as far as they are no longer than this: their tokens take 250 MB
+# the cache keeps rows until what makes them changes
+CODE = hashlib.blake2b(
+    b"".join(Path(file).read_bytes() for file in (__file__, packing.__file__))
+).hexdigest()
 ROW_FEATURES = {"input_ids": datasets.List(datasets.Value("int32"))}
 
 
@@ -90,6 +98,7 @@ def mix_text(recipe: Recipe, tokenizer: Any) -> Mixture:
         sources = [_text_rows(source, stage) for source in stage.data]
         chosen, held, audits, rejected = _choose(stage, sources)
         depends_on = [
+            CODE,
             tokenizer.backend_tokenizer.to_str(),
             length,
             [
@@ -98,18 +107,21 @@ def mix_text(recipe: Recipe, tokenizer: Any) -> Mixture:
             ],
         ]
 
-        def rows_of(picked: list[list[int]]) -> datasets.Dataset:
-            def made() -> Iterator[dict[str, list[int]]]:
+        def rows_of(picked: list[np.ndarray]) -> datasets.Dataset:
+            def made() -> Iterator[dict[str, np.ndarray]]:
                 for rows, source, indices in zip(sources, stage.data, picked, strict=True):
-                    texts = _texts(rows.select(indices), source)
-                    for block in _batched(texts, BLOCK):
+                    texts = _texts(rows, source, indices)
+                    while block := _block(texts, BLOCK):
                         ids = encode_texts(block, tokenizer)
                         for row in fit_rows(ids, tokenizer.bos_token_id, length):
-                            yield {"input_ids": row}
+                            # the writer gathers 1,000 rows: as arrays they take a ninth
+                            yield {"input_ids": np.array(row, dtype=np.int32)}
 
-            return once(repr([*depends_on, picked]), made, ROW_FEATURES)
+            digests = [hashlib.blake2b(indices.tobytes()).hexdigest() for indices in picked]
+            return once(repr([*depends_on, digests]), made, ROW_FEATURES)
 
-        train, held_out = rows_of(chosen), rows_of(held) if any(held) else None
+        train = rows_of(chosen)
+        held_out = rows_of(held) if any(map(len, held)) else None
     sizes = {"train": sum(map(len, chosen)), "held_out": sum(map(len, held))}
     audit = {
         "sources": audits,
@@ -128,54 +140,82 @@ def encode_texts(texts: list[str], tokenizer: Any) -> list[list[int]]:
 
 def _choose(
     stage: Stage, sources: list[datasets.Dataset]
-) -> tuple[list[list[int]], list[list[int]], list[dict[str, Any]], list[dict[str, Any]]]:
-    """Which rows of each source are trained on and held out, the audits, and the refused rows."""
-    seen: set[bytes] = set()
-    digests, audits, rejected = [], [], []
+) -> tuple[list[np.ndarray], list[np.ndarray], list[dict[str, Any]], list[dict[str, Any]]]:
+    """Which rows of each source are trained on and held out, the audits, and the refused rows.
+
+    Numbers are kept in arrays: as Python objects they would outgrow all else in a large corpus.
+    """
+    digests, lengths = [], []
     for rows, source in zip(sources, stage.data, strict=True):
-        marks, lengths, refused, duplicates = [], [], [], 0
-        for text, number in zip(_texts(rows, source), rows[ROW_COLUMN], strict=True):
-            mark = text and hashlib.blake2b(text.encode(), digest_size=8).digest()
-            copy_of_another = mark in seen
-            duplicates += copy_of_another
-            if mark is None:
-                refused.append((number, "no text"))
-            elif copy_of_another and stage.duplicates == "drop":
-                refused.append((number, "exact duplicate"))
-                mark = None
-            else:
-                seen.add(mark)
-                lengths.append(len(text))
-            marks.append(mark)
-        if not lengths:
+        marks, sizes = array("Q"), array("I")
+        for text in _texts(rows, source):
+            mark = hashlib.blake2b(text.encode(), digest_size=8).digest() if text else b""
+            marks.append(int.from_bytes(mark))
+            sizes.append(len(text or ""))
+        digests.append(np.frombuffer(marks, dtype=np.uint64))
+        lengths.append(np.frombuffer(sizes, dtype=np.uint32))
+        if not lengths[-1].any():
             raise DataError(f"{source}: no row has any text under 'text'")
-        digests.append(marks)
-        rejected += [{"source": str(source), "row": n, "reason": reason} for n, reason in refused]
-        audits.append(
-            audit_source(
-                str(source),
-                read=len(rows),
-                lengths=lengths,
-                trained_tokens=0,
-                reasons=Counter(reason for _, reason in refused),
-                duplicates=duplicates,
-                unit="characters",
-            )
+    held_marks, repeated = _held_and_repeated(stage, digests, lengths)
+
+    chosen, held, audits, rejected = [], [], [], []
+    seen = np.array([], dtype=np.uint64)
+    for source, rows, marks, sizes in zip(stage.data, sources, digests, lengths, strict=True):
+        kept = sizes > 0
+        reasons = dict.fromkeys(np.flatnonzero(~kept).tolist(), "no text")
+        again = np.flatnonzero(kept & _is_in(repeated, marks))
+        values, firsts = np.unique(marks[again], return_index=True)
+        again = np.delete(again, firsts[~_is_in(seen, values)])
+        seen = np.union1d(seen, values)
+        if stage.duplicates == "drop":
+            reasons |= dict.fromkeys(again.tolist(), "exact duplicate")
+            kept[again] = False
+        reasons = dict(sorted(reasons.items()))
+        numbers = rows.select(reasons)[ROW_COLUMN]
+        rejected += [
+            {"source": str(source), "row": number, "reason": reason}
+            for number, reason in zip(numbers, reasons.values(), strict=True)
+        ]
+        is_held = kept & _is_in(held_marks, marks)
+        to_hold, to_train = np.flatnonzero(is_held), np.flatnonzero(kept & ~is_held)
+        _, firsts = np.unique(marks[to_hold], return_index=True)
+        held.append(to_hold[np.sort(firsts)])
+        if source.copies != 1:
+            to_train = np.array(copies(to_train.tolist(), source, stage.seed), dtype=np.int64)
+        chosen.append(to_train)
+        audit = audit_source(
+            str(source),
+            read=len(rows),
+            lengths=array("I", sizes[kept].tobytes()),
+            trained_tokens=0,
+            reasons=Counter(reasons.values()),
+            duplicates=len(again),
+            unit="characters",
         )
-    held_marks = choose_held_out(stage, [m for marks in digests for m in marks if m is not None])
-    chosen, held = [], []
-    for source, marks, audit in zip(stage.data, digests, audits, strict=True):
-        train = [i for i, m in enumerate(marks) if m is not None and m not in held_marks]
-        chosen.append(copies(train, source, stage.seed))
-        firsts = {}
-        for i, mark in enumerate(marks):
-            if mark in held_marks:
-                firsts.setdefault(mark, i)
-        held.append(sorted(firsts.values()))
-        audit |= {"train": len(chosen[-1]), "held_out": len(held[-1])}
-    if not any(chosen):
+        audits.append(audit | {"train": len(chosen[-1]), "held_out": len(held[-1])})
+    if not any(map(len, chosen)):
         raise DataError(f"base: held_out: {stage.held_out} leaves no document to train on")
     return chosen, held, audits, rejected
+
+
+def _held_and_repeated(
+    stage: Stage, digests: list[np.ndarray], lengths: list[np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The sorted digests of texts that are held out, and of those that several rows have."""
+    every = np.concatenate([m[sizes > 0] for m, sizes in zip(digests, lengths, strict=True)])
+    every.sort()
+    again = np.concatenate([[False], every[1:] == every[:-1]])
+    repeated, different = np.unique(every[again]), every[~again]
+    held_out = choose_held_out(stage, range(len(different)))
+    return different[sorted(held_out)], repeated
+
+
+def _is_in(values: np.ndarray, marks: np.ndarray) -> np.ndarray:
+    """Which marks are among sorted values; `np.isin` would sort the marks too."""
+    if not len(values):
+        return np.zeros(len(marks), dtype=bool)
+    places = np.searchsorted(values, marks)
+    return values[np.minimum(places, len(values) - 1, out=places)] == marks
 
 
 def _text_rows(source: Source, stage: Stage) -> datasets.Dataset:
@@ -186,19 +226,58 @@ def _text_rows(source: Source, stage: Stage) -> datasets.Dataset:
     return rows
 
 
-def _texts(rows: datasets.Dataset, source: Source) -> Iterator[str | None]:
-    """The text of each row, None where it has none."""
-    column = source.columns.get("text", "text")
-    for batch in rows.iter(batch_size=1000):
-        if JSON_COLUMN not in batch:
-            yield from (text if _is_text(text) else None for text in batch[column])
-            continue
-        for line in batch[JSON_COLUMN]:
-            try:
-                text = renamed({JSON_COLUMN: line}, source).get("text")
-            except BadRow:
-                text = None
-            yield text if _is_text(text) else None
+def _texts(
+    rows: datasets.Dataset, source: Source, picked: np.ndarray | None = None
+) -> Iterator[str | None]:
+    """The text of each row, or of those picked, None where it has none.
+
+    What is picked ascends, or does so several times: each is a pass over the rows.
+    """
+    passes = [None]
+    if picked is not None:
+        passes = np.split(picked, np.flatnonzero(np.diff(picked) <= 0) + 1)
+    for run in passes:
+        for start, column in _text_columns(rows, source):
+            places = range(len(column))
+            if run is not None:
+                first, end = np.searchsorted(run, (start, start + len(column)))
+                places = (run[first:end] - start).tolist()
+            for place in places:
+                try:
+                    text = _text_of(column[place].as_py(), rows, source)
+                except UnicodeDecodeError:  # Arrow looks into no text before it is read
+                    number = rows.select_columns(ROW_COLUMN)[start + place][ROW_COLUMN]
+                    raise DataError(f"{source}: row {number} is not UTF-8 text") from None
+                yield text if _is_text(text) else None
+
+
+def _text_columns(rows: datasets.Dataset, source: Source) -> Iterator[tuple[int, Any]]:
+    """The column of text, or of JSON, part by part: its first row's position, and an Arrow array.
+
+    A file of JSON rows is read part by part too: the pages of a mapped one stay resident.
+    """
+    is_json = JSON_COLUMN in rows.column_names
+    if is_json and rows.cache_files and source.rows is None:
+        start = 0
+        for file in rows.cache_files:
+            with pa.OSFile(file["filename"]) as opened, pa.ipc.open_stream(opened) as batches:
+                for batch in batches:
+                    yield start, batch[JSON_COLUMN]
+                    start += len(batch)
+        return
+    name = JSON_COLUMN if is_json else source.columns.get("text", "text")
+    column = rows.select_columns(name).with_format("arrow")
+    for start in range(0, len(rows), 1000):
+        yield start, column[start : start + 1000][name]
+
+
+def _text_of(value: Any, rows: datasets.Dataset, source: Source) -> Any:
+    if JSON_COLUMN not in rows.column_names:
+        return value
+    try:
+        return renamed({JSON_COLUMN: value}, source).get("text")
+    except BadRow:
+        return None
 
 
 def _is_text(text: Any) -> bool:
@@ -218,10 +297,16 @@ def _require_column(source: Source, names: list[str]) -> None:
         )
 
 
-def _batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    iterator = iter(items)
-    while batch := list(itertools.islice(iterator, size)):
-        yield batch
+def _block(texts: Iterator[str], size: int) -> list[str]:
+    """The next texts, `size` of them, or fewer where they are long: memory bounds them too."""
+    block, characters = [], 0
+    while len(block) < size and characters < BLOCK_CHARACTERS:
+        text = next(texts, None)
+        if text is None:
+            break
+        block.append(text)
+        characters += len(text)
+    return block
 
 
 # --- streams ---
@@ -329,7 +414,7 @@ class TextStream(torch.utils.data.IterableDataset):
         while True:
             self.stream.load_state_dict(copy.deepcopy(place))
             texts = _stream_texts(iter(self.stream), self.source)
-            while block := list(itertools.islice(texts, self.block)):
+            while block := _block(texts, self.block):
                 position = {"epoch": epoch, "block": number, "stream": place}
                 # taken behind the block: before its first row a loaded stream does not know it
                 place = copy.deepcopy(self.stream.state_dict())

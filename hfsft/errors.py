@@ -26,6 +26,14 @@ class MemoryShortage(HfsftError):
     """A step that does not fit into memory, however it is cut."""
 
 
+class TrainingError(HfsftError):
+    """A training that came to nothing, as by numbers that are no numbers."""
+
+
+class CheckpointError(HfsftError):
+    """A checkpoint that is not whole, or cannot be written."""
+
+
 class Interrupted(HfsftError):
     """A stage stopped by a signal, with a checkpoint on disk to go on from."""
 

@@ -18,7 +18,16 @@ FLAGS = {
     "restart": "begin the stage anew; its old folder is moved aside, not deleted",
     "quiet": "print errors only",
     "trust_remote_code": "run the Python code that a model's repository brings",
+    "ignore_plan": "start a stage that by its plan does not fit into memory",
 }
+# the keys of a stage that may be `auto`: its plan settles them
+AUTO = "auto"
+AUTO_KEYS = (
+    "per_device_train_batch_size",
+    "activation_checkpointing",
+    "gradient_checkpointing",
+    "optim",
+)
 # transformers' old names for the same fields, still taken by everyone: old → new
 RENAMED = {
     "gradient_checkpointing": "activation_checkpointing",
@@ -120,6 +129,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "logging_steps": (0, 2**31),
     "lora_alpha": (1, 2**16),
     "lora_dropout": (0, 1),
+    "max_bad_steps": (1, 2**31),
     "max_chars": (1, 2**40),
     "max_grad_norm": (0, 10**9),
     "max_length": (2, 2**20),
@@ -165,6 +175,8 @@ _ALL_STAGES = (
     "max_steps",
     "dataset_num_proc",
     "memory_limit",
+    "on_save_error",
+    "max_bad_steps",
 )
 _LOADS_A_MODEL = (
     "model_name_or_path",
@@ -222,6 +234,8 @@ FIELDS = {
     "weight": Field("float"),
     "duplicates": Field("str", ("keep", "drop")),
     "on_bad_rows": Field("str | None", ("error", "skip")),
+    "on_save_error": Field("str", ("stop", "continue")),
+    "max_bad_steps": Field("int"),
     "on_too_long": Field("str", ("truncate", "drop", "split", "error")),
     "streaming": Field("bool"),
     "columns": Field("dict"),

@@ -1,28 +1,32 @@
-"""Sources → one dataset: load, sample, encode, hold out, repeat; and count each row's fate."""
+"""Sources → the run's examples: load, check, hold out, order, encode; and count each row's fate."""
 
 import glob
 import hashlib
 import io
+import itertools
 import json
+import math
 import os
 import random
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import datasets
 import fsspec
+import numpy as np
+import pyarrow as pa
 import zstandard
 from accelerate import PartialState
 from datasets.arrow_writer import ArrowWriter
-from rich.console import Console
 
-from hfsft import conversations
+from hfsft import conversations, templates
 from hfsft.audit import (
     NOT_BAD,
+    audit_console,
     audit_source,
     bad_rows,
     print_audit,
@@ -30,11 +34,12 @@ from hfsft.audit import (
     write_audit,
 )
 from hfsft.conversations import (
-    IGNORED,
     BadRow,
+    Encoded,
     TooLong,
+    content_digest,
     detect_format,
-    fit_conversation,
+    fit_conversations,
     to_messages,
 )
 from hfsft.errors import DataError, first_line
@@ -47,10 +52,13 @@ from hfsft.tasks import text_rows as embedded_texts
 
 JSON_COLUMN = "hfsft_json"  # a row as its JSON text
 ROW_COLUMN = "hfsft_row"  # a row's number in its source, from 0
-# datasets keeps what `map` made until its function changes, but looks into none that it calls
+# what the cache holds was made by this code
 CODE = hashlib.blake2b(
-    b"".join(Path(file).read_bytes() for file in (__file__, conversations.__file__))
+    b"".join(
+        Path(file).read_bytes() for file in (__file__, conversations.__file__, templates.__file__)
+    )
 ).hexdigest()
+CHUNK = 2048  # examples of the run's order that are encoded, and cached, together
 READERS = {".parquet": "parquet", ".csv": "csv", ".txt": "text"}
 
 
@@ -108,10 +116,8 @@ def once(
         rows: makes them; called only if the cache holds none of that key.
         features: their columns.
     """
-    name = hashlib.blake2b(f"{CODE}{key}".encode(), digest_size=16).hexdigest()
-    path = Path(datasets.config.HF_DATASETS_CACHE) / "hfsft" / f"{name}.arrow"
+    path = _cache_file(key)
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}")
         try:
             with ArrowWriter(path=str(partial), features=datasets.Features(features)) as writer:
@@ -122,6 +128,14 @@ def once(
         finally:
             partial.unlink(missing_ok=True)
     return datasets.Dataset.from_file(str(path))
+
+
+def _cache_file(key: str) -> Path:
+    """Where the datasets cache keeps what this code makes of what `key` says."""
+    name = hashlib.blake2b(f"{CODE}{key}".encode(), digest_size=16).hexdigest()
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "hfsft"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{name}.arrow"
 
 
 def _content(files: list[Path]) -> str:
@@ -290,15 +304,11 @@ def renamed(row: dict[str, Any], source: Source) -> dict[str, Any]:
     return row | {new: row[old] for new, old in source.columns.items() if old in row}
 
 
-def _digest(ids: list[int]) -> str:
-    return hashlib.blake2b(repr(ids).encode(), digest_size=8).hexdigest()
-
-
 @dataclass(frozen=True)
 class Mixture:
     """A stage's data, and what became of every row of its sources."""
 
-    train: Any  # a dataset; of a stream, an endless one
+    train: Any  # a dataset; sft's is a `RunOrder`; of a stream, an endless one
     held_out: Any  # a dataset, or None where the stage validates nothing
     audit: dict[str, Any]  # as `audit.write_audit` takes it
     rejected: list[dict[str, Any]]  # source, row, reason
@@ -309,14 +319,15 @@ def settle(mixture: Mixture, stage: Stage) -> Mixture:
     if PartialState().is_main_process:
         write_audit(stage.folder, mixture.audit, mixture.rejected)
         if not stage.quiet:
-            print_audit(stage.name, mixture.audit, Console(highlight=False))
+            print_audit(stage.name, mixture.audit, audit_console())
     for source in mixture.audit["sources"]:
         refuse = stage.on_bad_rows == "error" and bad_rows(source) > 0
         if refuse or (stage.on_bad_rows is None and too_many_bad_rows(source)):
             first = next(
                 entry
                 for entry in mixture.rejected
-                if entry["source"] == source["source"] and entry["reason"] not in NOT_BAD
+                if entry["source"] == source["source"]
+                and entry["reason"] in source["refused"].keys() - set(NOT_BAD)
             )
             raise DataError(
                 f"{source['source']}: {bad_rows(source):,} of {source['read']:,} rows are bad, the "
@@ -330,81 +341,437 @@ def settle(mixture: Mixture, stage: Stage) -> Mixture:
 
 
 def mix_conversations(stage: Stage, tokenizer: Any) -> Mixture:
-    """Load, encode and mix a stage's conversations.
+    """Load, check and mix a stage's conversations, and encode those that its run uses.
+
+    Every row is read and checked. What is held out, and any exact copy of it in any source, is
+    trained on nowhere; `repeat` and `weight` copy after that. Of sft with `max_steps` only the
+    rows that the run's order comes to are encoded, and those held out; those that cannot be
+    trained on are passed over (`on_too_long: error` sees a long one only then). With
+    `num_train_epochs`, of mid, or where `on_too_long` is split (a row is several conversations),
+    every row is encoded.
 
     Args:
         stage: names the sources and how many conversations to hold out.
         tokenizer: as `load_tokenizer` returns it.
 
     Returns:
-        Conversations with `input_ids`, `labels`, `length` and `source`. What is held out, and any
-        exact copy of it in any source, is in no training row; `repeat` and `weight` copy after.
+        Of sft a `RunOrder`, of mid an epoch's conversations in the order of their sources.
 
     Raises:
         DataError: if a source cannot be read or nothing is left to train on.
     """
-    parts, audits, rejected = [], [], []
-    seen: set[str] = set()
     with PartialState().main_process_first():
-        for index, source in enumerate(stage.data):
-            encoded = _encode_source(source, stage, tokenizer)
-            reasons = encoded["refused"][:]
-            duplicates = 0
-            for position, digest in enumerate(encoded["digest"]):
-                if reasons[position]:
-                    continue
-                if digest in seen:
-                    duplicates += 1
-                    if stage.duplicates == "drop":
-                        reasons[position] = "exact duplicate"
-                seen.add(digest)
-            numbers = encoded[ROW_COLUMN][:]
-            rejected += [
-                {"source": str(source), "row": number, "reason": reason}
-                for number, reason in zip(numbers, reasons, strict=True)
-                if reason
-            ]
-            kept = encoded.select([i for i, reason in enumerate(reasons) if not reason])
-            parts.append(kept.add_column("source", [index] * len(kept)))
-            audits.append(
-                audit_source(
-                    str(source),
-                    read=len(set(numbers)),
-                    lengths=kept["length"][:],
-                    trained_tokens=sum(kept["trained"]),
-                    reasons=Counter(reason for reason in reasons if reason),
-                    truncated=sum(kept["cut"]),
-                    split=len(numbers) - len(set(numbers)),
-                    duplicates=duplicates,
-                )
+        sources = [_check_source(source, stage) for source in stage.data]
+        _refuse_duplicates(sources, stage)
+        kept = [(index, row) for index, source in enumerate(sources) for row in source.kept]
+        if not kept:
+            raise _nothing_left(stage, sources)
+        prepared = _Prepared(stage, tokenizer, sources)
+        if prepared.whole:
+            prepared.encode(kept)
+        held_rows = _hold_out(stage, kept, prepared)
+        held = [item for index, row in held_rows for item in prepared.items[index][row]]
+        prepared.hold_out(held)
+        held_digests = {sources[index].digests[row] for index, row in held_rows}
+        epoch = [
+            (index, row)
+            for index, source in enumerate(sources)
+            for row in copies(
+                [row for row in source.kept if source.digests[row] not in held_digests],
+                source.source,
+                stage.seed,
             )
-    if not any(len(part) for part in parts):
-        first = f" ({rejected[0]['reason']})" if rejected else ""
-        raise DataError(f"{stage.name}: no row is left to train on; all were refused{first}")
+        ]
+        if not epoch and held:
+            raise DataError(
+                f"{stage.name}: held_out: {stage.held_out} leaves no conversation to train on"
+            )
+        if stage.name == "sft":
+            places = _run_places(stage, epoch, prepared)
+        else:
+            places = [item for row in epoch for item in prepared.conversations(row)]
+        if not places:
+            raise _nothing_left(stage, sources)
+    encoded = prepared.dataset()
+    train = RunOrder(encoded, places) if stage.name == "sft" else encoded.select(places)
+    held_out = encoded.select(held) if stage.validates else None
+    audit = _audit(prepared, epoch, places, held_rows)
+    rejected = [entry for source in sources for entry in source.rejected()]
+    return Mixture(train, held_out, audit, rejected)
 
-    held_digests = choose_held_out(stage, [digest for part in parts for digest in part["digest"]])
-    train, held = [], []
-    seen = set()
-    for source, part, audit in zip(stage.data, parts, audits, strict=True):
-        digests = part["digest"][:]
-        part = part.select_columns(["input_ids", "labels", "length", "source"])
-        trained = [i for i, digest in enumerate(digests) if digest not in held_digests]
-        train.append(part.select(copies(trained, source, stage.seed)))
-        first_copies = []
-        for i, digest in enumerate(digests):
-            if digest in held_digests and digest not in seen:
-                seen.add(digest)
-                first_copies.append(i)
-        held.append(part.select(first_copies))
-        audit |= {"train": len(train[-1]), "held_out": len(held[-1])}
-    train_set = datasets.concatenate_datasets(train)
-    if len(train_set) == 0:
-        raise DataError(
-            f"{stage.name}: held_out: {stage.held_out} leaves no conversation to train on"
+
+def _audit(
+    prepared: "_Prepared", epoch: list["Row"], places: list[int], held_rows: list["Row"]
+) -> dict[str, Any]:
+    """What became of the rows of every source, and the sizes of it all."""
+    stage = prepared.stage
+    epoch_of: Counter[int] = Counter()
+    for row in epoch:
+        epoch_of[row[0]] += prepared.count(row)
+    used = Counter(prepared.source_of[item] for item in places)
+    held_of = Counter(index for index, row in held_rows for _ in prepared.items[index][row])
+    held_digests = {prepared.sources[index].digests[row] for index, row in held_rows}
+    audits = []
+    for index, source in enumerate(prepared.sources):
+        same = sum(source.digests[row] in held_digests for row in source.kept)
+        own = sum(its_source == index for its_source, _ in held_rows)
+        audits.append(
+            prepared.audit(index)
+            | {
+                "held_out": held_of[index],
+                "copies_of_held_out": same - own,
+                "copies": source.source.copies,
+                "train": epoch_of[index],
+                "used": used[index],
+            }
         )
-    held_out = datasets.concatenate_datasets(held) if held_digests else None
-    sizes = {"train": len(train_set), "held_out": len(held_out) if held_out is not None else 0}
-    return Mixture(train_set, held_out, {"sources": audits, **sizes}, rejected)
+    sizes = {"train": epoch_of.total(), "used": len(places), "held_out": held_of.total()}
+    if stage.name == "sft":
+        sizes |= {"different": len(set(places)), "examples_per_step": stage.examples_per_step}
+    return {"sources": audits, **sizes}
+
+
+def _nothing_left(stage: Stage, sources: list["_Checked"]) -> DataError:
+    rejected = [entry for source in sources for entry in source.rejected()]
+    first = f" ({rejected[0]['reason']})" if rejected else ""
+    return DataError(f"{stage.name}: no row is left to train on; all were refused{first}")
+
+
+@dataclass
+class _Checked:
+    """A source's rows, each read and checked."""
+
+    source: Source
+    rows: datasets.Dataset
+    row_format: str
+    numbers: list[int]  # of the rows in the source
+    digests: list[str]  # of their content
+    refused: dict[int, str]  # position → why it is no conversation
+    duplicates: int = 0
+    passed_over: dict[int, str] = field(default_factory=dict)  # why it cannot be trained on
+
+    @property
+    def kept(self) -> list[int]:
+        """The positions of the rows that are conversations."""
+        return [row for row in range(len(self.numbers)) if row not in self.refused]
+
+    def rejected(self) -> list[dict[str, Any]]:
+        """An entry for each row that is not trained on, in the order of the rows."""
+        return [
+            {"source": str(self.source), "row": self.numbers[row], "reason": reason}
+            for row, reason in sorted((self.refused | self.passed_over).items())
+        ]
+
+
+def _check_source(source: Source, stage: Stage) -> _Checked:
+    """Read every row of a source as messages; no text is encoded."""
+    rows = load_rows(source, stage.seed)
+    row_format = source.format or detect_format(_columns(rows, source), str(source))
+
+    def check(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        out: dict[str, list[Any]] = {"digest": [], "refused": []}
+        for row in _rows_of(batch):
+            try:
+                digest, reason = content_digest(to_messages(renamed(row, source), row_format)), ""
+            except BadRow as bad:
+                digest, reason = "", str(bad)
+            out["digest"].append(digest)
+            out["refused"].append(reason)
+        return out
+
+    key = ("checked", rows._fingerprint, row_format, source.columns)
+    checked = _mapped(rows, check, CHECKED, repr(key), stage, f"{source}: read")
+    refused = {row: reason for row, reason in enumerate(checked["refused"][:]) if reason}
+    return _Checked(source, rows, row_format, rows[ROW_COLUMN][:], checked["digest"][:], refused)
+
+
+def _rows_of(batch: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
+    names = [name for name in batch if name != ROW_COLUMN]
+    for values in zip(*(batch[name] for name in names), strict=True):
+        yield dict(zip(names, values, strict=True))
+
+
+def _mapped(
+    rows: datasets.Dataset,
+    function: Callable[[dict[str, list[Any]]], Any],
+    features: dict[str, Any],
+    key: str,
+    stage: Stage,
+    shown: str,
+) -> datasets.Dataset:
+    """What a function makes of each batch of rows, in the cache under what `key` says."""
+    path = _cache_file(key)
+    return rows.map(
+        function,
+        batched=True,
+        remove_columns=rows.column_names,
+        num_proc=stage.dataset_num_proc if len(rows) >= 1000 else None,
+        desc=shown,
+        features=datasets.Features(features),
+        cache_file_name=str(path),
+        new_fingerprint=path.stem,
+    )
+
+
+def _refuse_duplicates(sources: list[_Checked], stage: Stage) -> None:
+    """Count exact copies of an earlier row, and refuse them if the stage drops them."""
+    seen: set[str] = set()
+    for source in sources:
+        for row in source.kept:
+            if source.digests[row] in seen:
+                source.duplicates += 1
+                if stage.duplicates == "drop":
+                    source.refused[row] = "exact duplicate"
+            seen.add(source.digests[row])
+
+
+Row = tuple[int, int]  # the position of a source in the stage's data, of a row in the source
+
+
+class _Prepared:
+    """A stage's conversations, encoded as they are asked for."""
+
+    def __init__(self, stage: Stage, tokenizer: Any, sources: list[_Checked]):
+        self.stage, self.tokenizer, self.sources = stage, tokenizer, sources
+        # whether every row is wanted; else those that the run's order comes to
+        self.whole = stage.name != "sft" or stage.max_steps is None or stage.on_too_long == "split"
+        self.positions = None if stage.max_length else model_positions(stage)
+        backend = tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        # all that an encoded row depends on but the row
+        self.key = repr(
+            (
+                hashlib.blake2b(backend.to_str().encode()).hexdigest(),
+                *(tokenizer.chat_template, tokenizer.hfsft_training_template),
+                *(stage.max_length, stage.on_too_long, stage.assistant_only_loss, self.positions),
+            )
+        )
+        self.parts: list[datasets.Dataset] = []
+        self.items: list[dict[int, list[int]]] = [{} for _ in sources]  # row → its conversations
+        # of each conversation, over all parts
+        self.source_of: list[int] = []
+        self.lengths: list[int] = []
+        self.trained: list[int] = []
+        self.cut: list[bool] = []
+        self.digests: list[str] = []  # of its tokens
+        self.held_tokens: set[str] = set()
+
+    def encode(self, rows: list[Row]) -> None:
+        """Encode those rows that are not encoded yet."""
+        counts = (self.lengths, self.trained, self.cut, self.digests)
+        wanted: list[set[int]] = [set() for _ in self.sources]
+        for index, row in rows:
+            wanted[index].add(row)
+        for index, source in enumerate(self.sources):
+            new = sorted(wanted[index] - self.items[index].keys())
+            if not new:
+                continue
+            part = self._encode(source, new)
+            self.items[index] |= {row: [] for row in new}
+            row_of = {source.numbers[row]: row for row in new}
+            columns = [part[name][:] for name in (ROW_COLUMN, "refused", *COUNTED)]
+            kept = []
+            for place, (number, reason, *counted) in enumerate(zip(*columns, strict=True)):
+                if reason:
+                    source.passed_over[row_of[number]] = reason
+                    continue
+                kept.append(place)
+                self.items[index][row_of[number]].append(len(self.source_of))
+                self.source_of.append(index)
+                for held, value in zip(counts, counted, strict=True):
+                    held.append(value)
+            self.parts.append(part.select(kept).select_columns(["input_ids", "labels", "length"]))
+
+    def _encode(self, source: _Checked, rows: list[int]) -> datasets.Dataset:
+        # the function goes to other processes: it holds no more than it needs
+        stage, tokenizer, positions = self.stage, self.tokenizer, self.positions
+        name, row_format = source.source, source.row_format
+
+        def encode(batch: dict[str, list[Any]]) -> pa.Table:
+            found = fit_conversations(
+                [to_messages(renamed(row, name), row_format) for row in _rows_of(batch)],
+                tokenizer,
+                stage.max_length,
+                stage.on_too_long,
+                stage.assistant_only_loss,
+            )
+            numbers, encoded, reasons = [], [], []
+            for number, fitted in zip(batch[ROW_COLUMN], found, strict=True):
+                if isinstance(fitted, TooLong):
+                    raise DataError(
+                        f"{name}: row {number} is longer than max_length ({stage.max_length} "
+                        "tokens) and on_too_long is error"
+                    )
+                if positions and isinstance(fitted, list) and len(fitted[0].ids) > positions:
+                    fitted = BadRow("longer than the model's positions")
+                reason = str(fitted) if isinstance(fitted, BadRow) else ""
+                fitted = [NO_TOKENS] if isinstance(fitted, BadRow) else fitted
+                numbers += [number] * len(fitted)
+                encoded += fitted
+                reasons += [reason] * len(fitted)
+            return _table(numbers, encoded, reasons)
+
+        selected = source.rows if len(rows) == len(source.rows) else source.rows.select(rows)
+        key = ("encoded", source.rows._fingerprint, name.columns, row_format, rows, self.key)
+        return _mapped(selected, encode, ENCODED, repr(key), stage, f"{name}: encode")
+
+    def hold_out(self, held: list[int]) -> None:
+        """From here on no conversation of the same tokens as one of these is given."""
+        self.held_tokens = {self.digests[item] for item in held}
+
+    def conversations(self, row: Row) -> list[int]:
+        """The conversations of an encoded row that can be trained on; several if it was split.
+
+        Rows that differ can be the same tokens: where they differ only behind `max_length`.
+        """
+        index, position = row
+        items = self.items[index][position]
+        if self.held_tokens.isdisjoint(self.digests[item] for item in items):
+            return items
+        self.sources[index].passed_over[position] = "the same tokens as a held-out conversation"
+        return [item for item in items if self.digests[item] not in self.held_tokens]
+
+    def count(self, row: Row) -> int:
+        """How many conversations a row is; one until it is known what it becomes."""
+        return len(self.conversations(row)) if self.whole else 1
+
+    def dataset(self) -> datasets.Dataset:
+        """Every conversation that was encoded, with `input_ids`, `labels` and `length`."""
+        return datasets.concatenate_datasets(self.parts)
+
+    def audit(self, index: int) -> dict[str, Any]:
+        """What became of a source's rows."""
+        source, items = self.sources[index], self.items[index]
+        mine = [item for row in items.values() for item in row]
+        return audit_source(
+            str(source.source),
+            read=len(source.numbers),
+            kept=len(source.kept),
+            lengths=[self.lengths[item] for item in mine],
+            trained_tokens=sum(self.trained[item] for item in mine),
+            reasons=Counter(source.refused.values()),
+            passed_over=Counter(source.passed_over.values()),
+            truncated=sum(self.cut[item] for item in mine),
+            split=sum(len(row) > 1 for row in items.values()),
+            duplicates=source.duplicates,
+        )
+
+
+COUNTED = ("length", "trained", "cut", "digest")
+NO_TOKENS = Encoded(np.array([], np.int32), np.array([], bool))
+CHECKED = {"digest": datasets.Value("string"), "refused": datasets.Value("string")}
+ENCODED = {
+    ROW_COLUMN: datasets.Value("int64"),
+    "input_ids": datasets.List(datasets.Value("int32")),
+    "labels": datasets.List(datasets.Value("int32")),
+    "length": datasets.Value("int32"),
+    "trained": datasets.Value("int32"),
+    "cut": datasets.Value("bool"),
+    "digest": datasets.Value("string"),
+    "refused": datasets.Value("string"),
+}
+
+
+def _table(numbers: list[int], encoded: list[Encoded], reasons: list[str]) -> pa.Table:
+    """Encoded conversations as `ENCODED` says, without a Python object a token."""
+    lengths = np.array([len(one.ids) for one in encoded], np.int32)
+    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+    ids, trained = (
+        np.concatenate([getattr(one, name) for one in encoded]) for name in ("ids", "trained")
+    )
+    labels = Encoded(ids, trained).labels
+    return pa.table(
+        {
+            ROW_COLUMN: pa.array(numbers, pa.int64()),
+            "input_ids": pa.ListArray.from_arrays(offsets, pa.array(ids)),
+            "labels": pa.ListArray.from_arrays(offsets, pa.array(labels)),
+            "length": pa.array(lengths),
+            "trained": pa.array([int(one.trained.sum()) for one in encoded], pa.int32()),
+            "cut": pa.array([one.cut for one in encoded], pa.bool_()),
+            "digest": pa.array([_tokens_digest(one.ids) for one in encoded], pa.string()),
+            "refused": pa.array(reasons, pa.string()),
+        }
+    )
+
+
+def _tokens_digest(ids: np.ndarray) -> str:
+    return hashlib.blake2b(ids.tobytes(), digest_size=16).hexdigest()
+
+
+def _hold_out(stage: Stage, kept: list[Row], prepared: _Prepared) -> list[Row]:
+    """Choose and encode what a stage holds out; another takes the place of one that is refused."""
+    first: dict[str, Row] = {}  # of each different content
+    for index, row in kept:
+        first.setdefault(prepared.sources[index].digests[row], (index, row))
+    wanted = sorted(choose_held_out(stage, list(first)))
+    spare = sorted(first.keys() - set(wanted))
+    random.Random(f"{stage.seed}:held_out:more").shuffle(spare)
+    count, held = len(wanted), []
+    while wanted:
+        rows = [first[digest] for digest in wanted]
+        prepared.encode(rows)
+        held += [(index, row) for index, row in rows if prepared.items[index][row]]
+        lacking = count - len(held)
+        wanted, spare = spare[:lacking], spare[lacking:]
+    return sorted(held)
+
+
+def _run_places(stage: Stage, epoch: list[Row], prepared: _Prepared) -> list[int]:
+    """The conversation of each example of the whole run, in order."""
+    if stage.max_steps is not None:
+        total = stage.max_steps * stage.examples_per_step
+    else:
+        count = sum(len(prepared.conversations(row)) for row in epoch)
+        steps = math.ceil(count * stage.trainer["num_train_epochs"] / stage.examples_per_step)
+        total = max(1, steps) * stage.examples_per_step
+    if stage.on_too_long == "split":
+        items = [item for row in epoch for item in prepared.conversations(row)]
+        return list(itertools.islice(run_order(items, stage.seed), total))
+    places: list[int] = []
+    order, looked_at = run_order(epoch, stage.seed), 0
+    while len(places) < total and (places or looked_at < len(epoch)):
+        rows = list(itertools.islice(order, min(CHUNK, total - len(places))))
+        prepared.encode(rows)
+        places += [item for row in rows for item in prepared.conversations(row)]
+        looked_at += len(rows)
+    return places
+
+
+def run_order(items: list[Any], seed: int) -> Iterator[Any]:
+    """The order of examples, without end: one seeded permutation after another.
+
+    Every step then has its full number of examples, also where an epoch ends within it, and neither
+    the device batch, nor the number of processes, nor a larger `max_steps` changes the order.
+
+    Args:
+        items: an epoch's.
+        seed: the run's.
+    """
+    for epoch in itertools.count() if items else ():
+        order = list(range(len(items)))
+        random.Random(f"{seed}:epoch:{epoch}").shuffle(order)
+        yield from (items[i] for i in order)
+
+
+class RunOrder(datasets.Dataset):
+    """The examples of a whole run: item i is the i-th that is trained on.
+
+    Its columns are `input_ids` and `labels`. It is a `datasets.Dataset` as trl takes no other.
+    """
+
+    def __init__(self, conversations: datasets.Dataset, places: list[int]):
+        """Lay out the run.
+
+        Args:
+            conversations: with `input_ids`, `labels` and `length`.
+            places: the conversation of each example.
+        """
+        run = conversations.select_columns(["input_ids", "labels"]).select(places)
+        super().__init__(run.data, run.info, run.split, run._indices, run._fingerprint)
+        self.conversations, self.places = conversations, places
+        lengths = conversations["length"][:]
+        self.lengths = [lengths[place] for place in places]  # tokens of each example
 
 
 def copies(items: list[Any], source: Source, seed: int) -> list[Any]:
@@ -419,7 +786,7 @@ def load_conversations(stage: Stage, tokenizer: Any) -> tuple[Any, Any]:
     """Mix a stage's conversations, write and print their audit; errors as `mix_conversations`.
 
     Returns:
-        The conversations to train on, and those held out or None.
+        What to train on (sft: a `RunOrder`), and a dataset of what is held out, or None.
     """
     mixture = settle(mix_conversations(stage, tokenizer), stage)
     return mixture.train, mixture.held_out
@@ -442,69 +809,6 @@ def choose_held_out(stage: Stage, digests: list[Any]) -> set[Any]:
             "train on"
         )
     return set(random.Random(f"{stage.seed}:held_out").sample(different, int(count)))
-
-
-def _encode_source(source: Source, stage: Stage, tokenizer: Any) -> datasets.Dataset:
-    """Encode a source's rows; what is refused has the reason under `refused` and nothing else."""
-    positions = None if stage.max_length else model_positions(stage)
-    rows = load_rows(source, stage.seed)
-    row_format = source.format or detect_format(_columns(rows, source), str(source))
-
-    def encode(batch: dict[str, list[Any]], _code: str = CODE) -> dict[str, list[Any]]:
-        out: dict[str, list[Any]] = {name: [] for name in FEATURES}
-        for index, number in enumerate(batch[ROW_COLUMN]):
-            row = {name: values[index] for name, values in batch.items() if name != ROW_COLUMN}
-            try:
-                messages = to_messages(renamed(row, source), row_format)
-                encoded = fit_conversation(
-                    messages,
-                    tokenizer,
-                    stage.max_length,
-                    stage.on_too_long,
-                    stage.assistant_only_loss,
-                )
-                if positions and len(encoded[0][0]) > positions:
-                    raise BadRow("longer than the model's positions")
-            except TooLong:
-                raise DataError(
-                    f"{source}: row {number} is longer than max_length ({stage.max_length} tokens) "
-                    "and on_too_long is error"
-                ) from None
-            except BadRow as bad:
-                encoded = [([], [], False)]
-                out["refused"].append(str(bad))
-            else:
-                out["refused"] += [""] * len(encoded)
-            for ids, labels, cut in encoded:
-                out[ROW_COLUMN].append(number)
-                out["input_ids"].append(ids)
-                out["labels"].append(labels)
-                out["length"].append(len(ids))
-                out["trained"].append(sum(label != IGNORED for label in labels))
-                out["digest"].append(_digest(ids))
-                out["cut"].append(cut)
-        return out
-
-    return rows.map(
-        encode,
-        batched=True,
-        remove_columns=rows.column_names,
-        num_proc=stage.dataset_num_proc,
-        desc=str(source),
-        features=datasets.Features(FEATURES),
-    )
-
-
-FEATURES = {
-    ROW_COLUMN: datasets.Value("int64"),
-    "input_ids": datasets.List(datasets.Value("int32")),
-    "labels": datasets.List(datasets.Value("int32")),
-    "length": datasets.Value("int32"),
-    "trained": datasets.Value("int32"),
-    "digest": datasets.Value("string"),
-    "cut": datasets.Value("bool"),
-    "refused": datasets.Value("string"),
-}
 
 
 def model_positions(stage: Stage) -> int | None:
@@ -540,11 +844,17 @@ def load_packed_conversations(stage: Stage, tokenizer: Any) -> tuple[Any, Any]:
         Rows to train on and rows held out (None if the stage validates nothing).
     """
     train, held_out = load_conversations(stage, tokenizer)
-    order = list(range(len(train)))
-    random.Random(f"{stage.seed}:packing").shuffle(order)
     packed_held_out = None
     if held_out is not None:
         packed_held_out = PackedConversations(
             held_out, stage.max_length, list(range(len(held_out)))
         )
+    order = packing_order(len(train), stage.seed)
     return PackedConversations(train, stage.max_length, order), packed_held_out
+
+
+def packing_order(conversations: int, seed: int) -> list[int]:
+    """The order in which mid lays so many conversations into rows."""
+    order = list(range(conversations))
+    random.Random(f"{seed}:packing").shuffle(order)
+    return order

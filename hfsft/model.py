@@ -28,31 +28,20 @@ def build_model(recipe: Recipe, tokenizer: Any) -> Any:
     Raises:
         RecipeError: if the vocabulary does not hold the tokenizer, or the sizes do not fit.
     """
-    settings = dict(recipe.model)
-    attention = settings.pop("attn_implementation", None)
-    vocab_size = settings.setdefault("vocab_size", len(tokenizer))
+    vocab_size = recipe.model.get("vocab_size", len(tokenizer))
     if vocab_size < len(tokenizer):
         raise RecipeError(
             f"{recipe.path}: model.vocab_size: {vocab_size:,} does not hold the tokenizer's "
             f"{len(tokenizer):,} tokens"
         )
-    special = {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    for key in special.keys() & settings.keys():
-        raise RecipeError(f"{recipe.path}: model.{key}: the tokenizer gives it; leave it out")
-    if "depth" in settings:
-        config = nanochat_config(settings.pop("depth"), **settings, **special)
-    else:
-        try:
-            config = AutoConfig.for_model(settings.pop("model_type"), **settings, **special)
-        except (ValueError, TypeError) as error:
-            raise RecipeError(f"{recipe.path}: model: {first_line(error)}") from None
-        except StrictDataclassError as error:
-            raise RecipeError(f"{recipe.path}: model: {' '.join(str(error).split())}") from None
-    _check_heads(config, recipe)
+    config = fresh_config(
+        recipe,
+        vocab_size,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    attention = recipe.model.get("attn_implementation")
     torch.manual_seed(recipe.seed)
     try:
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
@@ -65,6 +54,35 @@ def build_model(recipe: Recipe, tokenizer: Any) -> Any:
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model
+
+
+def fresh_config(recipe: Recipe, vocab_size: int, **special: int | None) -> Any:
+    """The configuration of the model that the base stage builds.
+
+    Args:
+        recipe: as `build_model` takes it.
+        vocab_size: where the recipe has none.
+        special: `bos_token_id`, `eos_token_id` and `pad_token_id`.
+
+    Raises:
+        RecipeError: if the sizes do not fit.
+    """
+    settings = {"vocab_size": vocab_size} | recipe.model
+    settings.pop("attn_implementation", None)
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if key in settings:
+            raise RecipeError(f"{recipe.path}: model.{key}: the tokenizer gives it; leave it out")
+    if "depth" in settings:
+        config = nanochat_config(settings.pop("depth"), **settings, **special)
+    else:
+        try:
+            config = AutoConfig.for_model(settings.pop("model_type"), **settings, **special)
+        except (ValueError, TypeError) as error:
+            raise RecipeError(f"{recipe.path}: model: {first_line(error)}") from None
+        except StrictDataclassError as error:
+            raise RecipeError(f"{recipe.path}: model: {' '.join(str(error).split())}") from None
+    _check_heads(config, recipe)
+    return config
 
 
 def _check_heads(config: Any, recipe: Recipe) -> None:
@@ -167,7 +185,7 @@ def load_model(stage: Stage, tokenizer: Any) -> Any:
         config.pad_token_id = tokenizer.pad_token_id
     if stage.lora is None:
         return model
-    return _with_lora(model, stage, quantized=quantization is not None)
+    return with_lora(model, stage, quantized=quantization is not None)
 
 
 def load_plain_model(start: str, stage: Stage, **kwargs: Any) -> Any:
@@ -225,7 +243,17 @@ def bf16_is_native() -> bool:
     return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def _with_lora(model: Any, stage: Stage, quantized: bool) -> Any:
+def with_lora(model: Any, stage: Stage, quantized: bool = False) -> Any:
+    """Put the recipe's LoRA adapter around a model.
+
+    Args:
+        model: a `PreTrainedModel`.
+        stage: `lora` holds fields of `peft.LoraConfig`.
+        quantized: its weights are in 4 bits.
+
+    Raises:
+        RecipeError: if peft refuses the settings.
+    """
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
     if quantized:

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from rich.console import Console
 from rich.text import Text
 
-from hfsft.audit import print_audit
+from hfsft.audit import audit_console, print_audit
 from hfsft.conversations import IGNORED
 from hfsft.corpus import base_texts, mix_text
-from hfsft.mixture import mix_conversations
+from hfsft.mixture import mix_conversations, packing_order
 from hfsft.recipe import Recipe, Stage
 from hfsft.tokenizer import new_tokenizer, stage_tokenizer
 
@@ -22,7 +21,7 @@ def preview(recipe: Recipe, show: int) -> dict[str, Any]:
 
     Args:
         recipe: whose stages.
-        show: examples of each stage.
+        show: examples of each stage, the first of its run.
 
     Returns:
         Stage → `audit`, and `examples`: lists of `{"text", "trained"}` pieces in order.
@@ -39,7 +38,11 @@ def preview(recipe: Recipe, show: int) -> dict[str, Any]:
             mixture = mix_text(recipe, tokenizer)
         else:
             mixture = mix_conversations(stage, tokenizer)
-        examples = [pieces(row, tokenizer) for row in itertools.islice(mixture.train, show)]
+        first = itertools.islice(mixture.train, show)
+        if name == "mid":  # its rows are laid from conversations in this order
+            order = packing_order(len(mixture.train), stage.seed)
+            first = [mixture.train[place] for place in order[:show]]
+        examples = [pieces(row, tokenizer) for row in first]
         seen[name] = {"audit": mixture.audit, "examples": examples}
     return seen
 
@@ -74,7 +77,7 @@ def pieces(row: dict[str, Any], tokenizer: Any) -> list[dict[str, Any]]:
 
 def print_preview(seen: dict[str, Any]) -> None:
     """Print the tables and examples; trained text is bold, and green where there is colour."""
-    console = Console(highlight=False)
+    console = audit_console()
     for stage, data in seen.items():
         print_audit(stage, data["audit"], console)
         for number, example in enumerate(data["examples"], 1):

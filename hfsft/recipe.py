@@ -24,6 +24,8 @@ from hfsft.fields import (
 from hfsft.keys import (
     ABOVE_ZERO,
     ALIASES,
+    AUTO,
+    AUTO_KEYS,
     FIELDS,
     FLAGS,
     LIMITS,
@@ -94,6 +96,8 @@ class Stage:
     dtype: str | None = None  # of the loaded weights; None: float32, as mixed precision wants
     dataset_num_proc: int | None = None  # processes that encode the data
     memory_limit: str | None = None  # such as 8GB; GPU memory that the stage may take
+    on_save_error: str = "stop"  # stop or continue, where an earlier checkpoint is whole
+    max_bad_steps: int = 3  # steps in a row with a loss that is no finite number, before it stops
     trainer: dict[str, Any] = field(default_factory=dict)  # passed through as it is
     trust_remote_code: bool = False
     quiet: bool = False
@@ -108,9 +112,7 @@ class Stage:
         """`memory_limit` in bytes: 8GB is 8 * 10^9, 8GiB 8 * 2^30."""
         if self.memory_limit is None:
             return None
-        number, unit = MEMORY.fullmatch(self.memory_limit).groups()
-        power = "KMGT".index(unit[0]) + 1
-        return int(float(number) * (1024 if "i" in unit else 1000) ** power)
+        return size_in_bytes(self.memory_limit, f"{self.name}.memory_limit")
 
     @property
     def validates(self) -> bool:
@@ -134,6 +136,7 @@ class Recipe:
     restart: bool = False
     quiet: bool = False
     trust_remote_code: bool = False
+    ignore_plan: bool = False
 
     @property
     def folder(self) -> Path:
@@ -166,6 +169,24 @@ class Recipe:
     def sft(self) -> Stage:
         """The sft stage."""
         return self.stage("sft")
+
+
+def size_in_bytes(size: str, where: str) -> int:
+    """A size such as 8GB (8 * 10^9) or 7.5GiB (7.5 * 2^30) in bytes.
+
+    Args:
+        size: as written.
+        where: the place to name in the error.
+
+    Raises:
+        RecipeError: if it is none, or zero.
+    """
+    match = MEMORY.fullmatch(size)
+    if match is None or not re.search("[1-9]", size):
+        raise RecipeError(f"{where}: expected a size such as 8GB or 7.5GiB, got {quoted(size)}")
+    number, unit = match.groups()
+    power = "KMGT".index(unit[0]) + 1
+    return int(float(number) * (1024 if "i" in unit else 1000) ** power)
 
 
 def find_recipe(given: str) -> Path:
@@ -362,6 +383,8 @@ def _set(tree: Node, path: tuple[str, ...], node: Node, flag: str) -> None:
 def _check_value(key: str, node: Node, known: Field) -> Any:
     """Check one value against its field and its limits; returns it as the field takes it."""
     name = key.rsplit(".", 1)[-1]
+    if name in AUTO_KEYS and node.raw == AUTO:
+        return AUTO
     try:
         value = known.check(node.plain(), node.raw)
         if value == "" and name in FIELDS:
@@ -547,11 +570,13 @@ def _check_stage(name: str, tree: Node, path: str) -> dict[str, Any]:
         raise RecipeError(f"{where('max_length')}: mid.max_length: a packed row needs a length")
     if checked.get("bf16") and checked.get("fp16"):
         raise RecipeError(f"{where('fp16')}: {name}.fp16: bf16 is on as well; choose one")
-    limit = checked.get("memory_limit")
-    if limit is not None and not (MEMORY.fullmatch(limit) and re.search("[1-9]", limit)):
+    if checked.get("memory_limit") is not None:
+        size_in_bytes(checked["memory_limit"], f"{where('memory_limit')}: {name}.memory_limit")
+    batch = "per_device_train_batch_size"
+    if name != "sft" and checked[batch] == AUTO and checked.get("tokens_per_step") is None:
         raise RecipeError(
-            f"{where('memory_limit')}: {name}.memory_limit: expected a size such as 8GB or 7.5GiB, "
-            f"got {quoted(limit)}"
+            f"{where(batch)}: {name}.{batch}: auto needs tokens_per_step, which says how large a "
+            "step is"
         )
     if checked.get("lora") is not None:
         checked["lora"] = _check_section(node.value["lora"], f"{name}.lora", lora_fields())
@@ -560,22 +585,10 @@ def _check_stage(name: str, tree: Node, path: str) -> dict[str, Any]:
             f"{where('load_in_4bit')}: {name}.load_in_4bit: 4-bit weights cannot be trained "
             "themselves; add lora: {r: 16}"
         )
-    if name == "sft":
-        batch, examples = checked["per_device_train_batch_size"], checked["examples_per_step"]
-        if examples % batch:
-            key = "per_device_train_batch_size"
-            if _is_default(node.value[key]) or not _is_default(node.value["examples_per_step"]):
-                key = "examples_per_step" if examples > batch else key
-            fits = next(n for n in range(min(batch, examples), 0, -1) if examples % n == 0)
-            raise RecipeError(
-                f"{where(key)}: {name}.{key}: {examples} examples a step are no multiple of "
-                f"{batch} a device; per_device_train_batch_size: {fits} would do"
-            )
-    elif checked.get("tokens_per_step") and checked.get("max_length"):
+    if checked.get("tokens_per_step") and checked.get("max_length"):
         check_tokens_per_step(
             name,
             checked["tokens_per_step"],
-            checked["per_device_train_batch_size"],
             checked["max_length"],
             1,
             where("tokens_per_step"),
@@ -604,15 +617,12 @@ def _is_default(node: Node) -> bool:
     return node.where.startswith(str(DEFAULTS))
 
 
-def check_tokens_per_step(
-    stage: str, tokens: int, batch: int, length: int, processes: int, where: str
-) -> int:
-    """The gradient accumulation steps that make `tokens` an update.
+def check_tokens_per_step(stage: str, tokens: int, length: int, processes: int, where: str) -> int:
+    """The rows that make `tokens` an update.
 
     Args:
         stage: the section's name, for the error.
         tokens: tokens an optimizer update, over all processes.
-        batch: rows a device.
         length: tokens a row.
         processes: how many processes train.
         where: the place to name in the error.
@@ -620,15 +630,15 @@ def check_tokens_per_step(
     Raises:
         RecipeError: if the tokens do not divide.
     """
-    micro = batch * length * processes
-    if tokens % micro:
-        below = tokens // micro * micro
+    together = length * processes
+    if tokens % together:
+        below = tokens // together * together
         raise RecipeError(
-            f"{where}: {stage}.tokens_per_step: {tokens:,} is no multiple of {micro:,} "
-            f"({batch} rows of {length} tokens on {processes} device{'s' * (processes > 1)}); "
-            f"{below or micro:,} would do"
+            f"{where}: {stage}.tokens_per_step: {tokens:,} is no multiple of {together:,} "
+            f"(rows of {length} tokens on {processes} device{'s' * (processes > 1)}); "
+            f"{below or together:,} would do"
         )
-    return tokens // micro
+    return tokens // length
 
 
 DEFAULTS = Path(__file__).with_name("defaults.yaml")
@@ -763,7 +773,6 @@ def _check_base(
         check_tokens_per_step(
             "base",
             rows,
-            settings["per_device_train_batch_size"],
             length,
             1,
             tree.value["base"].value["tokens_per_step"].where,

@@ -1,8 +1,13 @@
 """Foreign chat templates: what they render, and which characters of it are the assistant's."""
 
+import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
+Messages = list[dict[str, Any]]
 # stand for the special tokens written inside a message while a template renders it
 SENTINELS = 0xF0000  # the first of Unicode's supplementary private use characters
 PROBE = [
@@ -26,50 +31,90 @@ def special_tokens(tokenizer: Any) -> list[str]:
     return sorted({token.content for token in added if token.special}, key=len, reverse=True)
 
 
-def render(messages: list[dict[str, str]], tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
+def render(
+    messages: Messages, tokenizer: Any, assistant_only: bool = True
+) -> tuple[str, list[tuple[int, int]]]:
     """Render a conversation through the tokenizer's own template.
 
     Args:
-        messages: with plain text contents.
+        messages: in OpenAI's form, with plain text contents.
         tokenizer: `hfsft_training_template` is its template with `{% generation %}` marks; None:
             there is none, and a turn is what it adds to the rendering of the turns before.
+        assistant_only: as below; otherwise all is trained but the results of tool calls.
 
     Returns:
         The text, and the spans of its characters that are the assistant's, end token included.
 
     Raises:
-        TemplateError: with the reason.
+        TemplateError: with the reason, also where it leaves a tool call, a result or a system
+            message out.
     """
     import jinja2
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    def plain(until: int, prompt: bool = False) -> str:
+    template = tokenizer.hfsft_training_template or tokenizer.chat_template
+
+    def rendered(turns: Messages, **settings: Any) -> tuple[list[str], Any]:
         return render_jinja_template(
-            conversations=[messages[:until]],
-            chat_template=tokenizer.chat_template,
-            add_generation_prompt=prompt,
+            conversations=[turns],
+            **{"chat_template": template} | settings,
             **tokenizer.special_tokens_map,
-        )[0][0]
+        )
+
+    def added(first: int, last: int, prompt: bool, whole: str) -> tuple[int, int]:
+        """The span that the turns from `first` to before `last` add to the turns before them."""
+        before = rendered(messages[:first], add_generation_prompt=prompt)[0][0]
+        after = rendered(messages[:last])[0][0]
+        if not whole.startswith(after) or not after.startswith(before):
+            raise TemplateError("the chat template rewrites earlier turns")
+        return len(before), _turn_end(after, len(before), tokenizer) if prompt else len(after)
 
     try:
-        if tokenizer.hfsft_training_template is not None:
-            texts, spans = render_jinja_template(
-                conversations=[messages],
-                chat_template=tokenizer.hfsft_training_template,
-                return_assistant_tokens_mask=True,
-                **tokenizer.special_tokens_map,
-            )
-            return texts[0], spans[0]
-        text, spans = plain(len(messages)), []
-        for index, message in enumerate(messages):
-            if message["role"] == "assistant":
-                before, after = plain(index, prompt=True), plain(index + 1)
-                if not text.startswith(after) or not after.startswith(before):
-                    raise TemplateError("the chat template rewrites earlier turns")
-                spans.append((len(before), _turn_end(after, len(before), tokenizer)))
+        spans: list[tuple[int, int]] = []
+        if tokenizer.hfsft_training_template is not None and assistant_only:
+            texts, marked = rendered(messages, return_assistant_tokens_mask=True)
+            text, spans = texts[0], marked[0]
+        else:
+            text = rendered(messages)[0][0]
+        if any("tool_calls" in message for message in messages):
+            silent = [
+                {key: value for key, value in message.items() if key != "tool_calls"}
+                for message in messages
+            ]
+            if rendered(silent)[0][0] == text:
+                raise TemplateError("tool calls, which the chat template cannot write")
+        for message in messages:
+            if message["role"] in ("system", "tool") and not _is_written(message["content"], text):
+                kind = {"system": "system message", "tool": "tool's result"}[message["role"]]
+                raise TemplateError(f"a {kind}, which the chat template leaves out")
+        if not assistant_only:
+            results = [added(first, last, False, text) for first, last in _result_runs(messages)]
+            edges = [0, *(edge for span in results for edge in span), len(text)]
+            return text, list(zip(edges[::2], edges[1::2], strict=True))
+        if tokenizer.hfsft_training_template is None:
+            for index, message in enumerate(messages):
+                if message["role"] == "assistant":
+                    spans.append(added(index, index + 1, True, text))
         return text, spans
     except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
         raise TemplateError(f"the chat template refuses it: {error}") from None
+
+
+def _is_written(content: str, text: str) -> bool:
+    """Whether a content is in a rendering: as it is, trimmed, or as a JSON text."""
+    quoted = json.dumps(content, ensure_ascii=False)[1:-1]
+    return content.strip() in text or quoted.strip() in text
+
+
+def _result_runs(messages: Messages) -> Iterator[tuple[int, int]]:
+    """Where tool results begin and end: templates write those that follow each other as one."""
+    first = None
+    for index, message in enumerate([*messages, {"role": "end"}]):
+        if message["role"] == "tool" and first is None:
+            first = index
+        elif message["role"] != "tool" and first is not None:
+            yield first, index
+            first = None
 
 
 def _turn_end(text: str, start: int, tokenizer: Any) -> int:
@@ -95,30 +140,40 @@ def end_of_turn(tokenizer: Any) -> str:
     raise TemplateError("its assistant's turns end in no special token")
 
 
-def encode(messages: list[dict[str, str]], tokenizer: Any) -> tuple[list[int], list[bool]]:
+def encode(
+    messages: Messages, tokenizer: Any, assistant_only: bool = True
+) -> tuple[list[int], list[bool]]:
     """Encode a conversation through a foreign template.
 
     A special token written inside a message is kept apart and encoded as plain text.
 
     Args:
-        messages: with plain text contents.
+        messages: in OpenAI's form, with plain text contents.
         tokenizer: see `render`.
+        assistant_only: see `render`.
 
     Returns:
-        Token ids, and for each whether it is the assistant's.
+        Token ids, and for each whether it is trained.
 
     Raises:
         TemplateError: with the reason.
     """
-    stand_ins = {token: chr(SENTINELS + i) for i, token in enumerate(special_tokens(tokenizer))}
+    written = json.dumps(messages, ensure_ascii=False)
+    free = (chr(code) for code in range(SENTINELS, 0xFFFFE) if chr(code) not in written)
+    stand_ins = dict(zip(special_tokens(tokenizer), free, strict=False))
     inside = re.compile("|".join(map(re.escape, stand_ins)) or r"(?!)")
-    protected = [
-        message | {"content": inside.sub(lambda found: stand_ins[found[0]], message["content"])}
-        for message in messages
-    ]
-    text, spans = render(protected, tokenizer)
+
+    def protected(value: Any) -> Any:
+        if isinstance(value, str):
+            return inside.sub(lambda found: stand_ins[found[0]], value)
+        if isinstance(value, dict):
+            return {protected(key): protected(held) for key, held in value.items()}
+        return [protected(held) for held in value] if isinstance(value, list) else value
+
+    text, spans = render([protected(m) for m in messages], tokenizer, assistant_only)
+    edges = [edge for span in spans for edge in span]
     ids: list[int] = []
-    mask: list[bool] = []
+    places: list[int] = []  # of each token's first character
     literals = {stand_in: token for token, stand_in in stand_ins.items()}
     start = 0
     for piece in re.split(f"([{''.join(literals)}])" if literals else r"(?!)", text):
@@ -130,8 +185,6 @@ def encode(messages: list[dict[str, str]], tokenizer: Any) -> tuple[list[int], l
             return_offsets_mapping=True,
         )
         ids += encoded["input_ids"]
-        for begin, _ in encoded["offset_mapping"]:
-            place = start if literal else start + begin
-            mask.append(any(first <= place < last for first, last in spans))
+        places += [start + begin * (not literal) for begin, _ in encoded["offset_mapping"]]
         start += len(piece)
-    return ids, mask
+    return ids, (np.searchsorted(edges, places, side="right") % 2 == 1).tolist()

@@ -1,27 +1,43 @@
 """The trainers: transformers' and trl's, with hfsft's step, order of examples and validation."""
 
+import itertools
+import json
+import math
 import random
 from collections.abc import Iterator
 from contextlib import nullcontext
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from transformers import Trainer
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from safetensors import SafetensorError
+from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
 from hfsft.attention import packed_attention
-from hfsft.callbacks import ConsoleCallback, MetricsCallback, StopOnSignal, StreamCallback
+from hfsft.callbacks import ConsoleCallback, MetricsCallback, StopOnSignal
+from hfsft.checkpoint import (
+    PARTIAL,
+    checkpoint_bytes,
+    clear,
+    commit,
+    newest_whole,
+    rotate,
+)
 from hfsft.conversations import IGNORED
 from hfsft.corpus import TextStream
-from hfsft.errors import MemoryShortage, RecipeError
+from hfsft.errors import CheckpointError, MemoryShortage, RecipeError, TrainingError, first_line
 from hfsft.head import fuse_head
 from hfsft.packing import StepCollator, micro_batches, model_inputs
 from hfsft.recipe import Stage
 
+BAD_STEPS = "bad_steps.jsonl"  # steps that were left out, and their examples
+PLACE = "place.json"  # of a checkpoint: the sums of the next log line, and a stream's place
 EVAL_EXAMPLES = 64  # held-out examples that are laid into rows together
 
 
@@ -47,6 +63,10 @@ class StepSampler(torch.utils.data.Sampler):
             given, epoch = given + len(order), epoch + 1
 
 
+class StepAbandoned(Exception):
+    """A step that was given up between two micro-batches: all is as it was before it."""
+
+
 class _StageMixin:
     """What hfsft changes in a trainer: the step, the order of examples, validation, the console."""
 
@@ -69,7 +89,9 @@ class _StageMixin:
                 "devices"
             )
         if isinstance(kwargs["train_dataset"], TextStream):
-            args.dataloader_num_workers = 0  # it reads ahead by itself, and must know its place
+            # it reads ahead by itself, and must know its place
+            args.dataloader_num_workers = 0
+            args.dataloader_prefetch_factor, args.dataloader_persistent_workers = None, False
         collator = StepCollator(kwargs["processing_class"].pad_token_id, length)
         try:
             super().__init__(data_collator=collator, **kwargs)
@@ -86,9 +108,11 @@ class _StageMixin:
         self.stop_signal = StopOnSignal(self.accelerator)
         self.metrics_log = MetricsCallback(stage.folder / "metrics.jsonl")
         self.console = ConsoleCallback(stage.name)
+        self.bad_steps = 0  # in a row
+        self.place: dict[str, Any] | None = None  # of the checkpoint that the run goes on from
+        self.manifest_facts: dict[str, Any] = {}
         self.add_callback(self.stop_signal)
-        if isinstance(self.train_dataset, TextStream):
-            self.add_callback(StreamCallback(self.train_dataset))
+        self.add_callback(SumsCallback(self))
         self.add_callback(self.metrics_log)
         if not stage.quiet:
             self.add_callback(self.console)
@@ -169,18 +193,56 @@ class _StageMixin:
         """
         before = torch.get_rng_state(), _cuda_random_state(), self.hits.clone(), self.hits_of
         while (loss := self._micro_steps(model, inputs, num_items_in_batch)) is None:
-            self._shrink(inputs)
             model.zero_grad()
-            random_state, cuda_random_state, self.hits, self.hits_of = before
+            random_state, cuda_random_state, hits, self.hits_of = before
+            self.hits = hits.clone()
             torch.set_rng_state(random_state)
             if cuda_random_state is not None:
                 torch.cuda.set_rng_state(cuda_random_state)
+            if self.stop_signal.impatient:
+                raise StepAbandoned
+            self._shrink(inputs)
+        self.step_loss = loss
         return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Take the gradients away where they are no finite numbers: the update is left out."""
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        loss = self.accelerator.reduce(self.step_loss)
+        checked = loss if self.args.fp16 else loss + grad_norm  # fp16's scaler tries larger norms
+        if math.isfinite(checked):
+            self.bad_steps = 0
+            return grad_norm
+        self.bad_steps += 1
+        self.optimizer.zero_grad()
+        if self.is_world_process_zero():
+            self._note_bad_step(loss.item(), float(grad_norm))
+        if self.bad_steps == self.stage.max_bad_steps:
+            raise TrainingError(
+                f"{self.stage.name}: the loss or its gradient was no finite number in "
+                f"{self.bad_steps} steps in a row, up to step {self.state.global_step + 1}; "
+                f"{self._last_good()}\n  Their examples are in {self.stage.folder / BAD_STEPS}; a "
+                "lower learning_rate or max_grad_norm may help"
+            )
+        return grad_norm
+
+    def _note_bad_step(self, loss: float, grad_norm: float) -> None:
+        step, examples = self.state.global_step, self.get_total_train_batch_size(self.args)
+        line = {"step": step + 1, "loss": loss, "grad_norm": grad_norm}
+        if not isinstance(self.train_dataset, TextStream):
+            order = itertools.islice(self._get_train_sampler(), step * examples, None)
+            line["examples"] = list(itertools.islice(order, examples))
+        with (self.stage.folder / BAD_STEPS).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        self.say(
+            f"{self.stage.name} step {step + 1}: loss {loss:.4g}, gradient norm {grad_norm:.4g}: "
+            "this update is left out"
+        )
 
     def _micro_steps(
         self, model: Any, step: dict[str, torch.Tensor], num_items: torch.Tensor
     ) -> torch.Tensor | None:
-        """The step in micro-batches of `self.rows` rows; None where memory did not suffice."""
+        """The step in micro-batches of `self.rows` rows; None: out of memory, or told to stop."""
         parts = micro_batches(step, self.rows)
         if self._is_sharded():  # every forward gathers weights: all processes make as many
             count = self.accelerator.gather(torch.tensor([len(parts)], device=self.args.device))
@@ -192,6 +254,8 @@ class _StageMixin:
             last = index == len(parts) - 1
             self.accelerator.gradient_state._set_sync_gradients(last)
             together = last or self.is_deepspeed_enabled
+            if self.stop_signal.impatient:
+                return None
             try:
                 with nullcontext() if together else self.accelerator.no_sync(model):
                     inputs = model_inputs(part) if self.fused else part
@@ -210,11 +274,15 @@ class _StageMixin:
         self.rows = min(self.rows, len(step["input_ids"])) // 2
         clear_device_cache(garbage_collection=True)
         size = {0: "one document", 1: "1 row"}.get(self.rows, f"{self.rows} rows")
+        self.say(
+            f"{self.stage.name}: out of memory; the step is done again, and from here on, with "
+            f"{size} a micro-batch, which leaves its result as it is"
+        )
+
+    def say(self, text: str) -> None:
+        """Print a line once, unless the stage is quiet."""
         if not self.stage.quiet and self.is_world_process_zero():
-            self.console.say(
-                f"{self.stage.name}: out of memory; the step is done again, and from here on, with "
-                f"{size} a micro-batch, which leaves its result as it is"
-            )
+            self.console.say(text)
 
     def _shortage(self, step: dict[str, torch.Tensor]) -> MemoryShortage:
         longest = max(part["input_ids"].shape[1] for part in micro_batches(step, 0))
@@ -234,8 +302,9 @@ class _StageMixin:
     ) -> Any:
         """The loss of a micro-batch as its share of the step's."""
         if "targets" not in inputs:
-            loss_of = super().compute_loss if self.stock else partial(Trainer.compute_loss, self)
-            return loss_of(model, inputs, return_outputs, num_items_in_batch)
+            if self.stock:
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
         total, hits = model(**inputs)
         self.hits += hits
         self.hits_of += len(inputs["targets"])
@@ -244,12 +313,124 @@ class _StageMixin:
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the share of trained tokens that were the model's likeliest one."""
+        if "loss" in logs:
+            self._tr_loss.zero_()  # transformers subtracts it from itself, and NaN stays NaN
         if "loss" in logs and self.fused:
             of = torch.tensor(float(self.hits_of), device=self.args.device)
             hits, of = self.accelerator.reduce(torch.stack([self.hits, of])).tolist()
             logs["mean_token_accuracy"] = hits / max(of, 1)
             self.hits, self.hits_of = torch.zeros_like(self.hits), 0
         super().log(logs, start_time)
+
+    # --- checkpoints ---
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write a checkpoint beside the others, and name it one when all of it is on the disk.
+
+        Raises:
+            CheckpointError: if it cannot be written, unless an earlier one is whole and the recipe
+                says `on_save_error: continue`.
+        """
+        folder, main = self.stage.checkpoints, self.is_world_process_zero()
+        partial, final = folder / PARTIAL, folder / f"checkpoint-{self.state.global_step}"
+        if not self._is_finite():
+            raise CheckpointError(
+                f"{self.stage.name}: a weight is not a finite number at step "
+                f"{self.state.global_step}, which is not saved; {self._last_good()}"
+            )
+        # what is summed up for the next log line, by each process
+        sums = gather_object([(self._tr_loss.item(), self.hits.item(), self.hits_of)])
+        problem = None
+        try:
+            if main:
+                clear(folder)
+                partial.mkdir(parents=True)
+            self.accelerator.wait_for_everyone()
+            self._write_state(partial, sums)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            problem = first_line(error)  # torch says "unexpected pos" of a full disk
+        self.accelerator.wait_for_everyone()
+        if main and problem is None:
+            try:
+                commit(partial, final, self.manifest_facts | {"step": self.state.global_step})
+                rotate(folder, self.args.save_total_limit, self._best_checkpoint())
+            except OSError as error:
+                problem = first_line(error)
+        problem = next(filter(None, gather_object([problem])), None)
+        if problem is not None:
+            self._cannot_save(final, problem)
+
+    def save_checkpoint(self) -> None:
+        """Write a checkpoint of the step that was reached."""
+        self._save_checkpoint(self.model_wrapped, None)
+
+    def _write_state(self, partial: Path, sums: list[tuple[float, float, int]]) -> None:
+        """All that the run goes on from: weights, optimizer, schedule, scaler, random states."""
+        self.save_model(str(partial), _internal_call=True)
+        self._save_optimizer_and_scheduler(str(partial))
+        self._save_scaler(str(partial))
+        self._save_rng_state(str(partial))
+        if not self.is_world_process_zero():
+            return
+        (partial / "training_args.bin").unlink()  # a pickle that nothing reads
+        place = {
+            "logged_at": self._globalstep_last_logged,
+            "sums": sums,
+            "bad_steps": self.bad_steps,
+        }
+        if isinstance(self.train_dataset, TextStream):
+            examples = self.state.global_step * self.get_total_train_batch_size(self.args)
+            place["stream"] = self.train_dataset.state_after(examples)
+        (partial / PLACE).write_text(json.dumps(place) + "\n")
+        if (best := self._best_checkpoint()) is not None:
+            self.state.best_model_checkpoint = str(best)
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                self.state.stateful_callbacks[type(callback).__name__] = callback.state()
+        self.state.save_to_json(str(partial / TRAINER_STATE_NAME))
+
+    def _best_checkpoint(self) -> Path | None:
+        best = self.state.best_global_step
+        return self.stage.checkpoints / f"checkpoint-{best}" if best else None
+
+    def _is_finite(self) -> bool:
+        broken = torch.stack([~p.isfinite().all() for p in self.model.parameters()]).sum()
+        return int(self.accelerator.reduce(broken)) == 0
+
+    def _last_good(self) -> str:
+        try:
+            whole, _ = newest_whole(self.stage.checkpoints)
+        except CheckpointError:
+            whole = None
+        return f"the last good checkpoint is {whole}" if whole else "there is no checkpoint yet"
+
+    def _cannot_save(self, final: Path, problem: str) -> None:
+        if self.is_world_process_zero():
+            clear(self.stage.checkpoints)
+        needed = checkpoint_bytes(self.model, self.optimizer)
+        last = self._last_good()
+        message = (
+            f"{self.stage.name}: cannot save {final}: {problem}\n"
+            f"  A checkpoint takes about {needed / 1e6:,.0f} MB; {last}"
+        )
+        if self.stage.on_save_error == "stop" or last.startswith("there"):
+            raise CheckpointError(message)
+        self.say(f"{message}; going on")
+
+    def take_up(self, checkpoint: Path) -> None:
+        """Read what transformers does not keep: the sums of a log line, and a stream's place."""
+        self.place = json.loads((checkpoint / PLACE).read_text())
+        if "stream" in self.place:
+            self.train_dataset.go_on(self.place["stream"])
+
+    def restore_sums(self) -> None:
+        """Set the sums back, once the training loop has set them to zero."""
+        if self.place is not None:
+            self._globalstep_last_logged = self.place["logged_at"]
+            self.bad_steps = self.place["bad_steps"]
+            loss, hits, self.hits_of = self.place["sums"][self.args.process_index]
+            self._tr_loss.fill_(loss)
+            self.hits.fill_(hits)
 
     # --- the order ---
 
@@ -259,6 +440,27 @@ class _StageMixin:
         return StepSampler(len(dataset), total, self.args.seed)
 
     # --- validation ---
+
+    def validation_is_due(self, step: int) -> bool:
+        """Whether a run that goes on from this step left before it was validated there."""
+        every, steps = self.args.eval_steps or 0, self.args.max_steps
+        every = math.ceil(every * steps) if every < 1 else every
+        due = self.stage.validates and every and step % every == 0
+        return bool(due) and not self.metrics_log.has_validation(step)
+
+    def is_complete(self) -> bool:
+        """Whether every step is done, and the last one validated if any is."""
+        steps = self.args.max_steps
+        validated = not self.stage.validates or self.metrics_log.has_validation(steps)
+        return self.state.global_step >= steps and validated
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Validate; a checkpoint that is due is written before, in case it fails."""
+        best = self.args.metric_for_best_model is not None or self.args.save_strategy == "best"
+        if self.control.should_save and not best:
+            self.save_checkpoint()
+            self.control.should_save = False
+        return super()._evaluate(*args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader:
         """This process's share of the held-out examples, every n-th, laid into rows together."""
@@ -282,6 +484,8 @@ class _StageMixin:
         self.model.eval()
         for part in self._eval_parts(dataloader):
             tokens = (part["labels"] != IGNORED).sum()
+            if self.stop_signal.received and args.world_size == 1:
+                raise StepAbandoned  # it is done when the run goes on
             inputs = self._prepare_inputs(model_inputs(part) if self.fused else part)
             with self.compute_loss_context_manager():
                 if self.fused:
@@ -319,10 +523,24 @@ class StageTrainer(_StageMixin, Trainer):
 
 
 class SFTStageTrainer(_StageMixin, SFTTrainer):
-    """The trainer of sft."""
+    """The trainer of sft; its training set holds the examples of the whole run in their order."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler:
+        return torch.utils.data.SequentialSampler(train_dataset or self.train_dataset)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Leave out trl's card at every checkpoint: the finished stage gets its own."""
+
+
+class SumsCallback(TrainerCallback):
+    """Goes on with the sums of a log line where a checkpoint lies between two."""
+
+    def __init__(self, trainer: _StageMixin):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """The training loop has just set them to zero."""
+        self.trainer.restore_sums()
 
 
 def _cuda_random_state() -> torch.Tensor | None:

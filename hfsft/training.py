@@ -17,11 +17,12 @@ import torch
 import transformers
 import yaml
 from accelerate import PartialState
+from accelerate.utils import gather_object
+from filelock import FileLock, Timeout
 from transformers import TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig
 
-from hfsft.callbacks import StreamCallback
+from hfsft.checkpoint import checkpoints, newest_whole, step_of
 from hfsft.corpus import TextStream
 from hfsft.errors import Interrupted, RecipeError
 from hfsft.model import bf16_is_native, merged_model
@@ -35,6 +36,7 @@ from hfsft.record import (
     settings_of,
     write_record,
 )
+from hfsft.trainer import StepAbandoned
 
 LIBRARIES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "bitsandbytes")
 
@@ -63,7 +65,7 @@ def arguments(stage: Stage, train: Any, examples: int) -> TrainingArguments:
 
     Args:
         stage: its `trainer` settings are passed through untouched.
-        train: the training set, for the length of an epoch.
+        train: the training set, for the number of steps where the recipe gives epochs.
         examples: of an optimizer step, over all devices.
 
     Returns:
@@ -97,7 +99,6 @@ def arguments(stage: Stage, train: Any, examples: int) -> TrainingArguments:
             remove_unused_columns=False,
             disable_tqdm=True,  # ConsoleCallback draws the bar
             include_num_input_tokens_seen="non_padding",
-            eval_on_start=stage.validates and last_checkpoint(stage) is None,
             ignore_data_skip=isinstance(train, TextStream),  # it goes on from its own state
             logging_nan_inf_filter=False,  # it logs a NaN as the mean of the losses before
             **{"use_cpu": on_cpu, "dataloader_pin_memory": not on_cpu} | settings,
@@ -106,6 +107,8 @@ def arguments(stage: Stage, train: Any, examples: int) -> TrainingArguments:
         raise RecipeError(f"{stage.name}: {' '.join(str(error).split())}") from None
     if stage.max_steps is not None:
         made.max_steps = stage.max_steps
+    elif stage.name == "sft":
+        made.max_steps = len(train) // examples  # it holds the examples of the whole run
     elif isinstance(train, TextStream):
         raise RecipeError(f"{stage.name}: a stream has no epochs; give max_steps")
     else:
@@ -159,6 +162,8 @@ def open_stage(recipe: Recipe, stage: Stage) -> bool:
         torch.cuda.set_per_process_memory_fraction(min(1.0, stage.memory_limit_bytes / total))
     transformers.set_seed(stage.seed)
     if recipe.restart:
+        if stage.checkpoints.exists():
+            lock_stage(stage)
         with state.main_process_first():
             if state.is_main_process:
                 _move_aside(stage.folder)
@@ -166,11 +171,11 @@ def open_stage(recipe: Recipe, stage: Stage) -> bool:
         if state.is_main_process and not stage.quiet:
             print(finished_line(stage))
         return False
-    record, checkpoint = read_record(stage.folder), last_checkpoint(stage)
-    if record is not None and checkpoint is not None:
+    record, found = read_record(stage.folder), checkpoints(stage.checkpoints)
+    if record is not None and found:
         changed = changed_keys(record["settings"], settings_of(recipe, stage))
         if changed:
-            raise other_settings(stage, f"stopped at {Path(checkpoint).name}", changed)
+            raise other_settings(stage, f"stopped at {found[0].name}", changed)
     return True
 
 
@@ -188,39 +193,27 @@ def _move_aside(folder: Path) -> None:
         print(f"the old {folder} is now {aside}")
 
 
-def last_checkpoint(stage: Stage) -> str | None:
-    """The newest checkpoint of a stage, or None."""
-    return get_last_checkpoint(str(stage.checkpoints)) if stage.checkpoints.is_dir() else None
-
-
 def train_and_save(trainer: Any, recipe: Recipe, stage: Stage) -> None:
     """Train, validate, and leave a whole model folder in the Hub format with its record and card.
 
     Raises:
-        Interrupted: after SIGINT or SIGTERM, once a checkpoint is on disk.
+        Interrupted: after a signal, once a checkpoint is on disk.
+        CheckpointError: if there are checkpoints and none is whole, or none can be written.
     """
     is_main = trainer.is_world_process_zero()
+    lock = lock_stage(stage)
     record = _new_record(trainer, recipe, stage)
     if is_main:
         _write_recipe(recipe)
         write_record(stage.folder, record)
     try:
-        checkpoint = last_checkpoint(stage)
-        if checkpoint is not None and isinstance(trainer.train_dataset, TextStream):
-            StreamCallback(trainer.train_dataset).go_on(checkpoint)
-        result = trainer.train(resume_from_checkpoint=checkpoint)
-        if trainer.stop_signal.received and trainer.state.global_step < trainer.args.max_steps:
+        try:
+            _train(trainer, stage)
+        except StepAbandoned:
+            _save_now(trainer, stage)
+        if trainer.stop_signal.received and not trainer.is_complete():
             record["status"] = "interrupted"
-            name = signal.Signals(trainer.stop_signal.received).name
-            raise Interrupted(
-                f"{stage.name} stopped by {name} at step {trainer.state.global_step} of "
-                f"{trainer.args.max_steps}, saved in {last_checkpoint(stage)}\n"
-                "  The same command goes on from there",
-                trainer.stop_signal.received,
-            )
-        evaluated = [line["step"] for line in trainer.metrics_log.lines if "eval_loss" in line]
-        if stage.validates and trainer.args.max_steps not in evaluated:
-            trainer.evaluate()
+            raise _interrupted(trainer, stage)
         record["status"] = "finished"
     except BaseException:
         if record["status"] == "running":
@@ -231,12 +224,73 @@ def train_and_save(trainer: Any, recipe: Recipe, stage: Stage) -> None:
         record |= _measured(trainer)
         if is_main and record["status"] != "finished":
             write_record(stage.folder, record)
+            lock.release()
     _save_model(trainer, stage)
     if is_main:
         _finish_folder(stage, record)
         write_record(stage.folder, record)
+        lock.release()
         if not stage.quiet:
-            print(_summary(stage, record, result.global_step))
+            print(_summary(stage, record, trainer.state.global_step))
+
+
+def lock_stage(stage: Stage) -> Any:
+    """Keep a second run out of a stage's folder; the lock goes with this process, however it ends.
+
+    Returns:
+        The lock, held by the main process alone.
+
+    Raises:
+        RecipeError: if another process holds it.
+    """
+    held = []
+    lock = FileLock(stage.checkpoints / ".lock")
+    if PartialState().is_main_process:
+        stage.checkpoints.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            held.append(str(stage.folder))
+    if gather_object(held):
+        raise RecipeError(
+            f"{stage.folder}: another run is training it; wait for it, or give this one a --name"
+        )
+    return lock
+
+
+def _train(trainer: Any, stage: Stage) -> None:
+    """Train from the newest whole checkpoint on, and validate where that is still due."""
+    checkpoint, passed_over = newest_whole(stage.checkpoints)
+    for problem in passed_over:
+        trainer.say(f"passed over: {problem}")
+    trainer.args.eval_on_start = stage.validates
+    if checkpoint is not None:
+        trainer.take_up(checkpoint)
+        trainer.say(f"{stage.name}: going on from {checkpoint}")
+        trainer.args.eval_on_start = trainer.validation_is_due(step_of(checkpoint))
+    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    stopped = trainer.state.global_step < trainer.args.max_steps
+    if not stopped and not trainer.is_complete():
+        trainer.evaluate()
+
+
+def _save_now(trainer: Any, stage: Stage) -> None:
+    """Save what was reached when a step or a validation was given up."""
+    step = trainer.state.global_step
+    if step and step not in map(step_of, checkpoints(stage.checkpoints)):
+        trainer.save_checkpoint()
+
+
+def _interrupted(trainer: Any, stage: Stage) -> Interrupted:
+    number, step = trainer.stop_signal.received, trainer.state.global_step
+    reached = f"{stage.name} stopped by {signal.Signals(number).name} at step {step}"
+    if step == 0:
+        return Interrupted(f"{reached}, before there was anything to save", number)
+    return Interrupted(
+        f"{reached} of {trainer.args.max_steps}, saved in {checkpoints(stage.checkpoints)[0]}\n"
+        "  The same command goes on from there",
+        number,
+    )
 
 
 def _new_record(trainer: Any, recipe: Recipe, stage: Stage) -> dict[str, Any]:

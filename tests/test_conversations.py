@@ -12,9 +12,12 @@ from hfsft.conversations import (
     BadRow,
     chatml_pieces,
     check_messages,
+    content_digest,
     detect_format,
     encode_conversation,
-    fit_conversation,
+    encode_conversations,
+    fit_conversations,
+    nanochat_pieces,
     to_messages,
 )
 from hfsft.errors import DataError
@@ -40,6 +43,18 @@ def chatml(tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("chatml")
     tokenizer.save_pretrained(folder)
     return load_tokenizer(str(folder), chat_template="chatml")
+
+
+def tool(content, **names) -> dict:
+    return {"role": "tool", "content": content} | names
+
+
+def call(name, arguments, **number) -> dict:
+    return number | {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def calling(*calls, content="") -> dict:
+    return {"role": "assistant", "content": content, "tool_calls": list(calls)}
 
 
 # --- formats ---
@@ -135,6 +150,45 @@ READ = {
             ]),
         ],
     ),
+    "messages with several system turns at the beginning": (
+        "messages",
+        {"messages": [system("Be kind."), system("Be brief."), *HELLO, system("Now be rude."),
+                      *HELLO], "tools": None},
+        [system("Be kind.\n\nBe brief."), *HELLO, system("Now be rude."), *HELLO],
+    ),
+    "messages with tool calls": (
+        "messages",
+        {"messages": [
+            user("Add 1 and 2, and 3 and 4."),
+            calling(call("add", '{"a": 1, "b": 2}', id="x"), call("add", {"a": 3, "b": 4}, id="y"),
+                    content=None),
+            tool("3", tool_call_id="x"),
+            tool("", tool_call_id="y", name=None),
+            {"role": "assistant", "content": "3 and nothing.", "tool_calls": None},
+            user("And?"),
+            calling({"function": {"name": "stop", "arguments": ""}}, content=" \n"),
+        ], "tools": "[]"},
+        [
+            user("Add 1 and 2, and 3 and 4."),
+            calling(call("add", {"a": 1, "b": 2}, id="x"), call("add", {"a": 3, "b": 4}, id="y")),
+            tool("3", tool_call_id="x"),
+            tool("", tool_call_id="y"),
+            assistant("3 and nothing."),
+            user("And?"),
+            calling(call("stop", {})),
+        ],
+    ),
+    "sharegpt with tool calls": (
+        "sharegpt",
+        {"conversations": [
+            {"from": "human", "value": "Add 1 and 2."},
+            {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1, "b": 2}}'},
+            {"from": "observation", "value": "3"},
+            {"from": "gpt", "value": "It is 3."},
+        ], "tools": ""},
+        [user("Add 1 and 2."), calling(call("add", {"a": 1, "b": 2})), tool("3"),
+         assistant("It is 3.")],
+    ),
     "gsm8k without a calculation": (
         "gsm8k",
         {"question": "Hi", "answer": "Hello"},
@@ -194,7 +248,7 @@ REFUSED = [
     ("messages", {"messages": []}, "no messages"),
     ("messages", {"messages": "Hi"}, "no messages"),
     ("messages", {"messages": ["Hi", "Hello"]}, "a message that is not a mapping"),
-    ("messages", {"messages": [user("Hi"), {"role": "tool", "content": "5"}]}, "unknown role"),
+    ("messages", {"messages": [user("Hi"), {"role": "critic", "content": "5"}]}, "unknown role"),
     ("messages", {"messages": [user("Hi"), {"content": "Hello"}]}, "unknown role"),
     ("messages", {"messages": [{"role": ["user"], "content": "Hi"}]}, "unknown role"),
     ("messages", {"messages": [assistant("Hello"), user("Hi")]}, "roles out of order"),
@@ -214,6 +268,37 @@ REFUSED = [
     ("messages", {"messages": [user("Hi"), assistant([{"type": "python", "text": 1}])]},
      "content that is not text"),
     ("messages", {"messages": [user("Hi"), assistant("a\ud800b")]}, "invalid Unicode"),
+    ("messages", {"messages": [user("Hi"), system("Be kind."), system("Be kind.")]},
+     "no assistant turn"),
+    # tool calls
+    ("messages", {"messages": [user("Hi"), tool("5")]}, "a tool result without its call"),
+    ("messages", {"messages": [*HELLO, tool("5")]}, "a tool result without its call"),
+    ("messages", {"messages": [user("Hi"), calling(call("f", {})), user("Hi")]},
+     "a tool call without its result"),
+    ("messages", {"messages": [user("Hi"), calling(call("f", {})), system("x"), tool("5")]},
+     "a tool call without its result"),
+    ("messages", {"messages": [user("Hi"), calling(call("f", {})), tool("5")]},
+     "roles out of order"),
+    ("messages", {"messages": [user("Hi"), calling(call("f", {})), tool("5"), tool("6")]},
+     "more tool results than calls"),
+    ("messages", {"messages": [user("Hi"), calling(call("f", "{"))]},
+     "tool call arguments that are not JSON"),
+    ("messages", {"messages": [user("Hi"), calling(call("f", "[1]"))]},
+     "tool call arguments that are no mapping"),
+    ("messages", {"messages": [user("Hi"), calling(call("f", {"a": "\ud800"}))]},
+     "invalid Unicode"),
+    ("messages", {"messages": [user("Hi"), calling(call(None, {}))]},
+     "a tool call without a name"),
+    ("messages", {"messages": [user("Hi"), calling("f")]}, "a tool call without a name"),
+    ("messages", {"messages": [user("Hi"), calling(call("f", {})), tool({"a": 1})]},
+     "content that is not text"),
+    ("sharegpt", {"conversations": [{"from": "human", "value": "Hi"},
+                                    {"from": "function_call", "value": "f(x)"}]},
+     "a tool call that is not JSON"),
+    ("sharegpt", {"conversations": [{"from": "human", "value": "Hi"},
+                                    {"from": "function_call", "value": "[]"}]},
+     "a tool call without a name"),
+    ("messages", {"messages": HELLO, "tools": '[{"name": "f"}]'}, "brings its own tools"),
 ]  # fmt: skip
 
 
@@ -286,7 +371,115 @@ def test_without_assistant_only_all_but_tool_outputs_is_trained(tokenizer):
     assert encode_conversation(TOOL, tokenizer, assistant_only=False) == expected
 
 
-def test_chatml_writes_no_tool_calls(chatml):
+CALLS = [
+    user("Add 1 and 2, and look up ä."),
+    calling(call("add", {"a": 1, "b": 2}), call("look_up", {"q": "ä"}), content="Let me see."),
+    tool("3"),
+    tool("nothing"),
+    calling(call("look_up", {"q": "a"})),
+    tool(""),
+    assistant("It is 3."),
+    user("Thanks"),
+    assistant("Bye"),
+]
+ADD = '{"name": "add", "arguments": {"a": 1, "b": 2}}'
+LOOK_UP = '{"name": "look_up", "arguments": {"q": "ä"}}'
+AGAIN = '{"name": "look_up", "arguments": {"q": "a"}}'
+
+
+def text_and_trained(messages, tokenizer, **settings) -> tuple[str, str]:
+    ids, labels = encode_conversation(check_messages(messages), tokenizer, **settings)
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == tokenizer.decode(ids)
+    return tokenizer.decode(ids), tokenizer.decode([i for i in labels if i != IGNORED])
+
+
+def test_nanochat_writes_tool_calls_within_the_assistant_s_turn(tokenizer):
+    asked = "<|bos|><|user_start|>Add 1 and 2, and look up ä.<|user_end|><|assistant_start|>"
+    first = f"Let me see.<|python_start|>{ADD}<|python_end|><|python_start|>{LOOK_UP}<|python_end|>"
+    results = "<|output_start|>3<|output_end|><|output_start|>nothing<|output_end|>"
+    second = f"<|python_start|>{AGAIN}<|python_end|>"
+    answer = "It is 3.<|assistant_end|>"
+    thanks = "<|user_start|>Thanks<|user_end|><|assistant_start|>"
+    bye = "Bye<|assistant_end|>"
+    text, trained = text_and_trained(CALLS, tokenizer)
+    empty = "<|output_start|><|output_end|>"
+    assert text == asked + first + results + second + empty + answer + thanks + bye
+    assert trained == first + second + answer + bye
+    _, all_but_results = text_and_trained(CALLS, tokenizer, assistant_only=False)
+    assert all_but_results == asked + first + second + answer + thanks + bye
+    # a prompt that ends in a result, or a row in a call, leaves the turn open
+    prompt = tokenizer.apply_chat_template(CALLS[:6], tokenize=False, add_generation_prompt=True)
+    assert prompt == asked + first + results + second + empty
+    text, trained = text_and_trained(CALLS[:2], tokenizer)
+    assert (text, trained) == (asked + first, first)
+
+
+def test_chatml_writes_tool_calls_as_hermes_does(chatml):
+    asked = "<|im_start|>user\nAdd 1 and 2, and look up ä.<|im_end|>\n"
+    begin, tools = "<|im_start|>assistant\n", "<|im_start|>tool\n<tool_response>\n"
+    calls = [f"<tool_call>\n{one}\n</tool_call>" for one in (ADD, LOOK_UP, AGAIN)]
+    first = f"Let me see.\n{calls[0]}\n{calls[1]}<|im_end|>"
+    results = [f"{tools}{one}\n</tool_response><|im_end|>\n" for one in ("3", "nothing", "")]
+    thanks = "<|im_start|>user\nThanks<|im_end|>\n"
+    text, trained = text_and_trained(CALLS, chatml)
+    assert text == (
+        f"{asked}{begin}{first}\n{results[0]}{results[1]}{begin}{calls[2]}<|im_end|>\n{results[2]}"
+        f"{begin}It is 3.<|im_end|>\n{thanks}{begin}Bye<|im_end|>\n"
+    )
+    assert trained == f"{first}{calls[2]}<|im_end|>It is 3.<|im_end|>Bye<|im_end|>"
+    _, all_but_results = text_and_trained(CALLS, chatml, assistant_only=False)
+    assert all_but_results == text.replace(results[0] + results[1], "").replace(results[2], "")
+
+
+def test_templates_take_arguments_as_json_text_too(tokenizer, chatml):
+    for made in (tokenizer, chatml):
+        as_text = [user("Hi"), calling(call("add", '{"a": 1, "b": 2}'), content=None)]
+        as_mapping = [user("Hi"), calling(call("add", {"a": 1, "b": 2}))]
+        assert made.apply_chat_template(as_text, tokenize=False) == made.apply_chat_template(
+            as_mapping, tokenize=False
+        )
+
+
+def test_a_system_turn_in_the_middle(tokenizer, chatml):
+    messages = [system("Be kind."), *HELLO, system("Now be rude."), *HELLO]
+    reason = "^a system turn in the middle, which the chat template cannot write$"
+    with pytest.raises(BadRow, match=reason):
+        nanochat_pieces(messages)
+    with pytest.raises(Exception, match="has no role system here"):
+        tokenizer.apply_chat_template(messages, tokenize=False)
+    text, trained = text_and_trained(messages, chatml)
+    assert "<|im_start|>system\nNow be rude.<|im_end|>\n<|im_start|>user\nHi<|im_end|>" in text
+    assert trained == "Hello<|im_end|>" * 2
+
+
+def test_a_digest_is_of_what_is_said():
+    one = [user("Hi"), calling(call("f", {"a": 1, "b": 2}, id="x")), tool("5", tool_call_id="x")]
+    same = [user("Hi"), calling(call("f", {"b": 2, "a": 1}, id="y")), tool("5", tool_call_id="y")]
+    assert content_digest(one) == content_digest(same)
+    others = [
+        [user("Hi"), calling(call("f", {"a": 1, "b": 3})), tool("5")],
+        [user("Hi"), calling(call("f", {"a": 1, "b": 2})), tool("6")],
+        [system("Hi"), *one],
+        [user("Hi"), assistant(""), tool("5")],
+        [user("Hi"), assistant([{"type": "python", "text": "5"}])],
+        [user("Hi"), assistant([{"type": "python_output", "text": "5"}])],
+    ]
+    assert len({content_digest(messages) for messages in [one, *others]}) == 7
+
+
+def test_a_batch_is_each_conversation_by_itself(tokenizer):
+    made = odd_conversations(50)
+    made.insert(7, [*HELLO, system("Be kind."), *HELLO])  # nanochat cannot write it
+    found = encode_conversations(made, tokenizer)
+    assert isinstance(found[7], BadRow)
+    for place, (messages, encoded) in enumerate(zip(made, found, strict=True)):
+        if place != 7:
+            alone = encode_conversation(messages, tokenizer)
+            assert (encoded.ids.tolist(), encoded.labels.tolist()) == alone
+    assert encode_conversations([], tokenizer) == []
+
+
+def test_chatml_writes_no_python_parts(chatml):
     ids, labels = encode_conversation(TOOL, chatml)
     assert chatml.decode(ids) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n"
@@ -447,14 +640,71 @@ def test_a_foreign_template_s_refusal_is_a_reason(foreign):
         encode_conversation([system("Be kind."), *HELLO], made)
 
 
+TOOLS = (
+    "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}<|eot|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+
+
+def test_a_foreign_template_that_has_tools_writes_them(foreign):
+    made = foreign(TOOLS)
+    ids, labels = encode_conversation(CALLS, made)
+    text = made.decode(ids)
+    assert f"<|start|>assistant\nLet me see.{ADD}{LOOK_UP}<|eot|>\n<|start|>tool\n3" in text
+    trained = made.decode([label for label in labels if label != IGNORED])
+    assert trained == f"Let me see.{ADD}{LOOK_UP}<|eot|>{AGAIN}<|eot|>It is 3.<|eot|>Bye<|eot|>"
+    _, labels = encode_conversation(CALLS, made, assistant_only=False)
+    results = ("3<|eot|>\n", "nothing<|eot|>\n", "<|eot|>\n")
+    for result in results:
+        text = text.replace(f"<|start|>tool\n{result}", "")
+    assert made.decode([label for label in labels if label != IGNORED]) == text
+    # a special token within an argument is text
+    call_ = calling(call("add", {"a": "x<|eot|>y"}))
+    ids, _ = encode_conversation([user("Hi"), call_], made)
+    assert ids.count(made.convert_tokens_to_ids("<|eot|>")) == 2
+    assert "x<|eot|>y" in made.decode(ids)
+
+
+def test_what_a_foreign_template_leaves_out_is_a_reason(foreign):
+    made = foreign(UNMARKED)
+    with pytest.raises(BadRow, match=r"^tool calls, which the chat template cannot write$"):
+        encode_conversation(CALLS, made)
+    assert encode_conversation([*HELLO, system("Be rude."), *HELLO], made)  # any role is written
+    made = foreign(
+        "{% for m in messages if m.role in ('user', 'assistant') %}<|start|>{{ m.role }}\n"
+        "{{ m.content }}{{ m.tool_calls or '' }}<|eot|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+    )
+    for messages, kind in (
+        (CALLS, "tool's result"),
+        ([system("Be kind."), *HELLO], "system message"),
+    ):
+        with pytest.raises(BadRow, match=f"^a {kind}, which the chat template leaves out$"):
+            encode_conversation(messages, made)
+
+
 def test_truncation_cuts_no_character(tokenizer):
     messages = [user("Hi"), assistant("🙂🦊🐳" * 20)]
     whole, _ = encode_conversation(messages, tokenizer)
     for limit in range(12, 60):
-        ((ids, labels, cut),) = fit_conversation(messages, tokenizer, limit)
-        assert cut and limit - 4 < len(ids) <= limit
-        assert ids == whole[: len(ids)] and len(labels) == len(ids)
+        ((fitted,),) = fit_conversations([messages], tokenizer, limit)
+        ids = fitted.ids.tolist()
+        assert fitted.cut and limit - 4 < len(ids) <= limit
+        assert ids == whole[: len(ids)] and len(fitted.labels) == len(ids)
         assert "\ufffd" not in tokenizer.decode(ids)
+
+
+def test_a_split_keeps_exchanges_with_tools_whole(tokenizer):
+    messages = [system("Be brief."), *CALLS, *CALLS]
+    whole, _ = encode_conversation(messages, tokenizer)
+    (parts,) = fit_conversations([messages], tokenizer, len(whole) - 1, "split")
+    assert len(parts) == 2 and not any(part.cut for part in parts)
+    # of four exchanges the last begins anew, behind the system message
+    first, last = messages[:-2], [messages[0], *messages[-2:]]
+    assert [part.ids.tolist() for part in parts] == [
+        encode_conversation(part, tokenizer)[0] for part in (first, last)
+    ]
 
 
 @pytest.mark.parametrize("column", ["tools", "chat_template", "chat_template_kwargs"])

@@ -5,11 +5,15 @@ import os
 import signal
 import subprocess
 import sys
+import tracemalloc
 from collections import Counter
 from itertools import islice
 from pathlib import Path
 
 import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import torch
 import yaml
@@ -181,6 +185,42 @@ def test_base_text_without_its_column(tmp_path, make_recipe, tokenizer):
     )
 
 
+def test_a_text_that_arrow_did_not_look_into_is_an_error(tmp_path, make_recipe, tokenizer):
+    raw = pa.py_buffer(b"\xff\xfe")
+    offsets = pa.py_buffer(np.array([0, *[0] * 300, 2], dtype=np.int32))
+    table = pa.Table.from_arrays([pa.StringArray.from_buffers(301, offsets, raw)], names=["text"])
+    pa.parquet.write_table(table, tmp_path / "d.parquet")
+    with pytest.raises(DataError) as error:
+        load_text(make_recipe([{"path": str(tmp_path / "d.parquet")}]), tokenizer)
+    assert str(error.value) == f"{tmp_path}/d.parquet: row 300 is not UTF-8 text"
+
+
+def test_long_documents_are_laid_in_smaller_blocks(tmp_path, make_recipe, tokenizer, monkeypatch):
+    path = write_jsonl(tmp_path / "long.jsonl", documents(20, "long"))
+    sizes = []
+    encode = corpus.encode_texts
+    monkeypatch.setattr(corpus, "encode_texts", lambda *a: sizes.append(len(a[0])) or encode(*a))
+    monkeypatch.setattr(corpus, "BLOCK_CHARACTERS", 50)
+    train, _ = load_text(make_recipe([{"path": path}]), tokenizer)
+    assert sizes == [5, 5, 4, 4, 2]  # of 12 and, from the tenth on, 13 characters
+    assert sorted(texts_of(train, tokenizer)) == sorted(
+        row["text"] for row in documents(20, "long")
+    )
+
+
+def test_what_is_kept_of_a_document_is_a_few_bytes(tmp_path, make_recipe, tokenizer):
+    path = write_jsonl(tmp_path / "many.jsonl", [{"text": f"{n}"} for n in range(60_000)])
+    recipe = make_recipe([{"path": path}], held_out=10, eval_steps=1)
+    sources = [corpus._text_rows(source, recipe.base) for source in recipe.base.data]
+    tracemalloc.start()
+    chosen, held, _, _ = corpus._choose(recipe.base, sources)
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (len(chosen[0]), len(held[0])) == (59_990, 10)
+    assert kept < 10 * 60_000  # bytes; as a list of integers 36 each
+    assert peak < 115 * 60_000  # with digests in lists and a set 146 each
+
+
 # --- streams ---
 
 SOURCE = Source("me/text", streaming=True, columns={"text": "body"})
@@ -285,9 +325,9 @@ def test_base_streams_from_the_hub_and_goes_on_to_the_bit(tmp_path):
     with HubServer() as hub:
         hub.add_repo("me/text", "dataset", {"train.jsonl": rows.encode()})
 
-        def base(name: str) -> subprocess.Popen:
+        def base(name: str, *more: str) -> subprocess.Popen:
             return subprocess.Popen(
-                [sys.executable, "-m", "hfsft.base", "r.yaml", "--name", name],
+                [sys.executable, "-m", "hfsft.base", "r.yaml", "--name", name, *more],
                 cwd=tmp_path,
                 env=hub.env(tmp_path, "hf_read"),
                 stdout=subprocess.PIPE,
@@ -297,7 +337,8 @@ def test_base_streams_from_the_hub_and_goes_on_to_the_bit(tmp_path):
 
         whole = base("whole")
         assert whole.wait(timeout=200) == 0, whole.stderr.read()
-        broken = base("broken")
+        # each worker would give every row, and none would tell where it is
+        broken = base("broken", "--dataloader_num_workers", "2")
         for line in broken.stdout:
             if "step 2/8" in line:
                 broken.send_signal(signal.SIGTERM)

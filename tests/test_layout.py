@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ROWS = [
     {"__init__"},
     {"errors", "fields"},
-    {"keys", "nodes", "tasks", "hub", "templates", "head", "attention"},
+    {"keys", "nodes", "tasks", "hub", "templates", "head", "attention", "checkpoint"},
     {"recipe"},
     {"record", "conversations", "tokenizer", "audit"},
     {"packing", "model"},

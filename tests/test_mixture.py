@@ -4,6 +4,8 @@ import csv
 import gzip
 import io
 import json
+import os
+import random
 import subprocess
 import sys
 from collections import Counter
@@ -33,6 +35,17 @@ def no_progress_bars():
     datasets.enable_progress_bars()
 
 
+@pytest.fixture
+def make_stage(make_stage):
+    """Makes a stage of one epoch, one conversation a step: each is an example once."""
+
+    def make(*data, eval_strategy: str = "steps", **settings):
+        trainer = {"num_train_epochs": 1, "eval_strategy": eval_strategy}
+        return make_stage(*data, **{"examples_per_step": 1, "trainer": trainer} | settings)
+
+    return make
+
+
 def conversation(question: str, answer: str = "Yes.") -> dict:
     return {
         "messages": [
@@ -54,12 +67,16 @@ def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def texts_of(rows: datasets.Dataset, tokenizer) -> list[str]:
-    return [tokenizer.decode(ids) for ids in rows["input_ids"]]
+def texts_of(rows, tokenizer) -> list[str]:
+    return [tokenizer.decode(row["input_ids"]) for row in rows]
 
 
 def rendered(row: dict, tokenizer) -> str:
     return tokenizer.decode(encode_conversation(row["messages"], tokenizer)[0])
+
+
+def all_rendered(tokenizer) -> list[str]:
+    return sorted(rendered(row, tokenizer) for row in CONVERSATIONS)
 
 
 # --- rows of one source ---
@@ -99,9 +116,8 @@ def test_files_of_every_kind_give_the_same(kind, zipped, tmp_path, make_stage, t
     stage = make_stage(str(tmp_path / name))
     train, held_out = load_conversations(stage, tokenizer)
     assert held_out is None
-    assert texts_of(train, tokenizer) == [rendered(row, tokenizer) for row in CONVERSATIONS]
-    # JSON's copy of its columns is not among them
-    assert train.column_names == ["input_ids", "labels", "length", "source"]
+    assert sorted(texts_of(train, tokenizer)) == all_rendered(tokenizer)
+    assert all(list(row) == ["input_ids", "labels"] for row in train)
 
 
 def test_folders_and_globs(tmp_path, make_stage, tokenizer, monkeypatch):
@@ -123,11 +139,11 @@ def test_folders_and_globs(tmp_path, make_stage, tokenizer, monkeypatch):
         "~/part-*.jsonl",
     ):
         train, _ = load_conversations(make_stage(str(path)), tokenizer)
-        assert texts_of(train, tokenizer) == expected
+        assert sorted(texts_of(train, tokenizer)) == sorted(expected)
     few, _ = load_conversations(
         make_stage(Source(str(tmp_path / "splits"), split="few")), tokenizer
     )
-    assert texts_of(few, tokenizer) == [expected[3], expected[5]]
+    assert sorted(texts_of(few, tokenizer)) == sorted([expected[3], expected[5]])
 
 
 def test_a_text_file_is_one_document(tmp_path):
@@ -263,7 +279,7 @@ def test_columns_are_renamed(tmp_path, make_stage, tokenizer):
     for path in (write_jsonl(tmp_path / "c.jsonl", rows), str(tmp_path / "c.parquet")):
         stage = make_stage(Source(path, columns={"messages": "chat"}))
         train, _ = load_conversations(stage, tokenizer)
-        assert texts_of(train, tokenizer) == [rendered(row, tokenizer) for row in CONVERSATIONS]
+        assert sorted(texts_of(train, tokenizer)) == all_rendered(tokenizer)
     rows = [{"q": "Hi", "a": "Hello"}]
     path = write_jsonl(tmp_path / "d.jsonl", rows)
     stage = make_stage(Source(path, columns={"prompt": "q", "completion": "a"}))
@@ -334,20 +350,30 @@ def test_refused_rows_are_listed_and_data_json_counts(tmp_path, make_stage, toke
     kept.append(encode_conversation(CONVERSATIONS[1]["messages"], tokenizer))
     audit = json.loads((stage.folder / "data.json").read_text())
     first, second = audit.pop("sources")
-    assert audit == {"train": 18, "held_out": 0}
+    assert audit == {
+        "train": 18,
+        "held_out": 0,
+        "used": 18,
+        "different": 8,
+        "examples_per_step": 1,
+    }
     lengths = sorted(len(ids) for ids, _ in kept)
     assert first == {
         "source": source,
         "read": 10,
-        "kept": 3,
+        "kept": 4,
+        "passed_over": {"nothing left to train on": 1},
+        "prepared": 3,
         "train": 3,
+        "used": 3,
         "held_out": 0,
+        "copies_of_held_out": 0,
+        "copies": 1.0,
         "split": 0,
         "duplicates": 0,
         "refused": {
             "not JSON": 1,
             "no messages": 2,
-            "nothing left to train on": 1,
             "not a row of format messages": 1,
             "not a mapping of columns": 1,
             "empty content": 1,
@@ -357,13 +383,13 @@ def test_refused_rows_are_listed_and_data_json_counts(tmp_path, make_stage, toke
         "trained_tokens": sum(label != IGNORED for _, labels in kept for label in labels),
         "length_percentiles": {"5": lengths[0], "50": lengths[1], "95": 48, "100": 48},
     }
-    assert [row["input_ids"] for row in train][:3] == [ids for ids, _ in kept]
-    assert [row["labels"] for row in train][:3] == [labels for _, labels in kept]
-    assert train["length"][:3] == [len(ids) for ids, _ in kept]
+    rows = [(row["input_ids"], row["labels"]) for row in train]
+    assert all(rows.count(pair) == 1 for pair in kept)
+    assert train.lengths == [len(ids) for ids, _ in rows]
     assert (second["read"], second["kept"], second["train"], second["refused"]) == (5, 5, 15, {})
     assert len(train) == 3 + 5 * 3
-    assert train["source"][:] == [0] * 3 + [1] * 15
-    assert second["tokens"] == sum(train["length"][3:8])
+    others = {tuple(ids) for ids, _ in rows} - {tuple(ids) for ids, _ in kept}
+    assert second["tokens"] == sum(map(len, others))
 
 
 def test_a_cut_conversation_keeps_a_trained_token_or_is_refused(make_stage, tokenizer, tmp_path):
@@ -384,6 +410,300 @@ def test_a_cut_conversation_keeps_a_trained_token_or_is_refused(make_stage, toke
             assert train[0]["input_ids"] == ids[:length]
             assert train[0]["labels"] == labels[:length]
             assert train[0]["labels"][first] != IGNORED
+
+
+def used_rows(train, tokenizer) -> list[str]:
+    """The question of every example of a run, in order."""
+    return [
+        text.split("<|user_start|>")[1].split("<|user_end|>")[0]
+        for text in texts_of(train, tokenizer)
+    ]
+
+
+def test_a_run_s_order_is_its_permutations_whatever_its_length(make_stage, tokenizer, tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", CONVERSATIONS)
+    expected = []
+    for epoch in range(4):
+        order = list(range(20))
+        random.Random(f"42:epoch:{epoch}").shuffle(order)
+        expected += [f"Question {number}?" for number in order]
+    for steps, examples in ((1, 4), (3, 4), (3, 7), (9, 8)):
+        stage = make_stage(path, max_steps=steps, examples_per_step=examples)
+        train, _ = load_conversations(stage, tokenizer)
+        assert len(train) == len(train.lengths) == steps * examples
+        assert used_rows(train, tokenizer) == expected[: steps * examples]
+        assert train.lengths == [len(row["input_ids"]) for row in train]
+    # epochs: as many steps as hold them
+    for epochs, examples, count in ((1, 8, 24), (2.5, 10, 50), (0.01, 6, 6)):
+        trainer = {"num_train_epochs": epochs}
+        stage = make_stage(path, examples_per_step=examples, trainer=trainer)
+        train, _ = load_conversations(stage, tokenizer)
+        assert used_rows(train, tokenizer) == expected[:count]
+
+
+def mixed(tmp_path: Path) -> list[Source]:
+    """400 conversations in three sources; some are too long, ten are in two, one is malformed."""
+    rows = [
+        conversation(f"Question {n}?", f"Answer {n}." * (20 if n % 9 == 0 else 1))
+        for n in range(400)
+    ]
+    first = write_jsonl(tmp_path / "first.jsonl", rows[:200])
+    second = write_jsonl(tmp_path / "second.jsonl", [*rows[190:300], {"messages": []}])
+    third = write_jsonl(tmp_path / "third.jsonl", rows[300:])
+    return [Source(first), Source(second, repeat=2), Source(third)]
+
+
+MIXED = {"max_length": 64, "on_too_long": "drop", "held_out": 30, "examples_per_step": 8}
+
+
+def test_only_what_a_run_uses_is_prepared(make_stage, tokenizer, tmp_path):
+    sources = mixed(tmp_path)
+    longest = []
+    for steps in (4, 10, 25):
+        stage = make_stage(*sources, max_steps=steps, **MIXED)
+        train, held_out = load_conversations(stage, tokenizer)
+        audit = json.loads((stage.folder / "data.json").read_text())
+        used = len(set(train.places)) + len(held_out)
+        prepared = sum(source["prepared"] for source in audit["sources"])
+        assert prepared == used == len(train.conversations)
+        # and no more is tried than what takes the place of those that are too long
+        passed_over = sum(sum(source["passed_over"].values()) for source in audit["sources"])
+        assert 0 < passed_over < 0.25 * used
+        rejected = read_jsonl(stage.folder / "rejected.jsonl")
+        assert sum(entry["reason"] == "longer than max_length" for entry in rejected) == passed_over
+        # a longer run begins with the same examples
+        questions = used_rows(train, tokenizer)
+        assert questions[: len(longest)] == longest
+        longest = questions
+    stage = make_stage(*sources, trainer={"num_train_epochs": 1, "eval_strategy": "steps"}, **MIXED)
+    assert used_rows(load_conversations(stage, tokenizer)[0], tokenizer)[: len(longest)] == longest
+
+
+def test_a_second_start_encodes_nothing(make_stage, tokenizer, tmp_path):
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
+
+    def files() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in cache.rglob("*.arrow")}
+
+    sources = [*mixed(tmp_path), Source("small_talk", rows=40)]
+    stage = make_stage(*sources, max_steps=6, **MIXED)
+    before = files()
+    first, held_out = load_conversations(stage, tokenizer)
+    made = files()
+    assert len(made) > len(before)
+    again, held_again = load_conversations(stage, tokenizer)
+    assert files() == made
+    assert [*again] == [*first] and [*held_again] == [*held_out]
+    load_conversations(make_stage(*sources, max_steps=6, **MIXED | {"max_length": 60}), tokenizer)
+    assert len(files()) > len(made)
+
+
+def test_counts_can_be_recounted_by_hand(make_stage, tokenizer, tmp_path, capsys):
+    sources = mixed(tmp_path)
+    stage = make_stage(*sources, max_steps=25, quiet=False, **MIXED)
+    train, held_out = load_conversations(stage, tokenizer)
+    shown = capsys.readouterr().out.splitlines()
+    audit = json.loads((stage.folder / "data.json").read_text())
+    rejected = read_jsonl(stage.folder / "rejected.jsonl")
+    rows = [read_jsonl(Path(source.path)) for source in sources]
+    names = [[r["messages"][0]["content"] for r in part if r["messages"]] for part in rows]
+    held = {text.split("|>")[2].split("<|")[0] for text in texts_of(held_out, tokenizer)}
+    places = used_rows(train, tokenizer)
+    assert len(held) == audit["held_out"] == 30
+    assert not held & set(places)
+
+    # the run's order over the rows of the three files, written down a second time
+    epoch = [
+        (index, row)
+        for index, (source, own) in enumerate(zip(sources, names, strict=True))
+        for row in [row for row, name in enumerate(own) if name not in held] * source.repeat
+    ]
+    too_long = {f"Question {number}?" for number in range(0, 400, 9)}
+    by_hand = []
+    for number in range(3):
+        order = list(range(len(epoch)))
+        random.Random(f"42:epoch:{number}").shuffle(order)
+        rows_in_order = [epoch[i] for i in order]
+        by_hand += [(i, row) for i, row in rows_in_order if names[i][row] not in too_long]
+    by_hand = by_hand[: 25 * 8]
+    assert places == [names[index][row] for index, row in by_hand]
+
+    for index, (counted, own) in enumerate(zip(audit["sources"], names, strict=True)):
+        path = sources[index].path
+        refused = [entry["reason"] for entry in rejected if entry["source"] == path]
+        assert counted["read"] == len(rows[index]) == counted["kept"] + refused.count("no messages")
+        assert counted["kept"] == len(own)
+        trainable = sum(name not in held for name in own)
+        assert counted["copies_of_held_out"] == len(own) - trainable - counted["held_out"]
+        assert counted["train"] == trainable * sources[index].repeat
+        mine = [row for source, row in by_hand if source == index]
+        assert counted["used"] == len(mine)
+        assert counted["prepared"] == len(set(mine)) + counted["held_out"]
+        assert counted["passed_over"] == {
+            "longer than max_length": refused.count("longer than max_length")
+        }
+        numbers = [
+            counted[key] for key in ("read", "kept", "held_out", "train", "used", "prepared")
+        ]
+        assert any(" ".join(map(str, numbers)) in " ".join(line.split()) for line in shown)
+    assert sum(counted["used"] for counted in audit["sources"]) == audit["used"] == len(places)
+    assert sum(counted["held_out"] for counted in audit["sources"]) == 30
+    assert audit["train"] == sum(counted["train"] for counted in audit["sources"])
+    seen = [*(train.conversations[place] for place in sorted(set(train.places))), *held_out]
+    assert sum(counted["tokens"] for counted in audit["sources"]) == sum(
+        len(row["input_ids"]) for row in seen
+    )
+    assert sum(counted["trained_tokens"] for counted in audit["sources"]) == sum(
+        label != IGNORED for row in seen for label in row["labels"]
+    )
+    assert shown[-1] == (
+        f"{audit['train']} conversations to train on, 30 held out; "
+        f"this run's 25 steps of 8 use {len(set(train.places))}, 200 times in all"
+    )
+    assert max(map(len, shown)) > 80 and shown[0].endswith("trained median max cut")
+
+
+PLACES = """
+import json, sys
+from pathlib import Path
+import datasets
+from accelerate import PartialState
+from hfsft.mixture import load_conversations
+from hfsft.recipe import Source, Stage
+from hfsft.tokenizer import load_tokenizer
+datasets.disable_progress_bars()
+given = json.loads(sys.argv[1])
+data, folder = [Source(**one) for one in given.pop("data")], Path(given.pop("folder"))
+state = PartialState(cpu=True)
+stage = Stage(data=data, folder=folder, **given)
+train, held_out = load_conversations(stage, load_tokenizer(sys.argv[2]))
+found = [state.num_processes, [list(row["input_ids"]) for row in train], held_out["input_ids"][:]]
+Path(sys.argv[3], f"{state.process_index}.json").write_text(json.dumps(found))
+"""
+
+
+def test_the_order_is_the_same_on_every_process(make_stage, tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    sources = mixed(tmp_path)
+    stage = make_stage(*sources, max_steps=10, **MIXED)
+    train, held_out = load_conversations(stage, tokenizer)
+    settings = {
+        **{"name": "sft", "folder": str(tmp_path / "two"), "seed": 42, "max_steps": 10},
+        **MIXED,
+        "data": [{"path": source.path, "repeat": source.repeat} for source in sources],
+        "assistant_only_loss": True,
+        "trainer": {"eval_strategy": "steps"},
+        "quiet": True,
+    }
+    (tmp_path / "places.py").write_text(PLACES)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"),
+            *("--num_processes", "2"),
+            *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
+            *("--main_process_port", "0", str(tmp_path / "places.py"), json.dumps(settings)),
+            *(str(tmp_path / "tokenizer"), str(tmp_path)),
+        ],
+        # a cache of their own, so that one process makes it while the other waits
+        env=os.environ
+        | {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    alone = [2, [row["input_ids"] for row in train], held_out["input_ids"][:]]
+    for process in range(2):
+        assert json.loads((tmp_path / f"{process}.json").read_text()) == alone
+
+
+def test_processes_that_encode_change_nothing(make_stage, tokenizer, tmp_path):
+    rows = [conversation(f"Number {number}?") for number in range(1100)]
+    path = write_jsonl(tmp_path / "many.jsonl", rows)
+    alone, _ = load_conversations(make_stage(path), tokenizer)
+    path = write_jsonl(tmp_path / "copy.jsonl", [*rows, rows[0]])  # nothing of it is cached
+    several, _ = load_conversations(
+        make_stage(path, dataset_num_proc=2, duplicates="drop"), tokenizer
+    )
+    assert [*several] == [*alone]
+
+
+def test_what_is_cut_to_a_held_out_conversation_s_tokens_is_not_trained_on(
+    make_stage, tokenizer, tmp_path
+):
+    rows = [
+        conversation(f"Question {n // 2}?", "word " * 40 + "ab"[n % 2]) for n in range(20)
+    ]  # two by two the same in their first 48 tokens
+    path = write_jsonl(tmp_path / "r.jsonl", rows)
+    for settings in ({"max_steps": 4, "examples_per_step": 4}, {}):
+        stage = make_stage(path, held_out=3, max_length=48, **settings)
+        train, held_out = load_conversations(stage, tokenizer)
+        held = texts_of(held_out, tokenizer)
+        assert len(held) == 3 and not set(held) & set(texts_of(train, tokenizer))
+        reasons = {entry["reason"] for entry in read_jsonl(stage.folder / "rejected.jsonl")}
+        assert reasons == {"the same tokens as a held-out conversation"}
+
+
+def test_held_out_rows_that_are_split_are_held_out_whole(make_stage, tokenizer, tmp_path):
+    long = [
+        {"messages": [m for c in CONVERSATIONS[n : n + 4] for m in c["messages"]]}
+        for n in range(0, 20, 4)
+    ]
+    path = write_jsonl(tmp_path / "long.jsonl", long)
+    limit = 2 * len(encode_conversation(CONVERSATIONS[0]["messages"], tokenizer)[0])
+    stage = make_stage(path, max_length=limit, on_too_long="split", held_out=2)
+    train, held_out = load_conversations(stage, tokenizer)
+    audit = json.loads((stage.folder / "data.json").read_text())
+    assert (audit["sources"][0]["kept"], audit["sources"][0]["split"]) == (5, 5)
+    assert len(held_out) == audit["held_out"] and len(train) == audit["train"]
+    assert len(held_out) >= 4 and len(train) >= 6
+    numbers = [
+        {
+            n
+            for n in range(20)
+            if any(f"Question {n}?" in text for text in texts_of(rows, tokenizer))
+        }
+        for rows in (train, held_out)
+    ]
+    assert [len(found) for found in numbers] == [12, 8]
+    assert {n // 4 for n in numbers[0]}.isdisjoint(n // 4 for n in numbers[1])
+
+
+def test_tool_calls_of_every_form_train(make_stage, tokenizer, tmp_path):
+    arguments = {"a": 1}
+    function = {"name": "f", "arguments": json.dumps(arguments)}
+    messages = [
+        {"role": "user", "content": "Hi"},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"id": "x", "type": "function", "function": function}],
+        },
+        {"role": "tool", "tool_call_id": "x", "content": "5"},
+        {"role": "assistant", "content": "Five", "tool_calls": None},
+    ]
+    turns = [
+        {"from": "human", "value": "Hi"},
+        {"from": "function_call", "value": json.dumps({"name": "f", "arguments": arguments})},
+        {"from": "observation", "value": "5"},
+        {"from": "gpt", "value": "Five"},
+    ]
+    paths = [
+        write_jsonl(tmp_path / "m.jsonl", [{"messages": messages, "tools": []}]),
+        write_jsonl(tmp_path / "s.jsonl", [{"conversations": turns, "tools": ""}]),
+        str(tmp_path / "m.parquet"),
+    ]
+    Path(paths[2]).write_bytes(as_parquet([{"messages": messages}]))
+    train, _ = load_conversations(make_stage(*paths), tokenizer)
+    assert (
+        texts_of(train, tokenizer)
+        == [
+            "<|bos|><|user_start|>Hi<|user_end|><|assistant_start|><|python_start|>"
+            '{"name": "f", "arguments": {"a": 1}}<|python_end|><|output_start|>5<|output_end|>'
+            "Five<|assistant_end|>"
+        ]
+        * 3
+    )
 
 
 def test_all_tokens_train_without_assistant_only(make_stage, tokenizer, tmp_path):
@@ -425,7 +745,7 @@ def test_held_out_may_be_a_share_or_none(make_stage, tokenizer, tmp_path):
         assert (len(train), len(held)) == (40 - 2 * count, count)
     for stage in (
         make_stage(path, held_out=0),
-        make_stage(path, held_out=5, trainer={"eval_strategy": "no"}),
+        make_stage(path, held_out=5, eval_strategy="no"),
     ):
         train, held = load_conversations(stage, tokenizer)
         assert (len(train), held) == (40, None)
@@ -462,7 +782,7 @@ def test_weight_sees_exactly_that_many(tmp_path, make_stage, tokenizer, copies, 
     assert len(train) == seen
     assert set(counts.values()) <= {int(copies), int(copies) + 1}
     again, _ = load_conversations(stage, tokenizer)
-    assert again["input_ids"][:] == train["input_ids"][:]
+    assert texts_of(again, tokenizer) == texts_of(train, tokenizer)
     audit = json.loads((stage.folder / "data.json").read_text())
     assert (audit["train"], audit["sources"][0]["train"]) == (seen, seen)
 
@@ -513,7 +833,7 @@ def test_on_too_long(tmp_path, make_stage, tokenizer):
     for policy in ("truncate", "drop", "split"):
         stage = make_stage(path, max_length=limit, on_too_long=policy)
         train, _ = load_conversations(stage, tokenizer)
-        lengths[policy] = train["length"][:]
+        lengths[policy] = sorted(train.lengths)
         audit = json.loads((stage.folder / "data.json").read_text())["sources"][0]
         assert audit["read"] == 2
         assert (audit["truncated"], audit["split"]) == {
@@ -540,7 +860,7 @@ def test_zstandard_files(tmp_path, make_stage, tokenizer):
     plain = "".join(json.dumps(row) + "\n" for row in CONVERSATIONS).encode()
     path.write_bytes(zstandard.ZstdCompressor().compress(plain))
     train, _ = load_conversations(make_stage(str(path)), tokenizer)
-    assert texts_of(train, tokenizer) == [rendered(row, tokenizer) for row in CONVERSATIONS]
+    assert sorted(texts_of(train, tokenizer)) == all_rendered(tokenizer)
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(DataError, match=r"rows\.jsonl\.zst"):
         load_conversations(make_stage(str(path)), tokenizer)

@@ -1,10 +1,14 @@
 """What `hfsft data` shows, before anything trains."""
 
+import io
 import json
+from collections import Counter
 
 import pytest
 import yaml
+from rich.console import Console
 
+from hfsft.audit import audit_source, print_audit
 from hfsft.cli import app
 from hfsft.preview import pieces, preview
 from hfsft.recipe import load_recipe
@@ -40,6 +44,50 @@ def test_preview_counts_what_will_be_trained_on_and_writes_nothing(recipe, tmp_p
             "<|user_end|><|assistant_start|>"
         )
     assert all(piece["trained"] for piece in seen["base"]["examples"][0])
+
+
+def test_examples_are_the_first_of_the_run(recipe):
+    loaded = load_recipe(recipe, "--sft.max_steps", "3", "--sft.examples_per_step", "4")
+    few, many = (preview(loaded, show)["sft"]["examples"] for show in (2, 50))
+    assert len(many) == 12 and many[:2] == few
+    rows = preview(load_recipe(recipe, "--sft.max_steps", "1"), 50)["mid"]["examples"]
+    assert len(rows) == 19
+
+
+def test_the_table_fits_a_hundred_columns_whatever_the_numbers():
+    counts = {"held_out": 5_000, "copies_of_held_out": 3, "train": 9_000_000, "used": 6_400}
+    source = audit_source(
+        "HuggingFaceTB/a-dataset-with-quite-a-long-name:and-a-configuration",
+        read=9_000_000,
+        kept=8_999_000,
+        lengths=[100_000] * 64,
+        trained_tokens=3_200_000,
+        reasons=Counter({"no messages": 1_000}),
+        passed_over=Counter({"longer than max_length": 17}),
+    )
+    sizes = {"train": 9_000_000, "held_out": 5_000, "used": 6_400, "different": 6_000}
+    audit = {"sources": [source | counts | {"copies": 2.0}], "examples_per_step": 32, **sizes}
+    written = io.StringIO()
+    print_audit("sft", audit, Console(file=written, width=100, highlight=False))
+    lines = written.getvalue().splitlines()
+    assert "…" not in written.getvalue()
+    table = lines[: next(i for i, line in enumerate(lines) if ": 1,000 refused" in line)]
+    assert max(map(len, table)) <= 100
+    assert "".join(line.split()[0] for line in table[1:]) == source["source"]
+    row = " ".join(lines[1].split()[1:])
+    assert row == ("9,000,000 8,999,000 5,000 9,000,000 6,400 64 6,400,000 50% 100,000 100,000 0")
+    name = source["source"]
+    assert [line for line in lines if line.startswith(name)] == [
+        f"{name}: 1,000 refused: no messages",
+        f"{name}: 17 passed over: longer than max_length",
+        f"{name}: 3 left out: exact copies of held-out conversations",
+        f"{name}: an epoch sees each 2 times",
+    ]
+    assert lines[-2] == "tokens, median, max and cut are of the 64 prepared"
+    assert lines[-1] == (
+        "9,000,000 conversations to train on, 5,000 held out; this run's 200 steps of 32 use "
+        "6,000, 6,400 times in all"
+    )
 
 
 def test_pieces_put_the_example_together_again(tokenizer):

@@ -44,6 +44,7 @@ def make_trainer(make_stage, tokenizer):
         }
         stage = make_stage(examples_per_step=examples, max_steps=steps, trainer=settings)
         train = conversations(40) if train is None else train
+        train = train.select(StepSampler(len(train), steps * examples, 42))
         return SFTStageTrainer(
             stage,
             examples,
