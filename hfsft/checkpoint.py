@@ -26,7 +26,7 @@ def commit(partial: Path, final: Path, facts: dict[str, Any]) -> None:
 
     Args:
         partial: the folder, on the same disk as `final`.
-        final: where it belongs; a checkpoint there that is not whole is moved aside.
+        final: where it belongs; a checkpoint there stays if it is whole, else it is moved aside.
         facts: go into the manifest beside the files' sizes and hashes.
 
     Raises:
@@ -45,7 +45,12 @@ def commit(partial: Path, final: Path, facts: dict[str, Any]) -> None:
     for path in [*files, manifest, *folders]:
         _flush(path)
     if final.exists():
-        _aside(final)
+        try:
+            verify(final)
+        except CheckpointError:
+            _aside(final)
+        else:
+            return  # what is whole stays as it is
     partial.rename(final)
     _flush(final.parent)
 

@@ -19,6 +19,12 @@ FREE_KEYS = {
     "log_level",
     "dataset_num_proc",
     "dataloader_num_workers",
+    # how a step is cut up, and how it ends: its sum is the same
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "memory_limit",
+    "on_save_error",
+    "max_bad_steps",
 }
 
 

@@ -15,7 +15,12 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
+from transformers.trainer_callback import (
+    ExportableState,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerControl,
+)
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
@@ -384,7 +389,8 @@ class _StageMixin:
         (partial / PLACE).write_text(json.dumps(place) + "\n")
         if (best := self._best_checkpoint()) is not None:
             self.state.best_model_checkpoint = str(best)
-        for callback in [*self.callback_handler.callbacks, self.control]:
+        # a fresh control: what was due at this step is not due where a run goes on from it
+        for callback in [*self.callback_handler.callbacks, TrainerControl()]:
             if isinstance(callback, ExportableState):
                 self.state.stateful_callbacks[type(callback).__name__] = callback.state()
         self.state.save_to_json(str(partial / TRAINER_STATE_NAME))
@@ -469,6 +475,7 @@ class _StageMixin:
             torch.utils.data.Subset(self.eval_dataset, share),
             batch_size=EVAL_EXAMPLES,
             collate_fn=self.data_collator,
+            generator=torch.Generator(),  # it draws a seed: not from the one that dropout uses
         )
 
     @torch.no_grad()
@@ -484,8 +491,6 @@ class _StageMixin:
         self.model.eval()
         for part in self._eval_parts(dataloader):
             tokens = (part["labels"] != IGNORED).sum()
-            if self.stop_signal.received and args.world_size == 1:
-                raise StepAbandoned  # it is done when the run goes on
             inputs = self._prepare_inputs(model_inputs(part) if self.fused else part)
             with self.compute_loss_context_manager():
                 if self.fused:
@@ -495,6 +500,8 @@ class _StageMixin:
                     hits = torch.zeros_like(loss)
             totals += torch.stack([loss.double(), hits.double(), tokens.to(loss).double()])
             self.control = self.callback_handler.on_prediction_step(args, self.state, self.control)
+            if self.stop_signal.received and args.world_size == 1:
+                raise StepAbandoned  # it is done when the run goes on
         loss, hits, tokens = self.accelerator.reduce(totals).tolist()
         metrics = {f"{metric_key_prefix}_loss": loss / max(tokens, 1)}
         if self.fused:

@@ -122,6 +122,15 @@ def test_a_broken_one_is_moved_aside_when_its_step_is_reached_again(tmp_path):
     ]
 
 
+def test_a_whole_one_stays_as_it_is(tmp_path):
+    made = write(tmp_path, 5)
+    before = (made / MANIFEST).stat().st_mtime_ns
+    write(tmp_path, 5, other=True)
+    assert "other" not in verify(made) and (made / MANIFEST).stat().st_mtime_ns == before
+    clear(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
+
+
 def test_rotation_keeps_the_newest_the_best_and_what_others_wrote(tmp_path):
     for step in (1, 2, 3, 4, 5):
         write(tmp_path, step)
