@@ -266,21 +266,22 @@ def trainer_of(
 
 def ceilings(data: str | None, folder: str, steps: int) -> dict[str, float]:
     """Slots over tokens of each layout: the most that leaving padding out can gain."""
-    from hfsft.packing import best_fit
+    from hfsft.packing import tightest_fit
 
     _, rows = conversations(data, folder, steps)
     lengths = rows["length"][:]
     tokens = sum(lengths)
     pairs = sum(2 * max(pair) for pair in zip(lengths[::2], lengths[1::2], strict=True))
-    bins = [
-        len(best_fit(lengths[start : start + EXAMPLES], LENGTH))
-        for start in range(0, len(lengths), EXAMPLES)
-    ]
+    slots = 0
+    for start in range(0, len(lengths), EXAMPLES):
+        step = lengths[start : start + EXAMPLES]
+        bins = tightest_fit(step, LENGTH)
+        slots += len(bins) * max(sum(step[item] for item in items) for items in bins)
     return {
         "tokens a conversation": tokens / len(lengths),
         "pairs": pairs / tokens,
         "padded": LENGTH * len(lengths) / tokens,
-        "filled": tokens / (sum(bins) * LENGTH),
+        "filled": tokens / slots,
     }
 
 

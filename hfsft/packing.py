@@ -1,5 +1,6 @@
 """Rows of at most so many tokens: documents and conversations laid into them best-fit."""
 
+from bisect import bisect_left, insort
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,17 +20,38 @@ def best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
         Bins of item positions, fullest placement first (Johnson 1973, best-fit decreasing).
     """
     bins: list[list[int]] = []
-    room: list[list[int]] = [[] for _ in range(capacity + 1)]  # free tokens → open bins
+    rooms: list[tuple[int, int]] = []  # free tokens and -position of each bin: the latest first
     for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        length = lengths[item]
-        free = next((size for size in range(length, capacity + 1) if room[size]), None)
-        if free is None:
-            bins.append([item])
-            free, index = capacity, len(bins) - 1
+        place = bisect_left(rooms, (lengths[item],))
+        if place == len(rooms):
+            bins.append([])
+            free, index = capacity, 1 - len(bins)
         else:
-            index = room[free].pop()
-            bins[index].append(item)
-        room[free - length].append(index)
+            free, index = rooms.pop(place)
+        bins[-index].append(item)
+        insort(rooms, (free - lengths[item], index))
+    return bins
+
+
+def tightest_fit(lengths: list[int], capacity: int) -> list[list[int]]:
+    """The bins of `best_fit`, as many of them, but of the smallest size that they all fit.
+
+    Args:
+        lengths: tokens of each item, each at most `capacity`.
+        capacity: tokens a bin at most.
+
+    Returns:
+        Bins of item positions, evenly filled: 9.3 rows' worth of tokens in 10 rows of 0.93.
+    """
+    bins = best_fit(lengths, capacity)
+    low, high = max(max(lengths), -(-sum(lengths) // len(bins))), capacity
+    while low < high:
+        middle = (low + high) // 2
+        tighter = best_fit(lengths, middle)
+        if len(tighter) <= len(bins):
+            bins, high = tighter, middle
+        else:
+            low = middle + 1
     return bins
 
 
@@ -96,7 +118,8 @@ class StepCollator:
     """Lay the examples of one optimizer step into rows.
 
     Conversations are laid best-fit, whole, into as few rows of at most `max_length` tokens as they
-    fit; rows that come with `position_ids` (mid) or without labels (base) are rows already.
+    fit, and those as short as they can be. What comes with `position_ids` (mid) or without labels
+    (base) is a row already.
     """
 
     def __init__(self, pad_token_id: int, max_length: int | None = None, alone: bool = False):
@@ -124,7 +147,7 @@ class StepCollator:
         if self.alone or "position_ids" in examples[0] or "labels" not in examples[0]:
             bins = [[item] for item in range(len(documents))]
         else:
-            bins = best_fit([len(ids) for ids, _, _ in documents], capacity)
+            bins = tightest_fit([len(ids) for ids, _, _ in documents], capacity)
         rows = [
             tuple([token for item in items for token in documents[item][part]] for part in range(3))
             for items in bins
