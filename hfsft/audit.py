@@ -3,10 +3,11 @@
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -17,7 +18,7 @@ PERCENTILES = (5, 50, 95, 100)
 def audit_source(
     source: str,
     read: int,
-    lengths: list[int],
+    lengths: Sequence[int],
     trained_tokens: int,
     reasons: Counter,
     truncated: int = 0,
@@ -45,7 +46,7 @@ def audit_source(
     Returns:
         Plain data; `length_percentiles` maps a percentage to tokens.
     """
-    ordered = sorted(lengths)
+    ordered = np.sort(np.asarray(lengths, dtype=np.int64))
     prepared = {}
     if kept is not None:
         prepared = {
@@ -61,12 +62,12 @@ def audit_source(
         "truncated": truncated,
         "split": split,
         "duplicates": duplicates,
-        unit: sum(ordered),
+        unit: int(ordered.sum()),
         "trained_tokens": trained_tokens,
         "length_percentiles": {
-            str(percent): ordered[min(len(ordered) - 1, len(ordered) * percent // 100)]
+            str(percent): int(ordered[min(len(ordered) - 1, len(ordered) * percent // 100)])
             for percent in PERCENTILES
-            if ordered
+            if len(ordered)
         },
     }
 

@@ -155,6 +155,30 @@ def data(
         print_preview(seen)
 
 
+@app.command(context_settings=OVERRIDES)
+def plan(
+    context: typer.Context,
+    recipe: RecipeArgument,
+    memory: Annotated[
+        str | None,
+        typer.Option("--memory", metavar="SIZE", help="Plan for a CUDA card of this size: 8GB."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what each stage will need: memory, time, disk, and whether it fits."""
+    from hfsft.recipe import load_recipe, size_in_bytes
+
+    checked = load_recipe(recipe, *context.args)
+    size = None if memory is None else size_in_bytes(memory, "--memory")
+    from hfsft.memory import plan_run, print_plan
+
+    planned = plan_run(checked, size)
+    if as_json:
+        print(json.dumps(planned, indent=1))
+    else:
+        print_plan(planned)
+
+
 @app.command()
 def chat(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model's folder, or a Hub id.")],

@@ -33,6 +33,7 @@ class TooLong(Exception):
 
 
 EMPTY_JSON = ("", "[]", "{}", "null")  # a column that is there but says nothing
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 
 class BadRow(Exception):
@@ -79,6 +80,8 @@ def _from_sharegpt_turn(turn: dict[str, Any]) -> dict[str, Any]:
 def from_prompt_completion(row: dict[str, Any]) -> Messages:
     """`prompt` and `completion`, each a text or a list of messages."""
     prompt, completion = row["prompt"], row["completion"]
+    if prompt is None or completion is None:
+        raise BadRow("empty content")
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(completion, str):
@@ -91,6 +94,8 @@ def from_prompt_completion(row: dict[str, Any]) -> Messages:
 def from_alpaca(row: dict[str, Any]) -> Messages:
     """Alpaca: `instruction`, an optional `input` and `system`, and `output`."""
     instruction, extra = row["instruction"], row.get("input")
+    if not all(isinstance(text, str | None) for text in (instruction, extra, row["output"])):
+        raise BadRow("content that is not text")
     question = f"{instruction}\n\n{extra}" if extra and instruction else instruction or extra
     messages = [
         {"role": "user", "content": question},
@@ -109,16 +114,21 @@ def from_multiple_choice(row: dict[str, Any]) -> Messages:
     choices = row["choices"]
     if isinstance(choices, dict):
         texts, labels, answer = choices["text"], choices["label"], row["answerKey"]
-    elif not isinstance(choices, list):  # a CSV holds the list as one text
-        raise BadRow("choices that are no list")
     else:
-        texts, labels = choices, [chr(ord("A") + index) for index in range(len(choices))]
-        answer = row["answer"]
-        answer = labels[answer] if isinstance(answer, int) and 0 <= answer < len(labels) else answer
+        texts, labels, answer = choices, None, row["answer"]
+    if not isinstance(texts, list):  # a CSV holds the list as one text
+        raise BadRow("choices that are no list")
+    if labels is None:
+        labels = [chr(ord("A") + index) for index in range(len(texts))]
+        if type(answer) is int and 0 <= answer < len(labels):
+            answer = labels[answer]
+    said = [row["question"], *texts, *labels]
+    if any(text in (None, "") for text in said):
+        raise BadRow("empty content")
+    if isinstance(answer, bool) or any(type(text) not in (str, int, float) for text in said):
+        raise BadRow("content that is not text")
     if answer not in labels:
         raise BadRow("the answer is none of the choices")
-    if not row["question"] or any(text in (None, "") for text in texts):
-        raise BadRow("empty content")
     lines = [f"- {text}={label}" for text, label in zip(texts, labels, strict=True)]
     question = "\n".join(
         [
@@ -160,15 +170,21 @@ FORMATS: dict[str, tuple[tuple[str, ...], Callable[[dict[str, Any]], Messages]]]
 }
 
 
+def known_format(columns: list[str]) -> str | None:
+    """The format that columns tell, if any."""
+    formats = (name for name, (needed, _) in FORMATS.items() if set(needed) <= set(columns))
+    return next(formats, None)
+
+
 def detect_format(columns: list[str], source: str) -> str:
     """The format that a source's columns tell.
 
     Raises:
         DataError: listing the columns and the formats known.
     """
-    for name, (needed, _) in FORMATS.items():
-        if set(needed) <= set(columns):
-            return name
+    found = known_format(columns)
+    if found is not None:
+        return found
     known = "; ".join(f"{name} ({', '.join(needed)})" for name, (needed, _) in FORMATS.items())
     raise DataError(
         f"{source}: cannot tell the format from its columns {', '.join(columns) or '(none)'}\n"
@@ -186,6 +202,14 @@ def to_messages(row: dict[str, Any], name: str) -> Messages:
         brought = row.get(column)
         if brought and not (isinstance(brought, str) and brought.strip() in EMPTY_JSON):
             raise BadRow(f"brings its own {column}")
+    if any(row.get(column) for column in MEDIA):
+        raise BadRow("has images, video or audio")
+    # beside `messages` they are another view of the same row, as in ultrafeedback_binarized
+    if name != "messages" and row.get("chosen") and row.get("rejected"):
+        raise BadRow("a preference row (chosen and rejected)")
+    # KTO's; a CSV holds it as text
+    if name == "prompt_completion" and str(row.get("label")).lower() == "false":
+        raise BadRow("an answer to avoid (label: false)")
     try:
         messages = FORMATS[name][1](row)
     except (KeyError, TypeError, ValueError, AttributeError):
@@ -295,17 +319,17 @@ def _check_order(messages: Messages) -> None:
 
 def _check_content(content: Any, role: str) -> Any:
     if isinstance(content, list):
-        if all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-            content = "".join(str(part.get("text") or "") for part in content)
-        elif role != "assistant" or not all(
-            isinstance(part, dict)
-            and part.get("type") in ("text", "python", "python_output")
-            and isinstance(part.get("text"), str)
-            for part in content
-        ):
-            raise BadRow("content that is not text")
-    if isinstance(content, list):
+        types = ("text", "python", "python_output") if role == "assistant" else ("text",)
+        for part in content:
+            if (
+                not isinstance(part, dict)
+                or part.get("type") not in types
+                or not isinstance(part.get("text"), str)
+            ):
+                raise BadRow("content that is not text")
         text = "".join(part["text"] for part in content)
+        if all(part["type"] == "text" for part in content):
+            content = text
     elif isinstance(content, str):
         text = content
     else:

@@ -5,6 +5,7 @@ Memory holds a block of documents at a time, however large the corpus.
 
 import copy
 import hashlib
+import os
 import random
 from array import array
 from collections import Counter, deque
@@ -313,7 +314,7 @@ def _block(texts: Iterator[str], size: int) -> list[str]:
 
 
 def _open_stream(source: Source) -> datasets.IterableDataset:
-    if Path(source.path).expanduser().exists():
+    if os.path.exists(os.path.expanduser(source.path)):
         raise DataError(f"{source}: streaming is for datasets on the Hub; leave it out")
     stream = read_hub(source, streaming=True)
     if stream.column_names is not None:

@@ -5,19 +5,21 @@ import hashlib
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import random
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import datasets
 import fsspec
 import numpy as np
+import pandas
 import pyarrow as pa
 import zstandard
 from accelerate import PartialState
@@ -40,6 +42,7 @@ from hfsft.conversations import (
     content_digest,
     detect_format,
     fit_conversations,
+    known_format,
     to_messages,
 )
 from hfsft.errors import DataError, first_line
@@ -60,6 +63,15 @@ CODE = hashlib.blake2b(
 ).hexdigest()
 CHUNK = 2048  # examples of the run's order that are encoded, and cached, together
 READERS = {".parquet": "parquet", ".csv": "csv", ".txt": "text"}
+JSON = (".jsonl", ".json")
+BROKEN_FILE = (OSError, EOFError, zlib.error, zstandard.ZstdError)
+# what datasets raises for a folder or a dataset that it cannot load
+NOT_LOADED = (
+    *(*BROKEN_FILE, ValueError, KeyError, RuntimeError, AttributeError, TypeError),
+    datasets.exceptions.DatasetsError,
+)
+# they log an error before they raise it, and it is told then
+logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
 
 
 # --- rows of one source ---
@@ -86,20 +98,41 @@ def load_rows(source: Source, seed: int) -> datasets.Dataset:
         rows = datasets.Dataset.from_list(embedded_texts(source.path))
     elif files := _local_files(source):
         rows = _read_files(files, source)
-    elif Path(source.path).expanduser().is_dir():
+    elif os.path.isdir(os.path.expanduser(source.path)):
         rows = _read_folder(source)
     else:
-        rows = read_hub(source, streaming=False)
+        rows = _foreign(read_hub(source, streaming=False))
     if len(rows) == 0:
         raise DataError(f"{source}: has no rows")
     if ROW_COLUMN not in rows.column_names:
-        rows = rows.add_column(ROW_COLUMN, list(range(len(rows))))
+        rows = rows.add_column(ROW_COLUMN, np.arange(len(rows)))
     if source.rows is not None and source.rows < len(rows):
         if source.first:
             return rows.select(range(source.rows))
         kept = random.Random(f"{seed}:{source}").sample(range(len(rows)), source.rows)
         return rows.select(kept)
     return rows
+
+
+def _foreign(rows: datasets.Dataset) -> datasets.Dataset:
+    """A dataset that others made, without columns that bear our names, its pictures undecoded."""
+    ours = {JSON_COLUMN, ROW_COLUMN} & set(rows.column_names)
+    rows = rows.remove_columns(sorted(ours)) if ours else rows
+    for name, feature in rows.features.items():
+        if (undecoded := _undecoded(feature)) != feature:
+            rows = rows.cast_column(name, undecoded)
+    return rows
+
+
+def _undecoded(feature: Any) -> Any:
+    """The feature with images and sounds as bytes: to decode them takes packages and time."""
+    if isinstance(feature, dict):
+        return {name: _undecoded(held) for name, held in feature.items()}
+    if isinstance(feature, datasets.List | datasets.LargeList):
+        return replace(feature, feature=_undecoded(feature.feature))
+    if getattr(feature, "decode", False) and not isinstance(feature, datasets.Json):
+        return replace(feature, decode=False)
+    return feature
 
 
 def _json_rows(lines: list[str]) -> datasets.Dataset:
@@ -166,17 +199,21 @@ def _reasoning_gym(source: Source, seed: int) -> list[str]:
 
 def _local_files(source: Source) -> list[Path]:
     path = os.path.expanduser(source.path)
-    if Path(path).is_file():
+    if os.path.isfile(path):  # unlike pathlib's it is no error where the name is too long
         return [Path(path)]
     if glob.has_magic(path):
-        files = [Path(found) for found in sorted(glob.glob(path, recursive=True))]
+        files: dict[str, Path] = {}  # real path → as it was found: `**` follows links
+        for found in sorted(glob.glob(path, recursive=True)):
+            files.setdefault(os.path.realpath(found), Path(found))
+        for file in files.values():
+            if not os.path.isfile(file):
+                raise DataError(f"{source}: {file.name} is not a file")
         if not files:
             raise DataError(f"{source}: no file matches")
-        return files
-    if not Path(path).is_dir() and (
+        return list(files.values())
+    if not os.path.isdir(path) and (
         path.startswith((".", "/"))
-        or Path(path.removesuffix(".gz").removesuffix(".zst")).suffix
-        in (*READERS, ".jsonl", ".json")
+        or Path(path.removesuffix(".gz").removesuffix(".zst")).suffix in (*READERS, *JSON)
     ):
         raise DataError(f"{source}: no such file")
     return []
@@ -187,38 +224,70 @@ def _read_files(files: list[Path], source: Source) -> datasets.Dataset:
     if len(suffixes) > 1:
         raise DataError(f"{source}: matches files of several kinds: {', '.join(sorted(suffixes))}")
     suffix = suffixes.pop()
-    if suffix not in (".jsonl", ".json", *READERS):
+    if suffix not in (*JSON, *READERS):
         raise DataError(
             f"{source}: unknown kind of file {suffix!r}; known are .jsonl, .json, .csv and .txt, "
             "each also .gz or .zst, and .parquet"
         )
     _refuse_split(source)
-    if suffix not in READERS:
-        try:
-            content = _content(files)
-        except OSError as error:
-            raise DataError(f"{source}: cannot be read: {first_line(error)}") from None
-        lines = (line for file in files for line in _json_lines(file, suffix, source))
-        return once(
-            f"json:{suffix}:{content}",
-            lambda: ({JSON_COLUMN: line, ROW_COLUMN: n} for n, line in enumerate(lines)),
-            {JSON_COLUMN: datasets.Value("large_string"), ROW_COLUMN: datasets.Value("int64")},
-        )
-    options = {"sample_by": "document"} if suffix == ".txt" else {}
+    if suffix in JSON:
+        return _read_json(files, [suffix] * len(files), source)
     try:
+        options = _csv_options(files, source) if suffix == ".csv" else {}
+        if suffix == ".txt":
+            options = {"sample_by": "document"}
         rows = datasets.load_dataset(
             READERS[suffix], data_files=[str(file) for file in files], split="train", **options
         )
-    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        cause = error.__cause__ or error
-        if isinstance(cause, datasets.table.CastError):
-            raise DataError(f"{source}: its files differ in their columns") from None
-        if "corresponds to no data" in str(cause):  # a CSV that is but a header
-            raise DataError(f"{source}: has no rows") from None
-        raise DataError(f"{source}: cannot be read: {first_line(cause)}") from None
-    if any(name.startswith("__index_level_") for name in rows.column_names):
-        raise DataError(f"{source}: cannot be read: a row has more fields than the header")
-    return rows
+    except (*BROKEN_FILE, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        raise _unreadable(source, error) from None
+    return _foreign(rows)
+
+
+def _unreadable(source: Source, error: Exception) -> DataError:
+    """What `datasets` raised, as ours."""
+    cause = error.__cause__ or error
+    # the second: in the types of their columns
+    if isinstance(cause, datasets.table.CastError) or "Couldn't cast array" in str(cause):
+        return DataError(f"{source}: its files differ in their columns")
+    if "corresponds to no data" in str(cause):  # a CSV that is but a header
+        return DataError(f"{source}: has no rows")
+    return DataError(f"{source}: cannot be read: {first_line(cause)}")
+
+
+def _csv_options(files: list[Path], source: Source, **settings: Any) -> dict[str, Any]:
+    """What has `datasets` read every cell as the text it is: not `True`, `4` or `null`."""
+    headers = []
+    for file in files:
+        start = pandas.read_csv(file, **settings | {"nrows": 1, "chunksize": None, "dtype": str})
+        if not isinstance(start.index, pandas.RangeIndex):  # pandas took the first for a label
+            raise DataError(f"{source}: cannot be read: a row has more fields than the header")
+        headers.append(list(start.columns))
+    if any(header != headers[0] for header in headers):
+        raise DataError(f"{source}: its files differ in their columns")
+    features = datasets.Features(dict.fromkeys(headers[0], datasets.Value("string")))
+    return {"keep_default_na": False, "features": features}
+
+
+def _read_json(files: list[Path], suffixes: list[str], source: Source) -> datasets.Dataset:
+    """Rows of JSON files, each read as its suffix says: a list, or a row a line."""
+    try:
+        key = [
+            (suffix, os.path.getsize(file)) for file, suffix in zip(files, suffixes, strict=True)
+        ]
+        key = repr((key, _content(files)))
+    except OSError as error:
+        raise DataError(f"{source}: cannot be read: {first_line(error)}") from None
+    lines = (
+        line
+        for file, suffix in zip(files, suffixes, strict=True)
+        for line in _json_lines(file, suffix, source)
+    )
+    return once(
+        f"json:{key}",
+        lambda: ({JSON_COLUMN: line, ROW_COLUMN: n} for n, line in enumerate(lines)),
+        {JSON_COLUMN: datasets.Value("large_string"), ROW_COLUMN: datasets.Value("int64")},
+    )
 
 
 def _suffix(file: Path) -> str:
@@ -248,7 +317,7 @@ def _json_lines(file: Path, suffix: str, source: Source) -> Iterator[str]:
     except UnicodeDecodeError:
         where = f" (line {number})" if number else ""
         raise DataError(f"{place}: not UTF-8 text{where}") from None
-    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
+    except BROKEN_FILE as error:
         raise DataError(f"{place}: cannot be read: {first_line(error)}") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{place}: not a JSON list of rows: {first_line(error)}") from None
@@ -258,19 +327,38 @@ def _json_lines(file: Path, suffix: str, source: Source) -> Iterator[str]:
 
 
 def _read_folder(source: Source) -> datasets.Dataset:
-    folder = str(Path(source.path).expanduser())
+    folder = os.path.expanduser(source.path)
     try:
         if (Path(folder) / "state.json").is_file():
             _refuse_split(source)
-            return datasets.load_from_disk(folder)
+            return _foreign(datasets.load_from_disk(folder))
         if (Path(folder) / "dataset_dict.json").is_file():
             splits = datasets.load_from_disk(folder)
             if source.split not in splits:
                 raise DataError(f"{source}: has no split {source.split} but {', '.join(splits)}")
-            return splits[source.split]
-        return datasets.load_dataset(folder, source.name, split=source.split)
-    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"{source}: cannot be read: {first_line(error)}") from None
+            return _foreign(splits[source.split])
+        builder = datasets.load_dataset_builder(folder, source.name)
+        found = (builder.config.data_files or {}).get(source.split, [])
+        files = [Path(file) for file in sorted(found)]
+        suffixes = {_suffix(file) for file in files}
+        if not files or suffixes - set(JSON) or builder.config.field:  # rows under a key of a file
+            options = {}
+            if suffixes == {".csv"}:
+                options = _csv_options(files, source, **builder.config.pd_read_csv_kwargs)
+            rows = datasets.load_dataset(folder, source.name, split=source.split, **options)
+            return _foreign(rows)
+        kinds = [_json_kind(file) for file in files]
+    except NOT_LOADED as error:
+        raise _unreadable(source, error) from None
+    # Arrow's reader of JSON dies of a deep row, and wants one schema of all rows
+    return _read_json(files, kinds, source)
+
+
+def _json_kind(file: Path) -> str:
+    """How a JSON file of a folder is written: there a .json may have a row a line, too."""
+    with fsspec.open(str(file), "rb", compression="infer") as opened:
+        start = opened.read(100).removeprefix(b"\xef\xbb\xbf").lstrip()
+    return ".json" if start.startswith(b"[") else ".jsonl"
 
 
 def read_hub(source: Source, streaming: bool) -> Any:
@@ -288,8 +376,9 @@ def read_hub(source: Source, streaming: bool) -> Any:
             revision=source.revision,
             streaming=streaming,
         )
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"{source}: cannot be loaded: {first_line(error)}") from None
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        cause = error.__cause__ or error
+        raise DataError(f"{source}: cannot be loaded: {first_line(cause)}") from None
 
 
 def renamed(row: dict[str, Any], source: Source) -> dict[str, Any]:
@@ -308,21 +397,26 @@ def renamed(row: dict[str, Any], source: Source) -> dict[str, Any]:
 class Mixture:
     """A stage's data, and what became of every row of its sources."""
 
-    train: Any  # a dataset; sft's is a `RunOrder`; of a stream, an endless one
+    # a dataset; sft's is a `RunOrder`; of a stream, an endless one; None where nothing is left
+    train: Any
     held_out: Any  # a dataset, or None where the stage validates nothing
     audit: dict[str, Any]  # as `audit.write_audit` takes it
     rejected: list[dict[str, Any]]  # source, row, reason
 
 
 def settle(mixture: Mixture, stage: Stage) -> Mixture:
-    """Write a mixture's audit, print its table, and refuse it where `on_bad_rows` says so."""
+    """Write a mixture's audit and print its table.
+
+    Raises:
+        DataError: where `on_bad_rows` refuses its rows, or none is left to train on.
+    """
     if PartialState().is_main_process:
         write_audit(stage.folder, mixture.audit, mixture.rejected)
         if not stage.quiet:
             print_audit(stage.name, mixture.audit, audit_console())
-    for source in mixture.audit["sources"]:
-        refuse = stage.on_bad_rows == "error" and bad_rows(source) > 0
-        if refuse or (stage.on_bad_rows is None and too_many_bad_rows(source)):
+    sources = mixture.audit["sources"]
+    for source in sources if any(source["kept"] for source in sources) else ():
+        if _refuses(stage, source):
             first = next(
                 entry
                 for entry in mixture.rejected
@@ -334,13 +428,38 @@ def settle(mixture: Mixture, stage: Stage) -> Mixture:
                 f"first is row {first['row']} ({first['reason']})\n  Each is in "
                 f"{stage.folder / 'rejected.jsonl'}; to train on the rest: --on_bad_rows skip"
             )
+    require_rows(mixture, stage)
     return mixture
+
+
+def _refuses(stage: Stage, audit: dict[str, Any]) -> bool:
+    """Whether `on_bad_rows` refuses a source."""
+    if stage.on_bad_rows == "error":
+        return bad_rows(audit) > 0
+    return stage.on_bad_rows is None and too_many_bad_rows(audit)
+
+
+def require_rows(mixture: Mixture, stage: Stage) -> None:
+    """Check that a mixture has rows to train on.
+
+    Raises:
+        DataError: if all were refused; it names the first.
+    """
+    if mixture.train is None:
+        nothing = f"{stage.name}: no row is left to train on"
+        if not mixture.rejected:
+            raise DataError(f"{nothing}; `weight` leaves none of so few")
+        first = mixture.rejected[0]
+        raise DataError(
+            f"{nothing}; all were refused, the first is row {first['row']} of {first['source']} "
+            f"({first['reason']})"
+        )
 
 
 # --- conversations ---
 
 
-def mix_conversations(stage: Stage, tokenizer: Any) -> Mixture:
+def mix_conversations(stage: Stage, tokenizer: Any, refuse: bool = False) -> Mixture:
     """Load, check and mix a stage's conversations, and encode those that its run uses.
 
     Every row is read and checked. What is held out, and any exact copy of it in any source, is
@@ -353,20 +472,23 @@ def mix_conversations(stage: Stage, tokenizer: Any) -> Mixture:
     Args:
         stage: names the sources and how many conversations to hold out.
         tokenizer: as `load_tokenizer` returns it.
+        refuse: encode nothing where `on_bad_rows` refuses the rows of a source.
 
     Returns:
-        Of sft a `RunOrder`, of mid an epoch's conversations in the order of their sources.
+        Of sft a `RunOrder`, of mid an epoch's conversations in the order of their sources; with
+        `train` None where none is left, or they are refused.
 
     Raises:
-        DataError: if a source cannot be read or nothing is left to train on.
+        DataError: if a source cannot be read, or what is held out leaves nothing to train on.
     """
     with PartialState().main_process_first():
         sources = [_check_source(source, stage) for source in stage.data]
         _refuse_duplicates(sources, stage)
         kept = [(index, row) for index, source in enumerate(sources) for row in source.kept]
-        if not kept:
-            raise _nothing_left(stage, sources)
         prepared = _Prepared(stage, tokenizer, sources)
+        audits = map(prepared.audit, range(len(sources)))
+        if not kept or (refuse and any(_refuses(stage, audit) for audit in audits)):
+            return Mixture(None, None, *_audit(prepared, [], [], []))
         if prepared.whole:
             prepared.encode(kept)
         held_rows = _hold_out(stage, kept, prepared)
@@ -390,20 +512,19 @@ def mix_conversations(stage: Stage, tokenizer: Any) -> Mixture:
             places = _run_places(stage, epoch, prepared)
         else:
             places = [item for row in epoch for item in prepared.conversations(row)]
-        if not places:
-            raise _nothing_left(stage, sources)
+    audit, rejected = _audit(prepared, epoch, places, held_rows)
+    if not places:
+        return Mixture(None, None, audit, rejected)
     encoded = prepared.dataset()
     train = RunOrder(encoded, places) if stage.name == "sft" else encoded.select(places)
     held_out = encoded.select(held) if stage.validates else None
-    audit = _audit(prepared, epoch, places, held_rows)
-    rejected = [entry for source in sources for entry in source.rejected()]
     return Mixture(train, held_out, audit, rejected)
 
 
 def _audit(
     prepared: "_Prepared", epoch: list["Row"], places: list[int], held_rows: list["Row"]
-) -> dict[str, Any]:
-    """What became of the rows of every source, and the sizes of it all."""
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What became of the rows of every source and the sizes of it all; and the refused rows."""
     stage = prepared.stage
     epoch_of: Counter[int] = Counter()
     for row in epoch:
@@ -428,13 +549,8 @@ def _audit(
     sizes = {"train": epoch_of.total(), "used": len(places), "held_out": held_of.total()}
     if stage.name == "sft":
         sizes |= {"different": len(set(places)), "examples_per_step": stage.examples_per_step}
-    return {"sources": audits, **sizes}
-
-
-def _nothing_left(stage: Stage, sources: list["_Checked"]) -> DataError:
-    rejected = [entry for source in sources for entry in source.rejected()]
-    first = f" ({rejected[0]['reason']})" if rejected else ""
-    return DataError(f"{stage.name}: no row is left to train on; all were refused{first}")
+    rejected = [entry for source in prepared.sources for entry in source.rejected()]
+    return {"sources": audits, **sizes}, rejected
 
 
 @dataclass
@@ -480,7 +596,10 @@ def _check_source(source: Source, stage: Stage) -> _Checked:
         return out
 
     key = ("checked", rows._fingerprint, row_format, source.columns)
-    checked = _mapped(rows, check, CHECKED, repr(key), stage, f"{source}: read")
+    try:
+        checked = _mapped(rows, check, CHECKED, repr(key), stage, f"{source}: read")
+    except UnicodeDecodeError:  # Arrow looks into no text before it is read
+        raise DataError(f"{source}: holds text that is not UTF-8") from None
     refused = {row: reason for row, reason in enumerate(checked["refused"][:]) if reason}
     return _Checked(source, rows, row_format, rows[ROW_COLUMN][:], checked["digest"][:], refused)
 
@@ -704,7 +823,7 @@ def _hold_out(stage: Stage, kept: list[Row], prepared: _Prepared) -> list[Row]:
     first: dict[str, Row] = {}  # of each different content
     for index, row in kept:
         first.setdefault(prepared.sources[index].digests[row], (index, row))
-    wanted = sorted(choose_held_out(stage, list(first)))
+    wanted = sorted(choose_held_out(stage, sorted(first)))
     spare = sorted(first.keys() - set(wanted))
     random.Random(f"{stage.seed}:held_out:more").shuffle(spare)
     count, held = len(wanted), []
@@ -788,19 +907,22 @@ def load_conversations(stage: Stage, tokenizer: Any) -> tuple[Any, Any]:
     Returns:
         What to train on (sft: a `RunOrder`), and a dataset of what is held out, or None.
     """
-    mixture = settle(mix_conversations(stage, tokenizer), stage)
+    mixture = settle(mix_conversations(stage, tokenizer, refuse=True), stage)
     return mixture.train, mixture.held_out
 
 
-def choose_held_out(stage: Stage, digests: list[Any]) -> set[Any]:
-    """The digests of the content that a stage holds out, chosen by its seed.
+def choose_held_out(stage: Stage, different: Sequence[Any]) -> set[Any]:
+    """What a stage holds out, chosen by its seed.
+
+    Args:
+        stage: says how many, or which share.
+        different: digests of all content, or their places: sorted, none twice.
 
     Raises:
         DataError: if that leaves nothing to train on.
     """
     if not stage.validates:
         return set()
-    different = sorted(set(digests))
     count = stage.held_out if stage.held_out >= 1 else max(1, int(stage.held_out * len(different)))
     if count >= len(different):
         kind = "documents" if stage.name == "base" else "conversations"
@@ -823,16 +945,26 @@ def model_positions(stage: Stage) -> int | None:
 
 
 def _columns(rows: datasets.Dataset, source: Source) -> list[str]:
-    """The columns of a source, from its first row that can be read where rows are JSON."""
+    """The columns of a source; where rows are JSON, those of the first that tells a format.
+
+    It is looked for in the first 100 that can be read.
+    """
     if JSON_COLUMN not in rows.column_names:
         names = [name for name in rows.column_names if name != ROW_COLUMN]
         return names + [new for new, old in source.columns.items() if old in names]
+    found: list[list[str]] = []
     for row in rows:
         try:
-            return list(renamed(row, source))
+            found.append(list(renamed(row, source)))
         except BadRow:
             continue
-    raise DataError(f"{source}: no row is JSON with columns")
+        if known_format(found[-1]):
+            return found[-1]
+        if len(found) == 100:
+            break
+    if not found:
+        raise DataError(f"{source}: no row is JSON with columns")
+    return found[0]
 
 
 def load_packed_conversations(stage: Stage, tokenizer: Any) -> tuple[Any, Any]:

@@ -11,7 +11,7 @@ from rich.text import Text
 from hfsft.audit import audit_console, print_audit
 from hfsft.conversations import IGNORED
 from hfsft.corpus import base_texts, mix_text
-from hfsft.mixture import mix_conversations, packing_order
+from hfsft.mixture import mix_conversations, packing_order, require_rows
 from hfsft.recipe import Recipe, Stage
 from hfsft.tokenizer import new_tokenizer, stage_tokenizer
 
@@ -29,6 +29,7 @@ def preview(recipe: Recipe, show: int) -> dict[str, Any]:
     Raises:
         DataError, ModelError: as the stage itself would.
     """
+    datasets.utils.logging.set_verbosity_error()
     if not sys.stdout.isatty():
         datasets.disable_progress_bars()
     seen = {}
@@ -38,6 +39,7 @@ def preview(recipe: Recipe, show: int) -> dict[str, Any]:
             mixture = mix_text(recipe, tokenizer)
         else:
             mixture = mix_conversations(stage, tokenizer)
+            require_rows(mixture, stage)
         first = itertools.islice(mixture.train, show)
         if name == "mid":  # its rows are laid from conversations in this order
             order = packing_order(len(mixture.train), stage.seed)

@@ -1,5 +1,6 @@
 """The trainers: transformers' and trl's, with hfsft's step, order of examples and validation."""
 
+import hashlib
 import itertools
 import json
 import math
@@ -9,6 +10,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import datasets
+import numpy as np
 import torch
 from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
@@ -32,6 +35,7 @@ from hfsft.checkpoint import (
     clear,
     commit,
     newest_whole,
+    read_manifest,
     rotate,
 )
 from hfsft.conversations import IGNORED
@@ -115,7 +119,8 @@ class _StageMixin:
         self.console = ConsoleCallback(stage.name)
         self.bad_steps = 0  # in a row
         self.place: dict[str, Any] | None = None  # of the checkpoint that the run goes on from
-        self.manifest_facts: dict[str, Any] = {}
+        # go into the manifest of every checkpoint
+        self.manifest_facts = {"data": data_fingerprint(self.train_dataset)}
         self.add_callback(self.stop_signal)
         self.add_callback(SumsCallback(self))
         self.add_callback(self.metrics_log)
@@ -382,6 +387,8 @@ class _StageMixin:
             "logged_at": self._globalstep_last_logged,
             "sums": sums,
             "bad_steps": self.bad_steps,
+            "rows": self.rows,
+            "asked_rows": self.args.per_device_train_batch_size,
         }
         if isinstance(self.train_dataset, TextStream):
             examples = self.state.global_step * self.get_total_train_batch_size(self.args)
@@ -424,10 +431,22 @@ class _StageMixin:
         self.say(f"{message}; going on")
 
     def take_up(self, checkpoint: Path) -> None:
-        """Read what transformers does not keep: the sums of a log line, and a stream's place."""
+        """Read what transformers does not keep: sums, a stream's place, a micro-batch that shrank.
+
+        Raises:
+            CheckpointError: if the data is not what the checkpoint was trained on.
+        """
+        then = read_manifest(checkpoint)["data"]
+        if then != data_fingerprint(self.train_dataset, then["examples"]):
+            raise CheckpointError(
+                f"{self.stage.name}: the data has changed since {checkpoint} was written\n"
+                "  Give this run another --name, or pass --restart, which moves the old stage aside"
+            )
         self.place = json.loads((checkpoint / PLACE).read_text())
         if "stream" in self.place:
             self.train_dataset.go_on(self.place["stream"])
+        if self.place["rows"] < self.place["asked_rows"]:  # memory ran out
+            self.rows = min(self.rows, self.place["rows"])
 
     def restore_sums(self) -> None:
         """Set the sums back, once the training loop has set them to zero."""
@@ -548,6 +567,39 @@ class SumsCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         """The training loop has just set them to zero."""
         self.trainer.restore_sums()
+
+
+def data_fingerprint(train: Any, examples: int | None = None) -> dict[str, Any]:
+    """What tells one training set from another.
+
+    Args:
+        train: sft's examples of the whole run, rows of mid or base, or a stream.
+        examples: only the first so many; None: all.
+
+    Returns:
+        `examples` and their `digest`; of a stream neither is known.
+    """
+    if isinstance(train, TextStream):
+        return {"examples": None, "digest": None}
+    count = len(train) if examples is None else min(examples, len(train))
+    if getattr(train, "cache_files", None) and "labels" not in train.column_names:
+        # base text's cache is named by all that it depends on
+        return {"examples": count, "digest": Path(train.cache_files[0]["filename"]).stem}
+    digest = hashlib.blake2b(digest_size=16)
+    for start in range(0, count, 1000):
+        stop = min(start + 1000, count)
+        if isinstance(train, datasets.Dataset):
+            batch = train.with_format("numpy")[start:stop]
+            rows = zip(batch["input_ids"], batch["labels"], strict=True)
+        else:
+            rows = (
+                (row["input_ids"], row["labels"])
+                for row in map(train.__getitem__, range(start, stop))
+            )
+        for ids, labels in rows:
+            digest.update(np.asarray(ids, dtype=np.int32).tobytes())
+            digest.update(np.asarray(labels, dtype=np.int32).tobytes())
+    return {"examples": count, "digest": digest.hexdigest()}
 
 
 def _cuda_random_state() -> torch.Tensor | None:

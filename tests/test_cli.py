@@ -75,7 +75,7 @@ def test_help_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for command in ("run", "base", "mid", "sft", "chat"):
+    for command in ("run", "base", "mid", "sft", "plan", "chat"):
         assert f" {command} " in done.stdout
 
 
@@ -198,6 +198,26 @@ def test_unreachable_hub(folder):
     assert len(lines) == 2
     assert "cannot reach the Hub for the model someone/some-model" in lines[0]
     assert "hfsft run demo" in lines[1]
+
+
+def test_plan_of_a_run_that_is_not_trained_yet(tmp_path):
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(RECIPE))
+    done = call(str(BIN / "hfsft"), "plan", "tiny.yaml", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for words in ("base", "mid", "sft", "peak", "fits", "optimizer states", "on disk"):
+        assert words in done.stdout
+    # a plan that says no is an answer as well
+    card = ("--memory", "600MB", "--sft.optim", "auto", "--json")
+    done = call(str(BIN / "hfsft"), "plan", "tiny.yaml", *card, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    stages = json.loads(done.stdout)["stages"]
+    assert [stage["fits"] for stage in stages.values()] == [False] * 3
+    assert {stage["precision"] for stage in stages.values()} == {"bf16"}
+    assert stages["sft"]["auto"].startswith("sft: auto chose --optim")
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
+    done = call(str(BIN / "hfsft"), "plan", "tiny.yaml", "--memory", "much", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "--memory: expected a size such as 8GB or 7.5GiB, got 'much'" in done.stderr
 
 
 def test_chat_answers_one_prompt(folder):

@@ -230,6 +230,22 @@ def test_what_changes_the_result_is_refused(recipe, place, monkeypatch, key, val
         sft.main(recipe, *place, flag, value)
 
 
+def test_an_edited_file_is_noticed(recipe, place, tmp_path, monkeypatch):
+    rows = [{"prompt": f"What is {n}?", "completion": f"A number, {n}."} for n in range(60)]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    place = (*place, "--data", f"[{{path: {path}}}]")
+    with acting(monkeypatch, on_step_begin=sends(signal.SIGTERM, 1)), pytest.raises(Interrupted):
+        sft.main(recipe, *place)
+    rows[7]["completion"] = "A number, 8."
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(CheckpointError, match=r"the data has changed since .*checkpoint-2"):
+        sft.main(recipe, *place)
+    rows[7]["completion"] = "A number, 7."
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sft.main(recipe, *place)
+
+
 # --- the disk ---
 
 

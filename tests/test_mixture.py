@@ -403,8 +403,12 @@ def test_a_cut_conversation_keeps_a_trained_token_or_is_refused(make_stage, toke
             with pytest.raises(DataError) as error:
                 load_conversations(stage, tokenizer)
             assert str(error.value) == (
-                "sft: no row is left to train on; all were refused (nothing left to train on)"
+                "sft: no row is left to train on; all were refused, the first is row 0 of "
+                f"{path} (nothing left to train on)"
             )
+            assert read_jsonl(stage.folder / "rejected.jsonl") == [
+                {"source": path, "row": 0, "reason": "nothing left to train on"}
+            ]
         else:
             train, _ = load_conversations(stage, tokenizer)
             assert train[0]["input_ids"] == ids[:length]

@@ -723,6 +723,27 @@ def test_memory_limit(limit, size):
     assert load(SFT + f"  memory_limit: {limit}\n").sft.memory_limit_bytes == size
 
 
+def test_auto_values():
+    keys = ("per_device_train_batch_size", "gradient_checkpointing", "optim")
+    text = SFT + "".join(f"  {key}: auto\n" for key in keys)
+    recipe = load(text)
+    settled = [recipe.sft.trainer[key] for key in (keys[0], "activation_checkpointing", keys[2])]
+    assert settled == ["auto"] * 3
+    assert recipe.resolved["sft"]["optim"] == "auto"
+    assert load(SFT, "--device_batch_size", "auto").sft.trainer[keys[0]] == "auto"
+    assert "expected a whole number, got 'many'" in message(SFT + f"  {keys[0]}: many\n")
+    assert "expected a number, got 'auto'" in message(SFT + "  learning_rate: auto\n")
+    said = message(MID + f"  {keys[0]}: auto\n", stage="mid")
+    assert said.startswith(f"r.yaml:4: mid.{keys[0]}: auto needs tokens_per_step")
+    text = MID + f"  {keys[0]}: auto\n  tokens_per_step: 2048\n"
+    assert load(text, stage="mid").mid.tokens_per_step == 2048
+
+
+def test_a_plan_can_be_ignored():
+    assert load(SFT, "--ignore_plan").ignore_plan
+    assert not load(SFT).ignore_plan
+
+
 def test_a_renamed_run_starts_from_the_recipes_own_stage():
     """`hfsft sft r.yaml --name faster` needs no second base and mid."""
     text = BASE.replace("64", "1024") + MID + "sft:\n  data: [identity]\nname: first\n"

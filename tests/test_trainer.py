@@ -235,14 +235,14 @@ class RunsOut:
         return self.inner(*args, **kwargs)
 
 
-@pytest.mark.parametrize(("tokens", "rows"), [(2 * LENGTH, 2), (LENGTH, 1), (LENGTH - 1, 0)])
+@pytest.mark.parametrize(("tokens", "rows"), [(2 * LENGTH, 2), (LENGTH, 1), (40, 0)])
 def test_out_of_memory_leaves_the_result_as_it_is(make_model, make_trainer, tokens, rows):
-    train = conversations(64).filter(lambda row: len(row["input_ids"]) < LENGTH)
+    train = conversations(64).filter(lambda row: len(row["input_ids"]) <= 40)
     trainers = []
     for start in (rows, 4):
         # dropout: what is drawn for the step that is given up is drawn again
         model = make_model("llama", attention_dropout=0.1)
-        trainer = make_trainer(model, train, 16, steps=4, gradient_checkpointing=False)
+        trainer = make_trainer(model, train, 32, steps=4, gradient_checkpointing=False)
         trainer.rows = start
         if start == 4:
             lost = RunsOut(model, tokens, after=1)  # in the second micro-batch
