@@ -27,7 +27,8 @@ def main(*argv: str) -> None:
         train_and_save,
     )
 
-    if not open_stage(recipe, stage):
+    stage = open_stage(recipe, stage)
+    if stage is None:
         return
     tokenizer = base_tokenizer(recipe, base_texts(stage), bool(checkpoints(stage.checkpoints)))
     train, held_out = load_text(recipe, tokenizer)

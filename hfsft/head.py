@@ -80,7 +80,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_total, _):
-        grads = [grad if grad is None else grad * grad_total for grad in ctx.saved_tensors]
+        # in place: a copy would be one more gradient of the whole vocabulary at the peak
+        grads = [grad if grad is None else grad.mul_(grad_total) for grad in ctx.saved_tensors]
         return (*grads, None, None, None, None)
 
 

@@ -21,7 +21,8 @@ def main(*argv: str) -> None:
     from hfsft.trainer import StageTrainer
     from hfsft.training import arguments, open_stage, rows_per_step, train_and_save
 
-    if not open_stage(recipe, stage):
+    stage = open_stage(recipe, stage)
+    if stage is None:
         return
     tokenizer = stage_tokenizer(recipe, stage)
     train, held_out = load_packed_conversations(stage, tokenizer)

@@ -99,6 +99,8 @@ class Stage:
     on_save_error: str = "stop"  # stop or continue, where an earlier checkpoint is whole
     max_bad_steps: int = 3  # steps in a row with a loss that is no finite number, before it stops
     trainer: dict[str, Any] = field(default_factory=dict)  # passed through as it is
+    plan: dict[str, Any] | None = None  # as `memory.Plan.as_data`, where one was made
+    chosen: dict[str, Any] = field(default_factory=dict)  # the values of `auto` settings
     trust_remote_code: bool = False
     quiet: bool = False
 

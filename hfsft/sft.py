@@ -21,7 +21,8 @@ def main(*argv: str) -> None:
     from hfsft.trainer import SFTStageTrainer
     from hfsft.training import arguments, open_stage, train_and_save
 
-    if not open_stage(recipe, stage):
+    stage = open_stage(recipe, stage)
+    if stage is None:
         return
     tokenizer = stage_tokenizer(recipe, stage)
     train, held_out = load_conversations(stage, tokenizer)

@@ -7,6 +7,7 @@ import resource
 import signal
 import sys
 import warnings
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +26,7 @@ from trl import SFTConfig
 from hfsft.checkpoint import checkpoints, newest_whole, step_of
 from hfsft.corpus import TextStream
 from hfsft.errors import Interrupted, RecipeError
+from hfsft.keys import AUTO
 from hfsft.model import bf16_is_native, merged_model
 from hfsft.recipe import Recipe, Stage, check_tokens_per_step
 from hfsft.record import (
@@ -135,14 +137,16 @@ def rows_per_step(stage: Stage, length: int) -> int:
 # --- a stage's beginning and end ---
 
 
-def open_stage(recipe: Recipe, stage: Stage) -> bool:
-    """Begin a stage: set the libraries' voices, seed, and look at what the folder holds.
+def open_stage(recipe: Recipe, stage: Stage) -> Stage | None:
+    """Begin a stage: set the libraries' voices, seed, look at what the folder holds, and plan.
 
     Returns:
-        False if the stage is finished already, with the same settings: there is nothing to do.
+        The stage with a value for every `auto`; None if it is finished already, with the same
+        settings: there is nothing to do.
 
     Raises:
         RecipeError: if the folder holds a stage of other settings; nothing is touched.
+        MemoryShortage: if the plan does not fit.
     """
     transformers.utils.logging.set_verbosity_error()
     datasets.utils.logging.set_verbosity_error()
@@ -170,13 +174,34 @@ def open_stage(recipe: Recipe, stage: Stage) -> bool:
     if is_finished(recipe, stage):
         if state.is_main_process and not stage.quiet:
             print(finished_line(stage))
-        return False
+        return None
     record, found = read_record(stage.folder), checkpoints(stage.checkpoints)
     if record is not None and found:
         changed = changed_keys(record["settings"], settings_of(recipe, stage))
         if changed:
             raise other_settings(stage, f"stopped at {found[0].name}", changed)
-    return True
+    return _planned(recipe, stage, record["chosen"] if record is not None and found else None)
+
+
+def _planned(recipe: Recipe, stage: Stage, chosen: dict[str, Any] | None) -> Stage:
+    """Settle what is `auto`, and refuse what does not fit a GPU or `memory_limit`.
+
+    A run that goes on keeps what was chosen: another optimizer's states would not load.
+    """
+    automatic = [key for key, value in stage.trainer.items() if value == AUTO]
+    on_gpu = PartialState().device.type == "cuda"
+    if not (automatic or on_gpu or stage.memory_limit):
+        return stage  # without a GPU there is nothing to refuse, and a plan takes seconds
+    from hfsft.memory import choose, require_fit, with_settings
+
+    if chosen:
+        stage = with_settings(stage, **chosen)
+    else:
+        stage, why = choose(recipe, stage)
+        if why and PartialState().is_main_process and not stage.quiet:
+            print(why)
+    chosen = {key: stage.trainer[key] for key in automatic}
+    return replace(stage, plan=require_fit(recipe, stage).as_data(), chosen=chosen)
 
 
 def _on_cpu(stage: Stage) -> bool:
@@ -309,6 +334,8 @@ def _new_record(trainer: Any, recipe: Recipe, stage: Stage) -> dict[str, Any]:
         "versions": {name: version(name) for name in ("hfsft", *LIBRARIES)},
         "recipe": recipe.path,
         "settings": settings_of(recipe, stage),
+        "chosen": stage.chosen,
+        "plan": stage.plan,
         "lineage": {
             "model": stage.model_name_or_path,
             "revision": stage.revision,
@@ -337,6 +364,10 @@ def _measured(trainer: Any) -> dict[str, Any]:
         "eval_loss_before": validation[0] if validation else None,
         "peak_memory_bytes": memory,
         "peak_memory_of": "GPU reserved" if trainer.args.device.type == "cuda" else "process",
+        # what the plan without its overhead is held against
+        "peak_allocated_bytes": torch.cuda.max_memory_allocated()
+        if trainer.args.device.type == "cuda"
+        else None,
     }
 
 
