@@ -4,7 +4,7 @@
 
 22,443 generated conversations in a file, 200 steps of 32, a model of 0.5 M parameters: what is
 timed is starting and preparing. "cold" has an empty datasets cache, "warm" is the same command
-again. The time is that of the whole command with a single step, the step's own 0.1 s included.
+again. The time is from the command to the end of the first step.
 """
 
 import argparse
@@ -17,34 +17,13 @@ import tempfile
 import time
 from pathlib import Path
 
-# stops after its first step, as the time of the command is to be that of the start
-STOP = """
-from transformers import TrainerCallback
-class Stop(TrainerCallback):
-    def on_step_end(self, args, state, control, **kwargs):
-        import os
-        os._exit(0)
-"""
-HFSFT = (
-    STOP
-    + """
-import sys
-from hfsft import sft
-import hfsft.trainer as trainer
-made = trainer.SFTStageTrainer.__init__
-def init(self, *args, **kwargs):
-    made(self, *args, **kwargs)
-    self.add_callback(Stop())
-trainer.SFTStageTrainer.__init__ = init
-sft.main("recipe.yaml", "--restart")
-"""
-)
-TRL = (
-    STOP
-    + """
+TRL = """
 from datasets import load_dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
+class Say(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        open("trl-step", "w").close()
 model = AutoModelForCausalLM.from_pretrained("model")
 tokenizer = AutoTokenizer.from_pretrained("model")
 rows = load_dataset("json", data_files="chats.jsonl", split="train")
@@ -53,10 +32,14 @@ args = SFTConfig(
     max_length=1024, assistant_only_loss=True, bf16=False, use_cpu=True, report_to="none",
 )
 trainer = SFTTrainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer)
-trainer.add_callback(Stop())
+trainer.add_callback(Say())
 trainer.train()
 """
-)
+# tool → its command, and the file that is there once the first step is done
+TOOLS = {
+    "hfsft": (["-m", "hfsft.sft", "recipe.yaml", "--restart"], "runs/start/sft/metrics.jsonl"),
+    "trl": (["-c", TRL], "trl-step"),
+}
 RECIPE = """
 name: start
 sft:
@@ -66,6 +49,7 @@ sft:
   eval_steps: -1
   optim: adamw_torch
   gradient_checkpointing: true
+  logging_steps: 1
 """
 
 
@@ -101,6 +85,29 @@ def prepare(folder: Path, rows: int) -> None:
     (folder / "recipe.yaml").write_text(RECIPE)
 
 
+def first_step(tool: str, folder: Path, cache: str) -> float:
+    """Seconds from the command to the end of the first step; it is killed then."""
+    command, sign = TOOLS[tool]
+    (folder / sign).unlink(missing_ok=True)
+    began = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        cwd=folder,
+        env=os.environ | {"HF_DATASETS_CACHE": cache},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not ((folder / sign).exists() and (tool == "trl" or (folder / sign).stat().st_size)):
+        if process.poll() is not None:
+            sys.exit(process.stderr.read())
+        time.sleep(0.01)
+    seconds = time.perf_counter() - began
+    process.kill()
+    process.wait()
+    return seconds
+
+
 def main() -> None:
     """Time both, cold and warm, and print medians."""
     parser = argparse.ArgumentParser()
@@ -112,20 +119,12 @@ def main() -> None:
         folder = Path(name)
         prepare(folder, given.rows)
         for run in range(given.runs):
-            for tool, script in (("hfsft", HFSFT), ("trl", TRL)):
-                env = os.environ | {"HF_DATASETS_CACHE": str(folder / f"cache-{tool}-{run}")}
+            for tool in TOOLS:
+                cache = str(folder / f"cache-{tool}-{run}")
                 for kind in ("cold", "warm"):
-                    began = time.perf_counter()
-                    done = subprocess.run(
-                        [sys.executable, "-c", script],
-                        cwd=folder,
-                        env=env,
-                        capture_output=True,
-                        text=True,
+                    seconds.setdefault(f"{tool}, {kind}", []).append(
+                        first_step(tool, folder, cache)
                     )
-                    if done.returncode:
-                        sys.exit(done.stderr)
-                    seconds.setdefault(f"{tool}, {kind}", []).append(time.perf_counter() - began)
     for kind in ("cold", "warm"):
         ours, theirs = seconds[f"hfsft, {kind}"], seconds[f"trl, {kind}"]
         ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))

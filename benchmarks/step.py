@@ -114,7 +114,7 @@ def run(variant: str, model_type: str, data: str | None, folder: str, steps: int
     datasets.disable_progress_bars()
     transformers.utils.logging.set_verbosity_error()
     tokenizer, rows = conversations(data, folder, steps)
-    rows = rows.select_columns(["input_ids", "labels"])
+    rows = rows.conversations.select(rows.places).select_columns(["input_ids", "labels"])
     model = build(model_type, len(tokenizer))
     idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -269,7 +269,7 @@ def ceilings(data: str | None, folder: str, steps: int) -> dict[str, float]:
     from hfsft.packing import tightest_fit
 
     _, rows = conversations(data, folder, steps)
-    lengths = rows["length"][:]
+    lengths = rows.lengths
     tokens = sum(lengths)
     pairs = sum(2 * max(pair) for pair in zip(lengths[::2], lengths[1::2], strict=True))
     slots = 0

@@ -180,6 +180,36 @@ def plan(
 
 
 @app.command()
+def push(
+    folder: Annotated[
+        str, typer.Argument(metavar="RUN_OR_FOLDER", help="A run, a stage, or a model's folder.")
+    ],
+    repo: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[REPO]", help="me/fast; by default as the recipe says.", show_default=False
+        ),
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option("--revision", metavar="BRANCH", help="By default main.")
+    ] = None,
+    private: Annotated[
+        bool | None, typer.Option("--private", help="Make a new repository private.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Push a finished model to the Hub, or go on with a push: what is there is not sent again."""
+    from hfsft.push import push_run
+
+    pushes = push_run(folder, repo, revision, private)
+    if as_json:
+        print(json.dumps([{"folder": str(push.folder), "url": push.url} for push in pushes]))
+    else:
+        for push in pushes:
+            print(push)
+
+
+@app.command()
 def chat(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model's folder, or a Hub id.")],
     prompt: Annotated[

@@ -51,7 +51,6 @@ OTHER_NAMES = {
     "datasets": "data",
 }
 MANAGED = "hfsft sets it"
-NO_PUSH = "not in this version: upload the stage's folder with `hf upload REPO FOLDER`"
 REFUSED = {
     "output_dir": (
         "it belongs at the top of the recipe: everything goes to <output_dir>/<name>/<stage>/"
@@ -91,12 +90,7 @@ REFUSED = {
     "pad_token": "the tokenizer's own pad token is used, or one is added",
     "remove_unused_columns": MANAGED,
     "train_sampling_strategy": "steps are made of examples in seeded order",
-    "push_to_hub": NO_PUSH,
-    "hub_model_id": NO_PUSH,
-    "hub_strategy": NO_PUSH,
-    "hub_private_repo": NO_PUSH,
-    "hub_always_push": NO_PUSH,
-    "hub_revision": NO_PUSH,
+    "hub_always_push": "no push waits for another; what is still to be sent is sent at the end",
     "disable_tqdm": MANAGED,
     "include_num_input_tokens_seen": MANAGED,
     "logging_nan_inf_filter": "it would log a NaN as the mean of the losses before",
@@ -177,6 +171,11 @@ _ALL_STAGES = (
     "memory_limit",
     "on_save_error",
     "max_bad_steps",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_strategy",
+    "hub_private_repo",
+    "hub_revision",
 )
 _LOADS_A_MODEL = (
     "model_name_or_path",
@@ -236,6 +235,11 @@ FIELDS = {
     "on_bad_rows": Field("str | None", ("error", "skip")),
     "on_save_error": Field("str", ("stop", "continue")),
     "max_bad_steps": Field("int"),
+    "push_to_hub": Field("bool"),
+    "hub_model_id": Field("str | None"),
+    "hub_strategy": Field("str", ("end", "every_save", "checkpoint", "all_checkpoints")),
+    "hub_private_repo": Field("bool | None"),
+    "hub_revision": Field("str | None"),
     "on_too_long": Field("str", ("truncate", "drop", "split", "error")),
     "streaming": Field("bool"),
     "columns": Field("dict"),

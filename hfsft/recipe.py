@@ -98,6 +98,11 @@ class Stage:
     memory_limit: str | None = None  # such as 8GB; GPU memory that the stage may take
     on_save_error: str = "stop"  # stop or continue, where an earlier checkpoint is whole
     max_bad_steps: int = 3  # steps in a row with a loss that is no finite number, before it stops
+    push_to_hub: bool = False
+    hub_model_id: str | None = None  # such as me/fast; None: the run's name, of the token's user
+    hub_strategy: str = "every_save"  # end, every_save, checkpoint, all_checkpoints; see push.py
+    hub_private_repo: bool | None = None  # None: as the owner's new repositories are
+    hub_revision: str | None = None  # the finished model's branch; None: main
     trainer: dict[str, Any] = field(default_factory=dict)  # passed through as it is
     plan: dict[str, Any] | None = None  # as `memory.Plan.as_data`, where one was made
     chosen: dict[str, Any] = field(default_factory=dict)  # the values of `auto` settings

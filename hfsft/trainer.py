@@ -586,19 +586,15 @@ def data_fingerprint(train: Any, examples: int | None = None) -> dict[str, Any]:
         # base text's cache is named by all that it depends on
         return {"examples": count, "digest": Path(train.cache_files[0]["filename"]).stem}
     digest = hashlib.blake2b(digest_size=16)
-    for start in range(0, count, 1000):
-        stop = min(start + 1000, count)
-        if isinstance(train, datasets.Dataset):
-            batch = train.with_format("numpy")[start:stop]
-            rows = zip(batch["input_ids"], batch["labels"], strict=True)
-        else:
-            rows = (
-                (row["input_ids"], row["labels"])
-                for row in map(train.__getitem__, range(start, stop))
-            )
-        for ids, labels in rows:
-            digest.update(np.asarray(ids, dtype=np.int32).tobytes())
-            digest.update(np.asarray(labels, dtype=np.int32).tobytes())
+    if isinstance(train, datasets.Dataset):
+        for table in train.select(range(count)).with_format("arrow").iter(batch_size=1000):
+            for name in ("input_ids", "labels"):
+                values = table[name].combine_chunks()
+                digest.update(values.value_lengths().to_numpy())
+                digest.update(values.flatten().to_numpy())
+    else:
+        for row in map(train.__getitem__, range(count)):
+            digest.update(np.asarray([row["input_ids"], row["labels"]], dtype=np.int32))
     return {"examples": count, "digest": digest.hexdigest()}
 
 

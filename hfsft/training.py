@@ -1,5 +1,6 @@
 """What the three stages share: their arguments, beginning and end, and the files they leave."""
 
+import gc
 import json
 import math
 import os
@@ -148,6 +149,8 @@ def open_stage(recipe: Recipe, stage: Stage) -> Stage | None:
         RecipeError: if the folder holds a stage of other settings; nothing is touched.
         MemoryShortage: if the plan does not fit.
     """
+    gc.freeze()  # what was imported stays
+    gc.enable()
     transformers.utils.logging.set_verbosity_error()
     datasets.utils.logging.set_verbosity_error()
     # peft 0.21 asks transformers by the old name
