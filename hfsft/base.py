@@ -15,8 +15,8 @@ def main(*argv: str) -> None:
     recipe = load_recipe(*argv, stage="base")
     stage = recipe.base
 
-    # torch, transformers and trl take 4 s to import: a recipe's mistakes are answered before; of that
-    # 0.7 s would go into looking for garbage, which `open_stage` takes up again
+    # torch, transformers and trl take 4 s to import: a recipe's mistakes are answered before, and
+    # 0.7 s of it would go into looking for garbage, which `open_stage` takes up again
     gc.disable()
     from hfsft.checkpoint import checkpoints
     from hfsft.corpus import base_texts, load_text, text_length

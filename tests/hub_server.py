@@ -27,6 +27,8 @@ from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
+import yaml
+
 LFS_SUFFIXES = (".safetensors", ".parquet", ".arrow", ".bin", ".pt", ".zip", ".gz", ".npz")
 LFS_SIZE = 10_000_000  # bytes; from here on the Hub asks for LFS whatever the name
 GITATTRIBUTES = "".join(f"*{end} filter=lfs diff=lfs merge=lfs -text\n" for end in LFS_SUFFIXES)
@@ -423,6 +425,7 @@ class HubServer:
                 sibling |= {"size": len(blob.data), "blobId": blob.oid} | blob.lfs_info
         state = {"private": repo.private, "gated": "auto" if repo.gated else False, "tags": []}
         names = {"id": repo.id, "author": repo.owner, "sha": commit.oid}
+        names |= _card(commit.files.get("README.md"))
         return _json(names | state | {"lastModified": commit.date, "siblings": siblings})
 
     def _tree(self, request: Request, commit: Commit, folder: str) -> Answer:
@@ -494,6 +497,12 @@ class HubServer:
 
 def _json(content, status: int = 200) -> Answer:
     return Answer(status, json.dumps(content).encode(), {"Content-Type": "application/json"})
+
+
+def _card(readme: Blob | None) -> dict:
+    """The "cardData" of an info: what stands above a README's text."""
+    above = re.match(rb"---\n(.*?)\n---\n", readme.data, re.DOTALL) if readme else None
+    return {"cardData": yaml.safe_load(above[1])} if above else {}
 
 
 def _unspoken(request: Request) -> Refused:

@@ -75,7 +75,7 @@ def test_help_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for command in ("run", "base", "mid", "sft", "plan", "chat"):
+    for command in ("run", "base", "mid", "sft", "plan", "push", "chat"):
         assert f" {command} " in done.stdout
 
 
@@ -175,6 +175,8 @@ def test_cpu_config_launches(folder):
         ),
         (["chat", "./nowhere"], "./nowhere: no such folder"),
         (["chat", "runs"], "runs holds no model"),
+        (["push", "runs"], "runs: holds no finished stage and no model"),
+        (["push", "nowhere"], "nowhere: holds no finished stage and no model"),
     ],
 )
 def test_mistakes_get_two_lines_and_status_2(folder, arguments, words):

@@ -22,7 +22,7 @@ ROWS = [
     {"packing", "model"},
     {"mixture"},
     {"corpus"},
-    {"callbacks", "memory"},
+    {"callbacks", "memory", "push", "card"},
     {"trainer"},
     {"training"},
     {"evaluation", "report", "chat", "launch", "preview"},
