@@ -20,7 +20,7 @@ ROWS = [
     {"recipe"},
     {"record", "conversations", "tokenizer", "audit"},
     {"packing", "model"},
-    {"mixture"},
+    {"mixture", "traced"},
     {"corpus"},
     {"callbacks", "memory", "push", "card"},
     {"trainer"},

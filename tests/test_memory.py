@@ -9,7 +9,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig
 
-from hfsft import base, memory, sft
+from hfsft import base, memory, sft, traced
 from hfsft.errors import MemoryShortage, ModelError
 from hfsft.memory import (
     choose,
@@ -178,7 +178,7 @@ def test_many_layers_are_a_straight_line(kind, checkpointing, monkeypatch):
     recipe = load_recipe("r.yaml", "--model_name_or_path", folder, stage="sft")
     stage = with_settings(recipe.sft, gradient_checkpointing=checkpointing)
     line = plan_stage(recipe, stage)
-    monkeypatch.setattr(memory, "DEPTHS", (8, 16))
+    monkeypatch.setattr(traced, "DEPTHS", (8, 16))
     whole = plan_stage(recipe, stage)
     assert line.peak - line.overhead == pytest.approx(whole.peak - whole.overhead, rel=0.01)
     assert line.phases == pytest.approx(whole.phases, rel=0.02)
@@ -190,7 +190,7 @@ def test_many_rows_are_a_straight_line(monkeypatch):
     argv = ("--model_name_or_path", folder, "--max_length", "64", "--device_batch_size", "40")
     recipe = load_recipe("r.yaml", *argv, "--examples_per_step", "80", stage="sft")
     line = plan_stage(recipe, recipe.sft)
-    monkeypatch.setattr(memory, "TRACED_CHUNKS", 1000)
+    monkeypatch.setattr(traced, "TRACED_CHUNKS", 1000)
     assert line.phases == pytest.approx(plan_stage(recipe, recipe.sft).phases, rel=0.01)
 
 
