@@ -163,6 +163,9 @@ def plan(
         str | None,
         typer.Option("--memory", metavar="SIZE", help="Plan for a CUDA card of this size: 8GB."),
     ] = None,
+    timed: Annotated[
+        bool, typer.Option("--time", help="Time a few micro-batches of each stage on this device.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show what each stage will need: memory, time, disk, and whether it fits."""
@@ -171,8 +174,9 @@ def plan(
     checked = load_recipe(recipe, *context.args)
     size = None if memory is None else size_in_bytes(memory, "--memory")
     from hfsft.memory import plan_run, print_plan
+    from hfsft.timing import seconds_per_step
 
-    planned = plan_run(checked, size)
+    planned = plan_run(checked, size, seconds_per_step if timed else None)
     if as_json:
         print(json.dumps(planned, indent=1))
     else:

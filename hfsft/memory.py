@@ -108,7 +108,7 @@ def plan_stage(
     device = device_type or ("cuda" if _has_gpu(stage) else "cpu")
     if limit_bytes is None:
         limit_bytes = _limit(stage, device)
-    step = _step(recipe, stage, device == "cuda")
+    step = planned_step(recipe, stage, device == "cuda")
     peaks = peaks_of(step)
     phase, highest = max(peaks.items(), key=lambda item: sum(item[1].values()))
     parameters, trained = count_parameters(step)
@@ -129,8 +129,8 @@ def plan_stage(
         phases={name: sum(kinds.values()) for name, kinds in peaks.items()},
         limit=limit_bytes,
         steps=stage.max_steps,
-        tokens_per_step=_examples(recipe, stage) * step.length,
-        flops_per_step=_examples(recipe, stage) * step.length * _token_flops(step),
+        tokens_per_step=examples_of_step(recipe, stage) * step.length,
+        flops_per_step=examples_of_step(recipe, stage) * step.length * _token_flops(step),
         disk=_disk(stage, peaks["optimizer step"], parameters, trained),
         notes=tuple(_notes(step)),
     )
@@ -151,12 +151,12 @@ def _limit(stage: Stage, device: str) -> int | None:
     return min(own, default=None)
 
 
-def _step(recipe: Recipe, stage: Stage, cuda: bool) -> TracedStep:
+def planned_step(recipe: Recipe, stage: Stage, cuda: bool) -> TracedStep:
     """The step that a stage makes on a device."""
     length = row_length(recipe, stage)
     rows = stage.trainer["per_device_train_batch_size"]
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    share = -(-_examples(recipe, stage) // processes)
+    share = -(-examples_of_step(recipe, stage) // processes)
     config = planned_config(recipe, stage)
     half = None
     if stage.trainer.get("fp16"):
@@ -192,7 +192,7 @@ def row_length(recipe: Recipe, stage: Stage) -> int:
     return stage.max_length or recipe.model.get("max_position_embeddings") or 2048
 
 
-def _examples(recipe: Recipe, stage: Stage) -> int:
+def examples_of_step(recipe: Recipe, stage: Stage) -> int:
     """Rows of an optimizer step on all devices; of sft, each conversation in one of its own."""
     if stage.name == "sft":
         return stage.examples_per_step
@@ -410,7 +410,7 @@ def choose(
     rows = [given_rows]
     if given_rows == AUTO:
         processes = int(os.environ.get("WORLD_SIZE", 1))
-        rows = list(range(1, -(-_examples(recipe, stage) // processes) + 1))
+        rows = list(range(1, -(-examples_of_step(recipe, stage) // processes) + 1))
 
     def plan(item: dict[str, Any], count: int) -> Plan:
         changed = with_settings(stage, per_device_train_batch_size=count, **item)
@@ -491,16 +491,21 @@ def require_fit(
 # --- a run's plan ---
 
 
-def plan_run(recipe: Recipe, memory: int | None = None) -> dict[str, Any]:
+def plan_run(
+    recipe: Recipe,
+    memory: int | None = None,
+    time_step: Callable[[Recipe, Stage], float] | None = None,
+) -> dict[str, Any]:
     """Plan every stage of a run, one after the other.
 
     Args:
         recipe: whose stages, `auto` values included.
         memory: bytes of a CUDA card to plan for; None: this machine's device.
+        time_step: measures the seconds of a step; None: they come from its operations.
 
     Returns:
         `stages`: name → `Plan.as_data`, `auto` (what was chosen) and `nearest` (where it does not
-        fit), `seconds_per_step`, at most; `disk`: bytes of all.
+        fit), `seconds_per_step`, at most, and whether it was `timed`; `disk`: bytes of all.
 
     Raises:
         RecipeError, ModelError: as the stages themselves would.
@@ -516,8 +521,10 @@ def plan_run(recipe: Recipe, memory: int | None = None) -> dict[str, Any]:
         other = with_settings(stage, gradient_checkpointing=not plan.checkpointing)
         stages[name] = plan.as_data() | {
             "peak_with_checkpointing_changed": plan_stage(recipe, other, limit, device).peak,
-            "seconds_per_step": plan.flops_per_step
-            / (UTILISATION * _rate(plan.device, plan.precision)),
+            "seconds_per_step": time_step(recipe, stage)
+            if time_step is not None
+            else plan.flops_per_step / (UTILISATION * _rate(plan.device, plan.precision)),
+            "timed": time_step is not None,
             "auto": why,
             "nearest": [
                 {"settings": _words(changes), "peak": its_plan.peak}
@@ -560,6 +567,10 @@ def print_plan(planned: dict[str, Any]) -> None:
     row("steps", lambda data: f"{data['steps']:,}" if data["steps"] else "by epoch")
     row("tokens a step, at most", lambda data: f"{data['tokens_per_step']:,}")
     row("seconds a step, at most", lambda data: f"{data['seconds_per_step']:.3g}")
+    row(
+        "tokens a second", lambda data: f"{data['tokens_per_step'] / data['seconds_per_step']:,.0f}"
+    )
+    row("minutes, at most", _minutes)
     row("disk", lambda data: f"{data['disk'] / 1e9:.2f}")
     console.print(table)
     for name, data in stages.items():
@@ -573,9 +584,19 @@ def print_plan(planned: dict[str, Any]) -> None:
             )
         for item in data["nearest"]:
             console.print(f"  {_gb(item['peak'])}  {item['settings']}")
-    console.print(
-        f"Seconds are from operations, at {UTILISATION:.0%} of the device's rate in large products."
-    )
+    if all(data["timed"] for data in stages.values()):
+        console.print("Seconds are from a few micro-batches that were timed on this device.")
+    else:
+        console.print(
+            f"Seconds are from operations, at {UTILISATION:.0%} of the device's rate in large "
+            "products; --time times some."
+        )
     console.print(f"The run takes up to {_gb(planned['disk'])} on disk.")
     for note in dict.fromkeys(note for data in stages.values() for note in data["notes"]):
         console.print(f"Note: {note}.", style="dim")
+
+
+def _minutes(data: dict[str, Any]) -> str:
+    if data["steps"] is None:
+        return "by epoch"
+    return f"{data['steps'] * data['seconds_per_step'] / 60:,.1f}"

@@ -141,7 +141,7 @@ def _trace(step: TracedStep, layers: int) -> Peaks:
         with fake, live:
             _make_storages(model)
             trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = _optimizer(step, model)  # its tables are real
+        optimizer = make_optimizer(step, model)  # its tables are real
         with fake, live:
             live.begin("optimizer step", "gradients")
             for parameter in trained:
@@ -280,7 +280,7 @@ def _pack_in_4bit(model: Any) -> tuple[int, int]:
     return saved, 2 * max(packed.values())
 
 
-def _optimizer(step: TracedStep, model: Any) -> torch.optim.Optimizer | None:
+def make_optimizer(step: TracedStep, model: Any) -> torch.optim.Optimizer | None:
     """The stage's optimizer, or None for one that cannot be made from settings alone."""
     from transformers import Trainer, TrainingArguments
 

@@ -23,7 +23,7 @@ ROWS = [
     {"mixture", "traced"},
     {"corpus"},
     {"callbacks", "memory", "push", "card"},
-    {"trainer"},
+    {"trainer", "timing"},
     {"training"},
     {"evaluation", "report", "chat", "launch", "preview"},
     {"base", "mid", "sft"},
