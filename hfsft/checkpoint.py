@@ -17,6 +17,7 @@ from hfsft.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 NAME = re.compile(r"checkpoint-(\d+)")
+PLACE = "place.json"  # the sums of the next log line, and a stream's place
 # names that match nothing a resume looks for: one that is being written, or deleted
 PARTIAL, DELETED = "partial", "deleted"
 

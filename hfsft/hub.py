@@ -157,7 +157,7 @@ def insist(request: Callable[[], Any], patience: float = PATIENCE) -> Any:
     while True:
         try:
             return request()
-        except (HTTPError, RuntimeError) as error:
+        except (HTTPError, ConnectionError, TimeoutError, RuntimeError) as error:
             # the client wraps what went wrong with an upload
             cause = error.__cause__ if isinstance(error, RuntimeError) else error
             cause = cause or error
@@ -173,7 +173,8 @@ def _may_pass(error: BaseException) -> bool:
         status = error.response.status_code
         # 412: somebody else's commit came between
         return status in (408, 412, 429) or (status >= 500 and status != 501)
-    return isinstance(error, (HTTPError, RuntimeError))  # no answer; RuntimeError: hf_xet's
+    # no answer at all; what is no HTTPError is hf_xet's
+    return isinstance(error, (HTTPError, ConnectionError, TimeoutError, RuntimeError))
 
 
 def _asked_pause(error: BaseException) -> float:

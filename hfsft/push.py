@@ -14,6 +14,7 @@ Beside another `hub_revision` than main the branch is `<hub_revision>-checkpoint
 checkpoint is there before the last one's turn has come, only `all_checkpoints` sends both.
 """
 
+import atexit
 import os
 import shutil
 import sys
@@ -24,7 +25,7 @@ from pathlib import Path
 
 from huggingface_hub.utils import disable_progress_bars
 
-from hfsft.checkpoint import MANIFEST, checkpoints
+from hfsft.checkpoint import PLACE, MANIFEST, checkpoints
 from hfsft.errors import HfsftError, first_line
 from hfsft.hub import (
     MAIN,
@@ -51,7 +52,7 @@ STATE = (
     "scaler*",
     "rng_state*",
     "trainer_state.json",
-    "place.json",
+    PLACE,
     MANIFEST,
 )
 
@@ -173,6 +174,7 @@ class Pusher:
         self.target = _target(stage)
         self.patience = patience
         self.staging = stage.checkpoints / STAGING
+        atexit.register(shutil.rmtree, self.staging, ignore_errors=True)  # of a run that is stopped
         self.pushes: list[Push] = []  # in order, those that another took the place of left out
         self._waiting: list[Push] = []
         self._closing = False

@@ -25,6 +25,12 @@ FREE_KEYS = {
     "memory_limit",
     "on_save_error",
     "max_bad_steps",
+    # where the result goes
+    "push_to_hub",
+    "hub_model_id",
+    "hub_strategy",
+    "hub_private_repo",
+    "hub_revision",
 }
 
 

@@ -31,6 +31,7 @@ from hfsft.attention import packed_attention
 from hfsft.callbacks import ConsoleCallback, MetricsCallback, StopOnSignal
 from hfsft.checkpoint import (
     PARTIAL,
+    PLACE,
     checkpoint_bytes,
     clear,
     commit,
@@ -43,10 +44,10 @@ from hfsft.corpus import TextStream
 from hfsft.errors import CheckpointError, MemoryShortage, RecipeError, TrainingError, first_line
 from hfsft.head import fuse_head
 from hfsft.packing import StepCollator, micro_batches, model_inputs
+from hfsft.push import Pusher
 from hfsft.recipe import Stage
 
 BAD_STEPS = "bad_steps.jsonl"  # steps that were left out, and their examples
-PLACE = "place.json"  # of a checkpoint: the sums of the next log line, and a stream's place
 EVAL_EXAMPLES = 64  # held-out examples that are laid into rows together
 
 
@@ -121,6 +122,8 @@ class _StageMixin:
         self.place: dict[str, Any] | None = None  # of the checkpoint that the run goes on from
         # go into the manifest of every checkpoint
         self.manifest_facts = {"data": data_fingerprint(self.train_dataset)}
+        pushes = stage.push_to_hub and self.is_world_process_zero()
+        self.pusher = Pusher(stage) if pushes else None
         self.add_callback(self.stop_signal)
         self.add_callback(SumsCallback(self))
         self.add_callback(self.metrics_log)
@@ -363,6 +366,8 @@ class _StageMixin:
         if main and problem is None:
             try:
                 commit(partial, final, self.manifest_facts | {"step": self.state.global_step})
+                if self.pusher is not None:
+                    self.pusher.checkpoint(final)
                 rotate(folder, self.args.save_total_limit, self._best_checkpoint())
             except OSError as error:
                 problem = first_line(error)
@@ -383,6 +388,7 @@ class _StageMixin:
         if not self.is_world_process_zero():
             return
         (partial / "training_args.bin").unlink()  # a pickle that nothing reads
+        (partial / "README.md").unlink(missing_ok=True)  # peft's empty card
         place = {
             "logged_at": self._globalstep_last_logged,
             "sums": sums,

@@ -24,11 +24,13 @@ from filelock import FileLock, Timeout
 from transformers import TrainingArguments
 from trl import SFTConfig
 
+from hfsft.card import model_card
 from hfsft.checkpoint import checkpoints, newest_whole, step_of
 from hfsft.corpus import TextStream
 from hfsft.errors import Interrupted, RecipeError
 from hfsft.keys import AUTO
 from hfsft.model import bf16_is_native, merged_model
+from hfsft.push import check_push, report_pushes
 from hfsft.recipe import Recipe, Stage, check_tokens_per_step
 from hfsft.record import (
     changed_keys,
@@ -168,13 +170,16 @@ def open_stage(recipe: Recipe, stage: Stage) -> Stage | None:
         total = torch.cuda.get_device_properties(state.device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, stage.memory_limit_bytes / total))
     transformers.set_seed(stage.seed)
+    finished = not recipe.restart and is_finished(recipe, stage)
+    if stage.push_to_hub and state.is_main_process and not finished:
+        check_push(stage)
     if recipe.restart:
         if stage.checkpoints.exists():
             lock_stage(stage)
         with state.main_process_first():
             if state.is_main_process:
                 _move_aside(stage.folder)
-    if is_finished(recipe, stage):
+    if finished:
         if state.is_main_process and not stage.quiet:
             print(finished_line(stage))
         return None
@@ -260,6 +265,10 @@ def train_and_save(trainer: Any, recipe: Recipe, stage: Stage) -> None:
         lock.release()
         if not stage.quiet:
             print(_summary(stage, record, trainer.state.global_step))
+        if trainer.pusher is not None:
+            trainer.say(f"{stage.name}: pushing to {trainer.pusher.target.repo_id}")
+            trainer.pusher.model(stage.folder)
+            report_pushes(trainer.pusher.finish(), stage.folder, trainer.say)
 
 
 def lock_stage(stage: Stage) -> Any:
@@ -407,55 +416,6 @@ def _finish_folder(stage: Stage, record: dict[str, Any]) -> None:
         config["rope_theta"] = theta  # readers before transformers 5 look for it here
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     (stage.folder / "README.md").write_text(model_card(stage, record))
-
-
-def model_card(stage: Stage, record: dict[str, Any]) -> str:
-    """The model card of a finished stage, in the Hub's format."""
-    from huggingface_hub import ModelCardData
-
-    base = stage.model_name_or_path
-    data = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["hfsft", stage.name],
-        base_model=base if base and not Path(base).is_dir() else None,
-    )
-    losses = "not validated"
-    if record["eval_loss"] is not None:
-        losses = f"{record['eval_loss_before']:.4f} before, {record['eval_loss']:.4f} after"
-    sources = "\n".join(f"- {source}" for source in dict.fromkeys(map(str, stage.data)))
-    messages = '[{"role": "user", "content": "Who are you?"}]'
-    return f"""---
-{data.to_yaml()}
----
-
-# {stage.folder.parent.name}/{stage.name}
-
-The {stage.name} stage of a small chat model, trained with hfsft {record["versions"]["hfsft"]}.
-
-```python
-from transformers import pipeline
-
-chat = pipeline("text-generation", model="{stage.folder.as_posix()}")
-print(chat({messages})[0]["generated_text"][-1]["content"])
-```
-
-| | |
-|---|---|
-| started from | {base or "a fresh model"} |
-| parameters | {record["parameters"]:,} ({record["trained_parameters"]:,} trained) |
-| steps | {record["steps"]:,} of {record["examples_per_step"]:,} examples |
-| tokens | {record["tokens"]:,} |
-| validation loss | {losses} |
-| time | {record["seconds"]:,.0f} s on {record["device"]}, {record["precision"]} |
-| peak memory | {record["peak_memory_bytes"] / 2**30:.2f} GiB ({record["peak_memory_of"]}) |
-
-Data:
-
-{sources}
-
-The recipe is `recipe.yaml` in the run's folder; versions and settings are in `stage.json`.
-"""
 
 
 def _summary(stage: Stage, record: dict[str, Any], steps: int) -> str:

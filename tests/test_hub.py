@@ -287,7 +287,8 @@ def test_what_does_not_pass_ends(hub, tmp_path, folder, damage, words, attempts)
 
 
 def test_who_may_not_write_learns_it_before(hub, tmp_path):
-    hub.add_repo("me/mine").refs["refs/tags/v1"] = hub.repos["model", "me/mine"].at().oid
+    mine = hub.add_repo("me/mine")
+    mine.refs["refs/tags/v1"] = mine.at().oid
     hub.add_repo("me/hidden", private=True)
     home, before = tmp_path / "home", set(hub.repos)
     write_token = "\n  It takes a token that may write: https://huggingface.co/settings/tokens"
@@ -389,10 +390,11 @@ def test_odd_names_in_a_repository_do_no_harm(hub, tmp_path):
 
 
 def test_the_licence_of_a_dataset_is_what_its_page_states(hub, tmp_path):
-    for name, above in (("one", "license: mit"), ("two", "license: [mit, cc-by-4.0]"), ("no", "x: 1")):
-        hub.add_repo(f"me/licence-{name}", "dataset", {"README.md": f"---\n{above}\n---\n".encode()})
-    names = ("one", "two", "no", "nowhere")
-    asked = (f"dataset_licence('me/licence-{name}')" for name in names)
+    stated = {"one": "license: mit", "two": "license: [mit, cc-by-4.0]", "no": "x: 1"}
+    for name, above in stated.items():
+        files = {"README.md": f"---\n{above}\n---\n".encode()}
+        hub.add_repo(f"me/licence-{name}", "dataset", files)
+    asked = (f"dataset_licence('me/licence-{name}')" for name in (*stated, "nowhere"))
     answers = ask(hub.env(tmp_path), *asked, "dataset_licence('*.jsonl')")
     assert [answer for answer, _ in answers] == ["mit", "mit, cc-by-4.0", None, None, None]
 
