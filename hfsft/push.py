@@ -25,7 +25,7 @@ from pathlib import Path
 
 from huggingface_hub.utils import disable_progress_bars
 
-from hfsft.checkpoint import PLACE, MANIFEST, checkpoints
+from hfsft.checkpoint import MANIFEST, PLACE, checkpoints
 from hfsft.errors import HfsftError, first_line
 from hfsft.hub import (
     MAIN,
