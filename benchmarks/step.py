@@ -1,6 +1,7 @@
 """SFT steps side by side: hfsft, stock SFTTrainer in three ways, and a bare PyTorch loop.
 
     python benchmarks/step.py [--data CHATS.jsonl] [--model_type llama] [--runs 3] [--steps 6]
+    python benchmarks/step.py --base    # a base step of 8 full rows beside its bare loop
 
 The same model, the same 32 conversations a step, the same optimizer; each run is a process of its
 own, the variants take turns, and the table shows medians. Tokens are real ones, without padding;
@@ -30,6 +31,11 @@ VARIANTS = {
     "padded": "SFTTrainer, two by two, padded to max_length",
     "packing": "SFTTrainer, packing: true, two rows",
 }
+BASE_VARIANTS = {
+    "hfsft": "8 rows of text, two a micro-batch",
+    "bare": "a PyTorch loop over the same micro-batches",
+}
+BASE_ROWS = 8
 PEAK_FLOPS = {"RTX 4060": 30e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bfloat16
 
 
@@ -104,7 +110,20 @@ class Clock:
         return self.ends[-1] - self.ends[SKIPPED - 1]
 
 
-def run(variant: str, model_type: str, data: str | None, folder: str, steps: int) -> dict:
+def text_rows(tokenizer: Any, steps: int) -> Any:
+    """Full rows of the embedded speeches, enough for so many base steps."""
+    import datasets
+
+    from hfsft.tasks import speeches
+
+    ids = [token for text in speeches() for token in tokenizer.encode(text)]
+    rows = [ids[start : start + LENGTH] for start in range(0, len(ids) - LENGTH, LENGTH)]
+    return datasets.Dataset.from_dict({"input_ids": rows[: steps * BASE_ROWS]})
+
+
+def run(
+    variant: str, model_type: str, data: str | None, folder: str, steps: int, base: bool
+) -> dict:
     """Train with one variant; what it took."""
     import datasets
     import torch
@@ -115,6 +134,9 @@ def run(variant: str, model_type: str, data: str | None, folder: str, steps: int
     transformers.utils.logging.set_verbosity_error()
     tokenizer, rows = conversations(data, folder, steps)
     rows = rows.conversations.select(rows.places).select_columns(["input_ids", "labels"])
+    examples = EXAMPLES
+    if base:
+        rows, examples = text_rows(tokenizer, steps), BASE_ROWS
     model = build(model_type, len(tokenizer))
     idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -127,12 +149,12 @@ def run(variant: str, model_type: str, data: str | None, folder: str, steps: int
     losses, tokens = (
         [],
         [
-            sum(map(len, rows[step * EXAMPLES : (step + 1) * EXAMPLES]["input_ids"]))
+            sum(map(len, rows[step * examples : (step + 1) * examples]["input_ids"]))
             for step in range(steps)
         ],
     )
     if variant == "bare":
-        losses = bare_loop(model, rows, tokenizer, device, clock)
+        losses = bare_loop(model, rows, tokenizer, device, clock, examples)
     else:
         trainer, packed = trainer_of(variant, model, rows, tokenizer, folder, steps)
         tokens = packed or tokens
@@ -153,7 +175,9 @@ def run(variant: str, model_type: str, data: str | None, folder: str, steps: int
     }
 
 
-def bare_loop(model: Any, rows: Any, tokenizer: Any, device: Any, clock: Clock) -> list[float]:
+def bare_loop(
+    model: Any, rows: Any, tokenizer: Any, device: Any, clock: Clock, examples: int
+) -> list[float]:
     """The least that trains on hfsft's micro-batches: forward, backward, clip, optimizer."""
     import torch
 
@@ -168,8 +192,8 @@ def bare_loop(model: Any, rows: Any, tokenizer: Any, device: Any, clock: Clock) 
     collate = StepCollator(tokenizer.pad_token_id, LENGTH)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True, weight_decay=0.0)
     losses = []
-    for start in range(0, len(rows), EXAMPLES):
-        step = collate([rows[i] for i in range(start, start + EXAMPLES)])
+    for start in range(0, len(rows), examples):
+        step = collate([rows[i] for i in range(start, start + examples)])
         trained = (step["labels"] != -100).sum()
         total = 0.0
         for part in micro_batches(step, ROWS):
@@ -210,33 +234,7 @@ def trainer_of(
         "report_to": "none",
     }
     if variant == "hfsft":
-        from hfsft.recipe import Stage
-        from hfsft.trainer import SFTStageTrainer
-        from hfsft.training import arguments
-
-        settings.pop("output_dir"), settings.pop("max_steps")
-        stage = Stage(
-            "sft",
-            Path(folder),
-            42,
-            [],
-            0,
-            max_length=LENGTH,
-            max_steps=steps,
-            examples_per_step=EXAMPLES,
-            trainer=settings,
-            quiet=True,
-        )
-        trainer = SFTStageTrainer(
-            stage,
-            EXAMPLES,
-            LENGTH,
-            model=model,
-            args=arguments(stage, rows, EXAMPLES),
-            train_dataset=rows,
-            processing_class=tokenizer,
-        )
-        return trainer, None
+        return hfsft_trainer(model, rows, tokenizer, folder, steps, settings), None
     accumulation, packed = EXAMPLES // ROWS, None
     if variant == "packing":
         import itertools
@@ -262,6 +260,43 @@ def trainer_of(
     return SFTTrainer(
         model=model, args=args, train_dataset=rows, processing_class=tokenizer
     ), packed
+
+
+def hfsft_trainer(
+    model: Any, rows: Any, tokenizer: Any, folder: str, steps: int, settings: dict[str, Any]
+) -> Any:
+    """hfsft's own trainer of conversations, or of text where the rows have no labels."""
+    from hfsft.recipe import Stage
+    from hfsft.trainer import SFTStageTrainer, StageTrainer
+    from hfsft.training import arguments
+
+    sft = "labels" in rows.column_names
+    examples = EXAMPLES if sft else BASE_ROWS
+    settings = {k: v for k, v in settings.items() if k not in ("output_dir", "max_steps")}
+    stage = Stage(
+        "sft" if sft else "base",
+        Path(folder),
+        42,
+        [],
+        0,
+        max_length=LENGTH,
+        max_steps=steps,
+        examples_per_step=EXAMPLES,
+        trainer=settings,
+        quiet=True,
+    )
+    trainer = (SFTStageTrainer if sft else StageTrainer)(
+        stage,
+        examples,
+        LENGTH,
+        model=model,
+        args=arguments(stage, rows, examples),
+        train_dataset=rows,
+        processing_class=tokenizer,
+    )
+    if not sft:  # in the order that the bare loop takes
+        trainer._get_train_sampler = lambda *_: range(len(rows))
+    return trainer
 
 
 def ceilings(data: str | None, folder: str, steps: int) -> dict[str, float]:
@@ -293,7 +328,8 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--memory", type=float, default=8.0, help="GB of a CUDA card to use")
-    parser.add_argument("--variants", default=",".join(VARIANTS))
+    parser.add_argument("--base", action="store_true", help="a base step instead of sft's")
+    parser.add_argument("--variants", help="some of them, with commas between")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -303,12 +339,16 @@ def main() -> None:
         if torch.cuda.is_available():
             total = torch.cuda.get_device_properties(0).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, given.memory * 1e9 / total))
-        found = run(given.child, given.model_type, given.data, given.folder, given.steps)
+        found = run(
+            given.child, given.model_type, given.data, given.folder, given.steps, given.base
+        )
         print(json.dumps(found))
         return
+    variants = BASE_VARIANTS if given.base else VARIANTS
+    names = given.variants.split(",") if given.variants else list(variants)
     with tempfile.TemporaryDirectory() as folder:
         ratio = ceilings(given.data, folder, given.steps)
-        found: dict[str, list[dict]] = {name: [] for name in given.variants.split(",")}
+        found: dict[str, list[dict]] = {name: [] for name in names}
         for _ in range(given.runs):
             for name, results in found.items():
                 command = [*sys.argv, "--child", name, "--folder", folder]
@@ -318,7 +358,7 @@ def main() -> None:
                 if done.returncode:
                     sys.exit(done.stderr)
                 results.append(json.loads(done.stdout.splitlines()[-1]))
-    report(found, ratio, given)
+    report(found, {} if given.base else ratio, given)
 
 
 def report(found: dict[str, list[dict]], ratio: dict[str, float], given: Any) -> None:
@@ -330,9 +370,13 @@ def report(found: dict[str, list[dict]], ratio: dict[str, float], given: Any) ->
     print(
         f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}; "
         f"{given.model_type}, {found['hfsft'][0]['parameters'] / 1e6:.1f} M parameters; "
-        f"{ratio['tokens a conversation']:.0f} tokens a conversation; "
-        f"row slots filled by step packing: {ratio['filled']:.3f}; medians of {given.runs} runs"
+        f"medians of {given.runs} runs"
     )
+    if ratio:
+        print(
+            f"{ratio['tokens a conversation']:.0f} tokens a conversation; "
+            f"row slots filled by step packing: {ratio['filled']:.3f}"
+        )
     print(f"{'':9}{'tokens/s':>10}{'s/step':>8}{'peak MiB':>10}{'hfsft is':>10}{'ceiling':>9}")
     speed = {
         name: statistics.median(result["tokens_a_second"] for result in results)
@@ -349,7 +393,7 @@ def report(found: dict[str, list[dict]], ratio: dict[str, float], given: Any) ->
         ceiling = f"{ratio[name]:.2f}" if name in ratio else ""
         print(
             f"{name:9}{speed[name]:10,.0f}{seconds:8.2f}{peak:10,.0f}{times:9.2f}x{ceiling:>9}"
-            f"  {VARIANTS[name]}"
+            f"  {(BASE_VARIANTS if given.base else VARIANTS)[name]}"
         )
     if cuda:
         peak = next((flops for card, flops in PEAK_FLOPS.items() if card in device), None)

@@ -594,7 +594,7 @@ def data_fingerprint(train: Any, examples: int | None = None) -> dict[str, Any]:
     digest = hashlib.blake2b(digest_size=16)
     if isinstance(train, datasets.Dataset):
         for table in train.select(range(count)).with_format("arrow").iter(batch_size=1000):
-            for name in ("input_ids", "labels"):
+            for name in sorted({"input_ids", "labels"} & set(table.column_names)):
                 values = table[name].combine_chunks()
                 digest.update(values.value_lengths().to_numpy())
                 digest.update(values.flatten().to_numpy())
