@@ -334,10 +334,11 @@ def _check_content(content: Any, role: str) -> Any:
         text = content
     else:
         raise BadRow("content that is not text" if content is not None else "empty content")
-    if not text.strip() and role != "tool":  # a tool may have nothing to say
+    if (not text or text.isspace()) and role != "tool":  # a tool may have nothing to say
         raise BadRow("empty content")
     try:
-        text.encode("utf-8")
+        if not text.isascii():
+            text.encode("utf-8")
     except UnicodeEncodeError:
         raise BadRow("invalid Unicode") from None
     return content

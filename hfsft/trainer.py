@@ -135,7 +135,7 @@ class _StageMixin:
     def _choose_step(self) -> None:
         """Take the fastest attention and loss that give the model's own loss on a small example."""
         model = self._plain_model()
-        self.own_attention = own = model.config._attn_implementation
+        own = model.config._attn_implementation
         half = self.args.bf16 or self.args.fp16 or model.dtype != torch.float32
         fast = packed_attention(model, self.args.device, half, self.data_collator.max_length)
         # trl's own loss, which a model that brings router losses or label smoothing needs
