@@ -22,7 +22,7 @@ from accelerate import PartialState
 
 from hfsft import packing
 from hfsft.audit import audit_source
-from hfsft.conversations import BadRow
+from hfsft.conversations import BadRow, encode_texts
 from hfsft.errors import DataError
 from hfsft.mixture import (
     JSON_COLUMN,
@@ -132,11 +132,6 @@ def mix_text(recipe: Recipe, tokenizer: Any) -> Mixture:
         "tokens_a_row": length,
     }
     return Mixture(train, held_out, audit, rejected)
-
-
-def encode_texts(texts: list[str], tokenizer: Any) -> list[list[int]]:
-    """Token ids of each text, in parallel on every core; a special token in it is read as text."""
-    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
 def _choose(

@@ -159,6 +159,14 @@ MEMORY = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]i?B)")
 TOP_KEYS = ("name", "output_dir", "seed", "model", "tokenizer", "sample_prompts", *STAGES)
 
 
+# where a stage's result goes
+HUB_KEYS = (
+    "push_to_hub",
+    "hub_model_id",
+    "hub_strategy",
+    "hub_private_repo",
+    "hub_revision",
+)
 # the keys of a stage's section that are hfsft's own, or that it reads itself
 _ALL_STAGES = (
     "data",
@@ -171,11 +179,7 @@ _ALL_STAGES = (
     "memory_limit",
     "on_save_error",
     "max_bad_steps",
-    "push_to_hub",
-    "hub_model_id",
-    "hub_strategy",
-    "hub_private_repo",
-    "hub_revision",
+    *HUB_KEYS,
 )
 _LOADS_A_MODEL = (
     "model_name_or_path",

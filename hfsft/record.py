@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from hfsft.errors import RecipeError
+from hfsft.keys import HUB_KEYS
 from hfsft.recipe import Recipe, Stage
 
 # settings that leave the trained bits alone: they may differ when the same command goes on
@@ -25,12 +26,7 @@ FREE_KEYS = {
     "memory_limit",
     "on_save_error",
     "max_bad_steps",
-    # where the result goes
-    "push_to_hub",
-    "hub_model_id",
-    "hub_strategy",
-    "hub_private_repo",
-    "hub_revision",
+    *HUB_KEYS,
 }
 
 

@@ -4,7 +4,6 @@ import hashlib
 import itertools
 import json
 import math
-import random
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -43,6 +42,7 @@ from hfsft.conversations import IGNORED
 from hfsft.corpus import TextStream
 from hfsft.errors import CheckpointError, MemoryShortage, RecipeError, TrainingError, first_line
 from hfsft.head import fuse_head
+from hfsft.mixture import run_order
 from hfsft.packing import StepCollator, micro_batches, model_inputs
 from hfsft.push import Pusher
 from hfsft.recipe import Stage
@@ -65,12 +65,7 @@ class StepSampler(torch.utils.data.Sampler):
         return self.total
 
     def __iter__(self) -> Iterator[int]:
-        given, epoch = 0, 0
-        while given < self.total:
-            order = list(range(self.examples))
-            random.Random(f"{self.seed}:epoch:{epoch}").shuffle(order)
-            yield from order[: self.total - given]
-            given, epoch = given + len(order), epoch + 1
+        return itertools.islice(run_order(list(range(self.examples)), self.seed), self.total)
 
 
 class StepAbandoned(Exception):
