@@ -4,12 +4,12 @@ from collections.abc import Iterator
 from threading import Thread
 
 import torch
-import transformers
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer
+from transformers import TextIteratorStreamer
 
-from hfsft.errors import ModelError, first_line
-from hfsft.hub import require_model
+from hfsft.answering import load_for_answers, load_its_tokenizer
+from hfsft.errors import ModelError
+from hfsft.templates import prompt_text
 
 
 class Chat:
@@ -37,18 +37,10 @@ class Chat:
         Raises:
             ModelError: if there is no such model, or it has no chat template.
         """
-        require_model(model)
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(model)
-            self.model = AutoModelForCausalLM.from_pretrained(model, use_safetensors=True).eval()
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelError(f"{model}: cannot be loaded: {first_line(error)}") from None
+        self.tokenizer = load_its_tokenizer(model)
         if not self.tokenizer.chat_template:
             raise ModelError(f"{model}: has no chat template; it is no chat model")
-        if torch.cuda.is_available():
-            self.model.to("cuda")
+        self.model = load_for_answers(model)
         torch.manual_seed(seed)
         self.sampling = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
         if temperature > 0:
@@ -58,9 +50,10 @@ class Chat:
     def stream(self, prompt: str) -> Iterator[str]:
         """Say something; yields the answer piece by piece and keeps both in `messages`."""
         self.messages.append({"role": "user", "content": prompt})
-        inputs = self.tokenizer.apply_chat_template(
-            self.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        ).to(self.model.device)
+        text = prompt_text(self.messages, self.tokenizer)
+        inputs = self.tokenizer(text, add_special_tokens=False, return_tensors="pt").to(
+            self.model.device
+        )
         inputs.pop("token_type_ids", None)
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         thread = Thread(
