@@ -11,7 +11,7 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from hfsft.hub import dataset_licence, without_tokens
+from hfsft.hub import dataset_licence, without_paths, without_tokens
 from hfsft.recipe import Source, Stage
 from hfsft.tasks import TASKS
 
@@ -41,6 +41,7 @@ def model_card(stage: Stage, record: dict[str, Any]) -> str:
         datasets=list(dict.fromkeys(datasets)) or None,
     )
     settings = {key: value for key, value in record["settings"].items() if key != "start"}
+    settings = without_paths(settings)
     # indented, not fenced: nothing in it can end the block
     recipe = textwrap.indent(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), "    ")
     versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())

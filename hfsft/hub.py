@@ -3,14 +3,17 @@
 No request of a push stands still for ever, and what may pass is tried again after growing pauses.
 """
 
+import json
 import os
 import re
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import cache, partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from huggingface_hub import (
@@ -45,8 +48,19 @@ PATIENCE = (
 CHECK_PATIENCE = 5.0  # the same, while a user waits for the training to begin
 LONGEST_PAUSE = 60.0  # seconds
 # what of a folder is for this machine alone: rows that were refused, pickles, hidden files
-STAYS = ("checkpoints", "rejected.jsonl", "bad_steps.jsonl", "training_args.bin", "*.partial", ".*")
+STAYS = (
+    *("checkpoints", "rejected.jsonl", "bad_steps.jsonl", "validation.jsonl", "eval", "wandb"),
+    *("training_args.bin", "*.partial", ".*"),
+)
+RECORDS = ("stage.json", "data.json", "eval.json")  # they name data and models by their paths
 USAGE = re.compile(r'(pipeline\("text-generation", model=)"[^"\n]*"')  # in a model card
+
+
+# what transformers raises for a repository's files that hold something else than they should
+NOT_LOADED = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RecursionError),
+    UnpicklingError,
+)
 
 
 # --- what is there ---
@@ -111,6 +125,13 @@ def require_model(start: str, revision: str | None = None) -> None:
         raise ModelError(f"{start}: no such folder")
     else:
         require_on_hub(start, "model", revision)
+
+
+def why_not_loaded(error: BaseException) -> str:
+    """What a loader of transformers says, in one line, and what mends it where we know."""
+    if "custom code" in str(error) or "trust_remote_code" in str(error):
+        return "it needs Python code of its repository; --trust_remote_code runs it"
+    return first_line(error)
 
 
 def dataset_licence(repo_id: str) -> str | None:
@@ -337,10 +358,28 @@ def _additions(
         if prefix + name.as_posix() == "README.md":  # the card's example names the repository
             text = path.read_text(encoding="utf-8")
             content = USAGE.sub(rf'\1"{repo_id}"', text).encode()
+        if prefix + name.as_posix() in RECORDS:
+            held = without_paths(json.loads(path.read_text(encoding="utf-8")))
+            content = (json.dumps(held, indent=1) + "\n").encode()
         additions.append(CommitOperationAdd(prefix + name.as_posix(), content))
     if not additions:
         raise HfsftError(f"{folder} holds nothing to push")
     return additions
+
+
+def without_paths(held: Any) -> Any:
+    """Plain data with each path of this machine cut to its last part."""
+    if isinstance(held, dict):
+        return {
+            key: shlex.join(map(without_paths, shlex.split(value)))
+            if key == "command"
+            else without_paths(value)
+            for key, value in held.items()
+        }
+    if isinstance(held, list):
+        return [without_paths(value) for value in held]
+    is_path = isinstance(held, str) and held.startswith(("/", "~")) and "\n" not in held
+    return Path(held).name or held if is_path else held
 
 
 def _others(

@@ -13,6 +13,7 @@ import torch
 from transformers import AttentionInterface, AutoConfig
 
 from hfsft.attention import document_attention
+from hfsft.disk import most_checkpoints
 from hfsft.errors import MemoryShortage, ModelError, first_line
 from hfsft.hub import require_model
 from hfsft.keys import AUTO, RENAMED
@@ -269,11 +270,7 @@ def _rate(device: str, precision: str) -> float:
 def _disk(stage: Stage, update: dict[str, int], parameters: int, trained: int) -> int:
     """Bytes of a stage's checkpoints, the one being written too, and of its finished model."""
     settings = stage.trainer
-    kept = settings.get("save_total_limit")
-    if kept is None:
-        every, steps = settings.get("save_steps", 500), stage.max_steps or 0
-        kept = int(steps / (every * steps if 0 < every < 1 else every)) if steps else 1
-    count = 0 if settings.get("save_strategy") == "no" else kept + 1
+    count = most_checkpoints(settings, stage.max_steps)
     saved = trained if stage.lora is not None else parameters
     state = update["optimizer"]
     if str(settings.get("optim")).startswith("paged"):

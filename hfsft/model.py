@@ -1,6 +1,8 @@
 """The model: a fresh one from a depth or a model_type, or a loaded one; LoRA and QLoRA."""
 
+import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,14 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, NanoChatConfig, NanoChatForCausalLM
+from transformers.utils import cached_file
 
 from hfsft.errors import ModelError, RecipeError, first_line
-from hfsft.hub import require_model
+from hfsft.hub import NOT_LOADED, require_model, why_not_loaded
 from hfsft.recipe import Recipe, Stage
+
+# where a model has pickles alone, transformers would have a bot convert it and take its answer
+os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "true")
 
 
 def build_model(recipe: Recipe, tokenizer: Any) -> Any:
@@ -191,6 +197,7 @@ def load_model(stage: Stage, tokenizer: Any) -> Any:
 def load_plain_model(start: str, stage: Stage, **kwargs: Any) -> Any:
     """Load a causal language model from a folder or the Hub, with errors that a user can read."""
     require_model(start, stage.revision)
+    _require_safe_weights(start, stage.revision)
     try:
         model, loaded = AutoModelForCausalLM.from_pretrained(
             start,
@@ -201,8 +208,8 @@ def load_plain_model(start: str, stage: Stage, **kwargs: Any) -> Any:
             output_loading_info=True,
             **{key: value for key, value in kwargs.items() if value is not None},
         )
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise ModelError(f"{start}: cannot be loaded: {first_line(error)}") from None
+    except NOT_LOADED as error:
+        raise ModelError(f"{start}: cannot be loaded: {why_not_loaded(error)}") from None
     except StrictDataclassError as error:
         raise ModelError(f"{start}: config.json: {' '.join(str(error).split())}") from None
     except SafetensorError as error:
@@ -217,6 +224,38 @@ def load_plain_model(start: str, stage: Stage, **kwargs: Any) -> Any:
             f"as {missing[0]}"
         )
     return model
+
+
+def _require_safe_weights(start: str, revision: str | None) -> None:
+    """Refuse what makes transformers read other files than the safetensors of this very model.
+
+    Raises:
+        ModelError: if it is an adapter, or its index names pickles or files elsewhere.
+    """
+
+    def read(name: str) -> Any:
+        path = cached_file(
+            start,
+            name,
+            revision=revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        try:
+            return None if path is None else json.loads(Path(path).read_text())
+        except ValueError:
+            raise ModelError(f"{start}: its {name} is not JSON") from None
+
+    if read("adapter_config.json") is not None:  # its base is pulled from wherever it says
+        raise ModelError(
+            f"{start} is a LoRA adapter; start from the model that it was merged into, or from its "
+            "base"
+        )
+    index = read("model.safetensors.index.json")
+    files = index.get("weight_map", {}) if isinstance(index, dict) else {}
+    for file in set(files.values()) if isinstance(files, dict) else ():
+        if not isinstance(file, str) or "/" in file or not file.endswith(".safetensors"):
+            raise ModelError(f"{start}: its weights are to be read from {file!r}, which is unsafe")
 
 
 def _quantization(stage: Stage) -> Any:
@@ -266,6 +305,27 @@ def with_lora(model: Any, stage: Stage, quantized: bool = False) -> Any:
         return get_peft_model(model, config)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise RecipeError(f"{stage.name}.lora: {first_line(error)}") from None
+
+
+def name_base(adapter: Path, stage: Stage) -> None:
+    """Have a saved adapter say what it is for without a path of this machine: it may be pushed.
+
+    Args:
+        adapter: its folder.
+        stage: a start on the Hub keeps its name; an earlier stage of the same run is named as seen
+            from the adapter's folder, any other folder by its name behind "./", where peft finds
+            none and asks no Hub for it.
+    """
+    start = Path(stage.model_name_or_path)
+    if not start.is_dir():
+        return
+    beside = start.absolute().parent == stage.folder.absolute().parent
+    path = adapter / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["base_model_name_or_path"] = (
+        os.path.relpath(start, adapter) if beside else (f"./{start.name}")
+    )
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def merged_model(adapter: Path, stage: Stage, model: Any) -> Any:

@@ -18,9 +18,19 @@ FREE_KEYS = {
     "save_total_limit",
     "report_to",
     "log_level",
+    "log_level_replica",
+    "log_on_each_node",
     "dataset_num_proc",
     "dataloader_num_workers",
-    # how a step is cut up, and how it ends: its sum is the same
+    "dataloader_persistent_workers",
+    "dataloader_pin_memory",
+    "dataloader_prefetch_factor",
+    "ddp_timeout",
+    "torch_empty_cache_steps",
+    # what is kept and what is computed again: the same numbers, seen to the bit
+    "activation_checkpointing",
+    "gradient_checkpointing",
+    # how a step is cut up, and how it ends: its sum is the same, to rounding
     "per_device_train_batch_size",
     "per_device_eval_batch_size",
     "memory_limit",
@@ -28,6 +38,13 @@ FREE_KEYS = {
     "max_bad_steps",
     *HUB_KEYS,
 }
+
+# of these, what cuts a sum into other parts
+ROUNDED = {"per_device_train_batch_size"}
+
+
+# of a stage's folder, what a run that goes on adds to
+LOGS = ("metrics.jsonl", "validation.jsonl", "samples.jsonl", "bad_steps.jsonl")
 
 
 def settings_of(recipe: Recipe, stage: Stage) -> dict[str, Any]:
@@ -42,18 +59,36 @@ def settings_of(recipe: Recipe, stage: Stage) -> dict[str, Any]:
     return settings
 
 
-def changed_keys(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    """The dotted keys whose values differ, those apart that leave the result alone."""
+def changed_keys(
+    before: dict[str, Any], now: dict[str, Any], prefix: str = "", free: bool = False
+) -> list[str]:
+    """The dotted keys whose values differ, those apart that leave the result alone; or only those.
+
+    Args:
+        before: settings, as `settings_of` gives them.
+        now: the others.
+        prefix: of the keys.
+        free: whether those are meant that leave the result alone.
+    """
     changed = []
     for key in sorted(before.keys() | now.keys()):
-        if key in FREE_KEYS:
-            continue
         old, new = before.get(key), now.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
-            changed += changed_keys(old, new, f"{prefix}{key}.")
-        elif old != new:
+            changed += changed_keys(old, new, f"{prefix}{key}.", free)
+        elif old != new and (key in FREE_KEYS) == free:
             changed.append(f"{prefix}{key}")
     return changed
+
+
+def going_on_line(stage: Stage, before: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """What is said of a run that goes on with other settings, if it does."""
+    keys = [key.rpartition(".")[2] for key in changed_keys(before, now, free=True)]
+    if not keys:
+        return None
+    line = f"{stage.name}: going on with other {', '.join(keys)}"
+    if ROUNDED & set(keys):
+        line += "; sums of other parts are rounded otherwise, in the last digits"
+    return line
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
@@ -72,9 +107,16 @@ def is_finished(recipe: Recipe, stage: Stage) -> bool:
     if record is None or record["status"] != "finished":
         return False
     changed = changed_keys(record["settings"], settings_of(recipe, stage))
+    if only_longer(stage, changed):
+        return False
     if changed:
         raise other_settings(stage, "finished", changed)
     return True
+
+
+def only_longer(stage: Stage, changed: list[str]) -> bool:
+    """Whether nothing changed but `max_steps`: it may go on, see `going_on.go_on_to`."""
+    return changed == [f"{stage.name}.max_steps"] and stage.max_steps is not None
 
 
 def other_settings(stage: Stage, done: str, changed: list[str]) -> RecipeError:

@@ -1,13 +1,25 @@
 """Foreign chat templates: what they render, and which characters of it are the assistant's."""
 
 import json
+import os
 import re
-from collections.abc import Iterator
+import resource
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import numpy as np
 
+from hfsft.errors import ModelError, first_line
+
 Messages = list[dict[str, Any]]
+# bounds of one rendering, a hundred times what a long conversation takes
+SECONDS = 5.0  # of processor time, so that a busy machine counts for nothing
+MEMORY = 2**28  # bytes on top of what the process holds
+LONGEST = 2**16  # characters, and so many more as the messages have,
+TIMES = 100  # times this
 # stand for the special tokens written inside a message while a template renders it
 SENTINELS = 0xF0000  # the first of Unicode's supplementary private use characters
 PROBE = [
@@ -20,6 +32,107 @@ PROBE = [
 
 class TemplateError(Exception):
     """A template cannot render a conversation, or not so that its assistant's turns can be told."""
+
+
+class _Spent(BaseException):
+    """A rendering's time is up; jinja itself catches whatever is an `Exception`."""
+
+
+def bounded(name: str, make: Callable[[], Any], ceiling: int | None = None) -> Any:
+    """What a chat template makes, within `SECONDS` and `MEMORY`.
+
+    Jinja's sandbox keeps a template from files and code, not from `{{ 'a' * 500000000 }}`. Outside
+    of the main thread neither bound holds, and where there is no /proc (macOS) not that of memory.
+
+    Args:
+        name: the model or tokenizer whose template it is, for the error.
+        make: renders it.
+        ceiling: as `memory_ceiling` gave it a moment ago, for several renderings in a row.
+
+    Raises:
+        ModelError: if it takes more.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return make()
+    _take_signal()
+    try:
+        return _limited(make, memory_ceiling() if ceiling is None else ceiling)
+    except (MemoryError, SystemError):  # the second where C code forgets to say why it failed
+        raise too_much(name, f"takes more than {MEMORY // 2**20} MiB of memory") from None
+    except _Spent:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        raise too_much(name, f"takes more than {SECONDS:g} s of processor time") from None
+
+
+def too_much(name: str, what: str) -> ModelError:
+    """The error of a chat template that is beyond a bound."""
+    return ModelError(
+        f"{name}: its chat template {what} for one conversation\n  Give another: "
+        "tokenizer: {chat_template: FILE}, or chatml, or nanochat"
+    )
+
+
+def _limited(make: Callable[[], Any], ceiling: int) -> Any:
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limits = [limit for limit in (ceiling, soft) if limit != resource.RLIM_INFINITY]
+    try:
+        if limits:
+            resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
+        try:
+            # more than once: what is raised in a destructor is lost
+            signal.setitimer(signal.ITIMER_PROF, SECONDS, 0.1)
+            return make()
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+@cache
+def _take_signal() -> None:
+    """Once a process: it takes 7 µs, a tenth of a rendering."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise _Spent
+
+    signal.signal(signal.SIGPROF, stop)
+
+
+def memory_ceiling() -> int:
+    """Bytes of address space up to which a rendering may go, from what the process holds now."""
+    try:
+        file = os.open("/proc/self/statm", os.O_RDONLY)
+    except OSError:
+        return resource.RLIM_INFINITY
+    try:
+        return int(os.read(file, 32).split()[0]) * resource.getpagesize() + MEMORY
+    finally:
+        os.close(file)
+
+
+def prompt_text(messages: Messages, tokenizer: Any) -> str:
+    """A conversation that the assistant is to go on with, as its template writes it.
+
+    Args:
+        messages: in OpenAI's form, the last one the user's.
+        tokenizer: any with a chat template.
+
+    Raises:
+        ModelError: if the template takes more than a rendering may, or refuses the messages.
+    """
+    try:
+        return bounded(
+            tokenizer.name_or_path,
+            lambda: tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False
+            ),
+        )
+    except ModelError:
+        raise
+    except Exception as error:  # a template can raise anything
+        raise ModelError(
+            f"{tokenizer.name_or_path}: its chat template refuses: {first_line(error)}"
+        ) from None
 
 
 def special_tokens(tokenizer: Any) -> list[str]:
@@ -48,18 +161,32 @@ def render(
     Raises:
         TemplateError: with the reason, also where it leaves a tool call, a result or a system
             message out.
+        ModelError: if it takes more than a rendering may.
     """
-    import jinja2
     from transformers.utils.chat_template_utils import render_jinja_template
 
     template = tokenizer.hfsft_training_template or tokenizer.chat_template
+    ceiling = memory_ceiling()  # 6 µs, so not for each rendering
 
     def rendered(turns: Messages, **settings: Any) -> tuple[list[str], Any]:
-        return render_jinja_template(
-            conversations=[turns],
-            **{"chat_template": template} | settings,
-            **tokenizer.special_tokens_map,
-        )
+        try:
+            found = bounded(
+                tokenizer.name_or_path,
+                lambda: render_jinja_template(
+                    conversations=[turns],
+                    **{"chat_template": template} | settings,
+                    **tokenizer.special_tokens_map,
+                ),
+                ceiling,
+            )
+        except ModelError:
+            raise
+        except Exception as error:  # a template can raise anything, such as ZeroDivisionError
+            raise TemplateError(f"the chat template refuses it: {first_line(error)}") from None
+        length = len(found[0][0])
+        if length > LONGEST and length > LONGEST + TIMES * len(json.dumps(turns)):
+            raise too_much(tokenizer.name_or_path, f"writes {length:,} characters")
+        return found
 
     def added(first: int, last: int, prompt: bool, whole: str) -> tuple[int, int]:
         """The span that the turns from `first` to before `last` add to the turns before them."""
@@ -69,35 +196,32 @@ def render(
             raise TemplateError("the chat template rewrites earlier turns")
         return len(before), _turn_end(after, len(before), tokenizer) if prompt else len(after)
 
-    try:
-        spans: list[tuple[int, int]] = []
-        if tokenizer.hfsft_training_template is not None and assistant_only:
-            texts, marked = rendered(messages, return_assistant_tokens_mask=True)
-            text, spans = texts[0], marked[0]
-        else:
-            text = rendered(messages)[0][0]
-        if any("tool_calls" in message for message in messages):
-            silent = [
-                {key: value for key, value in message.items() if key != "tool_calls"}
-                for message in messages
-            ]
-            if rendered(silent)[0][0] == text:
-                raise TemplateError("tool calls, which the chat template cannot write")
-        for message in messages:
-            if message["role"] in ("system", "tool") and not _is_written(message["content"], text):
-                kind = {"system": "system message", "tool": "tool's result"}[message["role"]]
-                raise TemplateError(f"a {kind}, which the chat template leaves out")
-        if not assistant_only:
-            results = [added(first, last, False, text) for first, last in _result_runs(messages)]
-            edges = [0, *(edge for span in results for edge in span), len(text)]
-            return text, list(zip(edges[::2], edges[1::2], strict=True))
-        if tokenizer.hfsft_training_template is None:
-            for index, message in enumerate(messages):
-                if message["role"] == "assistant":
-                    spans.append(added(index, index + 1, True, text))
-        return text, spans
-    except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
-        raise TemplateError(f"the chat template refuses it: {error}") from None
+    spans: list[tuple[int, int]] = []
+    if tokenizer.hfsft_training_template is not None and assistant_only:
+        texts, marked = rendered(messages, return_assistant_tokens_mask=True)
+        text, spans = texts[0], marked[0]
+    else:
+        text = rendered(messages)[0][0]
+    if any("tool_calls" in message for message in messages):
+        silent = [
+            {key: value for key, value in message.items() if key != "tool_calls"}
+            for message in messages
+        ]
+        if rendered(silent)[0][0] == text:
+            raise TemplateError("tool calls, which the chat template cannot write")
+    for message in messages:
+        if message["role"] in ("system", "tool") and not _is_written(message["content"], text):
+            kind = {"system": "system message", "tool": "tool's result"}[message["role"]]
+            raise TemplateError(f"a {kind}, which the chat template leaves out")
+    if not assistant_only:
+        results = [added(first, last, False, text) for first, last in _result_runs(messages)]
+        edges = [0, *(edge for span in results for edge in span), len(text)]
+        return text, list(zip(edges[::2], edges[1::2], strict=True))
+    if tokenizer.hfsft_training_template is None:
+        for index, message in enumerate(messages):
+            if message["role"] == "assistant":
+                spans.append(added(index, index + 1, True, text))
+    return text, spans
 
 
 def _is_written(content: str, text: str) -> bool:

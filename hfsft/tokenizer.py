@@ -4,12 +4,14 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from accelerate import PartialState
 
-from hfsft.errors import ModelError, RecipeError, first_line
-from hfsft.hub import require_model
+from hfsft.disk import writing_to
+from hfsft.errors import ModelError, RecipeError
+from hfsft.hub import NOT_LOADED, require_model, why_not_loaded
 from hfsft.recipe import Recipe, Stage
 from hfsft.templates import TemplateError, end_of_turn
 
@@ -128,9 +130,9 @@ def load_tokenizer(
         )
     except Exception as error:
         # the tokenizers library raises Exception itself
-        if type(error) is not Exception and not isinstance(error, OSError | ValueError | KeyError):
+        if type(error) is not Exception and not isinstance(error, NOT_LOADED):
             raise
-        raise ModelError(f"{start}: cannot load its tokenizer: {first_line(error)}") from None
+        raise ModelError(f"{start}: cannot load its tokenizer: {why_not_loaded(error)}") from None
     if not tokenizer.is_fast:
         raise ModelError(f"{start}: has no fast tokenizer (tokenizer.json), which training needs")
     if chat_template is None and not tokenizer.chat_template:
@@ -189,8 +191,12 @@ def _recognise_template(tokenizer: Any, start: str) -> Any:
         if has_generation_markers(tokenizer.chat_template):
             tokenizer.hfsft_training_template = tokenizer.chat_template
         else:
+            # trl looks it up by its text; what it renders before, unbounded, decides nothing here
+            stand_in = SimpleNamespace(
+                chat_template=tokenizer.chat_template, apply_chat_template=lambda *_, **__: ""
+            )
             with contextlib.suppress(ValueError):  # a template that trl does not know
-                tokenizer.hfsft_training_template = get_training_chat_template(tokenizer)
+                tokenizer.hfsft_training_template = get_training_chat_template(stand_in)
         try:
             tokenizer.eos_token = end_of_turn(tokenizer)
         except TemplateError as error:
@@ -216,7 +222,9 @@ def base_tokenizer(recipe: Recipe, texts: Iterable[str], resuming: bool) -> Any:
     if recipe.tokenizer.get("train"):
         state = PartialState()
         if state.is_main_process and not resuming:
-            new_tokenizer(recipe, texts).save_pretrained(folder)
+            trained = new_tokenizer(recipe, texts)
+            with writing_to(folder):
+                trained.save_pretrained(folder)
         state.wait_for_everyone()
         return load_tokenizer(str(folder))
     return new_tokenizer(recipe, texts)

@@ -1,0 +1,189 @@
+"""Room on the disk: what a stage writes, asked for before it trains, and said where it runs out."""
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import ceil, prod
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from hfsft.errors import DiskShortage, HfsftError, first_line
+
+# numbers of an error that the disk is the cause of, and what libraries say that keep none
+NUMBERS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
+WORDS = re.compile(
+    r"No space left|File too large|Read-only file system|Disk quota|Permission denied"
+    # torch, of a full disk
+    r"|unexpected pos|PytorchStreamWriter failed|file write failed"
+)
+# states of an optimizer for each trained parameter, by a part of its name; of any other two
+STATES = {"sgd": 0, "lomo": 0, "lion": 1, "adagrad": 1, "rmsprop": 1, "ademamix": 3}
+SMALL_8BIT = 4096  # elements; below, bitsandbytes keeps 32 bits
+SMALL_FILES = 2**16  # bytes of a checkpoint's schedule, random states, log and manifest
+
+
+def optimizer_bytes(model: nn.Module, optim: str) -> int:
+    """Bytes of an optimizer's states on the disk.
+
+    Args:
+        model: whose parameters are trained as far as they ask for gradients.
+        optim: transformers' name; of one that is not known, two 32-bit states are assumed.
+    """
+    count = next((count for part, count in STATES.items() if part in optim), 2)
+    embeddings = {
+        id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
+    }
+    total = 0
+    for weight in model.parameters():
+        if not weight.requires_grad:
+            continue
+        size, width = weight.numel(), weight.element_size()
+        if "8bit" in optim and size >= SMALL_8BIT and id(weight) not in embeddings:
+            width = 1 + 4 / 256  # and a scale a block
+        elif "bit" in optim:
+            width = 4
+        if optim == "adafactor" and weight.ndim > 1:
+            *rest, rows, columns = weight.shape
+            total += 4 * prod(rest) * (rows + columns)
+        elif optim == "adafactor":
+            total += 4 * size
+        else:
+            total += ceil(count * size * width)
+    return total
+
+
+def checkpoint_size(model: nn.Module, optim: str) -> int:
+    """Bytes of a checkpoint's large files, before the first step.
+
+    Args:
+        model: of one with an adapter, the trained parameters are saved.
+        optim: transformers' name.
+    """
+    saved = [p for p in model.parameters() if p.requires_grad or not hasattr(model, "peft_config")]
+    return sum(p.numel() * p.element_size() for p in saved) + optimizer_bytes(model, optim)
+
+
+def model_size(model: nn.Module) -> int:
+    """Bytes of the finished model, and of the adapter beside it."""
+    adapter = 0
+    if hasattr(model, "peft_config"):
+        adapter = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    # 4-bit weights are packed in pairs, and merged in 16 bits
+    whole = sum(
+        p.numel() * (p.element_size() if p.is_floating_point() else 4) for p in model.parameters()
+    )
+    return whole + adapter
+
+
+def most_checkpoints(settings: dict[str, Any], max_steps: int | None) -> int:
+    """How many checkpoints lie beside each other at most, the one being written too.
+
+    Args:
+        settings: of the trainer.
+        max_steps: of the stage; None: not known yet. Without `save_total_limit` the checkpoints of
+            other strategies than steps are not counted ahead.
+    """
+    if settings.get("save_strategy") == "no":
+        return 0
+    every, steps = settings.get("save_steps", 500), max_steps or 0
+    by_steps = settings.get("save_strategy", "steps") == "steps" and steps
+    saves = ceil(steps / (every * steps if every < 1 else every)) if by_steps else None
+    kept = min((n for n in (settings.get("save_total_limit"), saves) if n is not None), default=1)
+    extra = (settings.get("metric_for_best_model") is not None) + (
+        settings.get("lr_scheduler_type") == "warmup_stable_decay"
+    )
+    return kept + extra + 1
+
+
+def folder_size(folder: Path) -> int:
+    """Bytes of the files in a folder, 0 where there is none."""
+    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that this user may still write to the disk of a folder, which need not exist yet.
+
+    A quota is not seen.
+    """
+    return shutil.disk_usage(_existing(folder)).free
+
+
+def _existing(folder: Path) -> Path:
+    folder = folder.absolute()
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def require_writable(folder: Path) -> None:
+    """Return if a folder can be written to, or made.
+
+    Raises:
+        DiskShortage: if not.
+    """
+    for path in (folder, *folder.parents):
+        if path.is_symlink() and not path.exists():
+            raise DiskShortage(f"{folder} cannot be written to: {path} is a link to nothing")
+    there = _existing(folder)
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise DiskShortage(f"{folder} cannot be written to: {there} is read-only or no folder")
+
+
+def require_room(name: str, folder: Path, needed: int, contents: str) -> None:
+    """Return if a disk has room for what a stage will write.
+
+    Args:
+        name: the stage's.
+        folder: where it writes.
+        needed: bytes in all; what the folder holds already is part of them.
+        contents: what takes them, for the error.
+
+    Raises:
+        DiskShortage: with the bytes needed and free.
+    """
+    more, free = needed - folder_size(folder), free_bytes(folder)
+    if more > free:
+        raise DiskShortage(
+            f"{name}: {folder} needs {shown(more)} more on its disk, and {shown(free)} are free\n"
+            f"  {contents}; a smaller save_total_limit needs less, --ignore_plan starts all the "
+            "same"
+        )
+
+
+@contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Say in two lines where the disk ran out or cannot be written to.
+
+    Args:
+        folder: that is written to meanwhile.
+
+    Raises:
+        DiskShortage: for an error whose cause is the disk; any other passes.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, HfsftError) or not is_of_disk(error):
+            raise
+        raise DiskShortage(
+            f"{getattr(error, 'filename', None) or folder}: cannot be written: "
+            f"{first_line(error)}\n  {shown(free_bytes(folder))} are free on the disk of {folder}; "
+            "once there is room, the same command goes on"
+        ) from None
+
+
+def is_of_disk(error: BaseException) -> bool:
+    """Whether it is the disk that an error comes from."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in NUMBERS
+    # what is raised while a file is closed hides why it is
+    before = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return bool(WORDS.search(str(error))) or (before is not None and is_of_disk(before))
+
+
+def shown(size: int) -> str:
+    """A number of bytes, in MB as well where it is that large."""
+    return f"{size:,} bytes" + (f" ({size / 1e6:,.0f} MB)" if size >= 1e6 else "")
