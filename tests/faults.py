@@ -4,6 +4,10 @@
 
 Every round is a run of its own: it is killed up to three times, and must end with the weights, the
 optimizer's states and the log of one that was left alone. Prints a line a configuration.
+
+Processes are forked from this one, which has imported all they need. Two ranks find each other
+without torchrun, which `test_ranks.py` is for; `run` is the command `hfsft run` with all its
+processes.
 """
 
 import argparse
@@ -13,18 +17,24 @@ import json
 import os
 import random
 import signal
+import socket
+import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import yaml
+from hub_server import HubServer
 
-# imported before the forks: no child pays for it, and none inherits a running thread
 from hfsft import base, mid, sft
-from hfsft.errors import HfsftError
+from hfsft.errors import run_main
+from hfsft.tasks import facts
 
 STEPS = 6
+# of a log line, what no two runs share
+CLOCKED = {"seconds", "eval_seconds", "sample_seconds", "memory_bytes"}
 MODEL = {
     "model_type": "nanochat",
     "hidden_size": 64,
@@ -39,6 +49,7 @@ MODEL = {
 EVERY_STEP = {"logging_steps": 2, "save_steps": 1, "eval_steps": 3, "max_steps": STEPS}
 RECIPE = {
     "name": "start",
+    "sample_prompts": [],
     "model": MODEL,
     "tokenizer": {"train": True},
     "base": {
@@ -66,92 +77,156 @@ RECIPE = {
         **EVERY_STEP,
     },
 }
-# configuration → the stage, and what is added to its command line
+STREAM = ("--data", "[{path: me/text, streaming: true}]", "--held_out", "20")
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is run: a stage, or all of them."""
+
+    stage: object  # its module; None: `hfsft run`
+    extra: tuple[str, ...] = ()  # of its command line
+    ranks: int = 1
+
+
 CONFIGS = {
-    "base": (base, ()),
-    "mid": (mid, ("--dataloader_num_workers", "1")),
-    "sft": (sft, ()),
-    "lora": (sft, ("--lora.r", "4", "--lora.lora_dropout", "0.1")),
-    "workers": (sft, ("--dataloader_num_workers", "2", "--optim", "adamw_torch")),
+    "base": Config(base),
+    "mid": Config(mid, ("--dataloader_num_workers", "1")),
+    "sft": Config(sft),
+    "lora": Config(sft, ("--lora.r", "4", "--lora.lora_dropout", "0.1")),
+    "workers": Config(sft, ("--dataloader_num_workers", "2", "--optim", "adamw_torch")),
+    "stream": Config(base, STREAM),
+    "ranks": Config(sft, ranks=2),
+    "mid-ranks": Config(mid, ranks=2),
+    "run": Config(None),
 }
 
 
-def start(stage, *argv: str) -> int:
-    """Run a stage in a process of its own; its number."""
+class Run:
+    """A command's processes."""
+
+    def __init__(self, config: Config, recipe: Path, name: str):
+        argv = [str(recipe), "--name", name, "--quiet", *config.extra]
+        self.group = None
+        if config.stage is None:
+            command = [sys.executable, "-m", "hfsft", "run", *argv]
+            self.group = subprocess.Popen(command, start_new_session=True)
+            self.processes = [self.group.pid]
+            return
+        if config.stage is not base:
+            start = recipe.parent / "runs" / "start" / ("base" if config.stage is mid else "mid")
+            argv += ["--model_name_or_path", str(start)]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.processes = [_fork(config, argv, rank, str(port)) for rank in range(config.ranks)]
+
+    def send(self, number: int, rng: random.Random) -> None:
+        """Kill every process, or signal one: a launcher, a rank, or both ranks one by one."""
+        if self.group is not None and number == signal.SIGKILL:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.group.pid, number)
+            return
+        told = self.processes
+        if number != signal.SIGKILL and len(told) > 1 and rng.random() < 0.5:
+            told = [rng.choice(told)]
+        for index, process in enumerate(told):
+            if index and number != signal.SIGKILL:
+                time.sleep(rng.uniform(0.0, 0.6))
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, number)
+
+    def end(self) -> int:
+        """Wait for it; the first exit status that is not 0, below 0 after a signal."""
+        if self.group is not None:
+            return self.group.wait()
+        first, left = 0, list(self.processes)
+        while left:
+            child, status = os.waitpid(-1, 0)
+            left.remove(child)
+            first = first or os.waitstatus_to_exitcode(status)
+            if first:  # as torchrun does
+                for other in left:
+                    os.kill(other, signal.SIGTERM)
+        return first
+
+
+def _fork(config: Config, argv: list[str], rank: int, port: str) -> int:
     child = os.fork()
     if child:
         return child
     status = 1
     try:
+        if config.ranks > 1:
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": config.ranks}
+            os.environ.update({key: str(value) for key, value in place.items()})
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            os.environ |= {"LOCAL_WORLD_SIZE": str(config.ranks), "ACCELERATE_USE_CPU": "true"}
         torch.set_num_threads(1)
-        stage.main(*argv)
+        run_main(config.stage.main, *argv)
         status = 0
-    except HfsftError as error:
-        print(error, file=sys.stderr)
-        status = error.exit_status
+    except SystemExit as end:
+        status = end.code
     finally:
         sys.stderr.flush()
         os._exit(status)
 
 
-def end(child: int) -> int:
-    """Wait for a process; its exit status, below 0 after a signal."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def bits(folder: Path) -> dict[str, str]:
+def bits(folder: Path, steps: int = STEPS) -> dict[str, str]:
     """Digests of what a run leaves: weights, optimizer states, and the log without its seconds."""
     found = {}
-    for name in ("model.safetensors", f"checkpoints/checkpoint-{STEPS}/optimizer.pt"):
+    for name in ("model.safetensors", f"checkpoints/checkpoint-{steps}/optimizer.pt"):
         found[name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    kept = [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+    kept = [timeless(line) for line in lines]
     found["metrics.jsonl"] = json.dumps(sorted(kept, key=lambda line: (line["step"], sorted(line))))
     return found
 
 
+def timeless(line: dict) -> dict:
+    """A log line without what no two runs share."""
+    kept = {key: line[key] for key in line.keys() - CLOCKED}
+    if "advice" in kept:  # its sentence names minutes
+        kept["advice"] = {key: line["advice"][key] for key in line["advice"].keys() - {"says"}}
+    return kept
+
+
 def rounds(name: str, recipe: Path, count: int, number: int, rng: random.Random) -> dict[str, int]:
     """Break a configuration so many times; what happened."""
-    stage, extra = CONFIGS[name]
-    stage_name = stage.__name__.split(".")[1]
-    home = recipe.parent / "runs"
+    config, home = CONFIGS[name], recipe.parent / "runs"
+    stages = ("base", "mid", "sft")
+    if config.stage is not None:
+        stages = (config.stage.__name__.split(".")[1],)
 
-    def run(run_name: str) -> int:
-        if stage is mid or stage is sft:
-            start_from = home / "start" / ("base" if stage is mid else "mid")
-            return start(
-                stage,
-                str(recipe),
-                "--name",
-                run_name,
-                "--quiet",
-                *extra,
-                "--model_name_or_path",
-                str(start_from),
-            )
-        return start(stage, str(recipe), "--name", run_name, "--quiet", *extra)
+    def all_bits(run_name: str) -> dict[str, str]:
+        return {
+            f"{stage}/{what}": found
+            for stage in stages
+            for what, found in bits(home / run_name / stage).items()
+        }
 
     began = time.monotonic()
-    assert end(run(f"{name}-whole")) == 0
+    assert Run(config, recipe, f"{name}-whole").end() == 0
     lasted = time.monotonic() - began
-    expected = bits(home / f"{name}-whole" / stage_name)
+    expected = all_bits(f"{name}-whole")
     seen = {"rounds": count, "kills": 0, "during a save": 0, "other statuses": 0, "mismatches": 0}
     for index in range(count):
         run_name = f"{name}-{index}"
-        folder = home / run_name / stage_name
         for _ in range(rng.randint(1, 3)):
-            child = run(run_name)
+            run = Run(config, recipe, run_name)
             time.sleep(rng.uniform(0.05, 1.0) * lasted)
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(child, number)
-            status = end(child)
-            if status == 0:
+            run.send(number, rng)
+            if (status := run.end()) == 0:
                 break
             seen["kills"] += 1
-            seen["during a save"] += (folder / "checkpoints" / "partial").exists()
-            seen["other statuses"] += status not in (-number, 128 + number)
-        seen["other statuses"] += end(run(run_name)) != 0
-        found = bits(folder)
+            seen["during a save"] += any(
+                (home / run_name / stage / "checkpoints" / "partial").exists() for stage in stages
+            )
+            if status not in (-number, 128 + number):
+                print(f"{run_name}: exit status {status}", flush=True)
+                seen["other statuses"] += 1
+        seen["other statuses"] += Run(config, recipe, run_name).end() != 0
+        found = all_bits(run_name)
         seen["mismatches"] += found != expected
         for what in expected:
             if found[what] != expected[what]:
@@ -169,17 +244,32 @@ def main() -> None:
     parser.add_argument("--signal", default="KILL", choices=("KILL", "TERM", "INT", "HUP"))
     given = parser.parse_args()
     number = signal.Signals[f"SIG{given.signal}"]
+    for taken in (signal.SIGINT, signal.SIGHUP):  # a shell's background jobs ignore them
+        signal.signal(taken, signal.default_int_handler)
+    configs = given.configs.split(",")
     recipe = given.folder / "faults.yaml"
     recipe.write_text(yaml.safe_dump(RECIPE | {"output_dir": str(given.folder / "runs")}))
-    for stage in (base, mid):
-        assert end(start(stage, str(recipe), "--quiet")) == 0
-    failed = False
-    for name in given.configs.split(","):
-        seen = rounds(name, recipe, given.rounds, number, random.Random(f"{given.seed}:{name}"))
-        print(
-            f"{name}: " + ", ".join(f"{count} {what}" for what, count in seen.items()), flush=True
-        )
-        failed = failed or seen["mismatches"] or seen["other statuses"]
+    with contextlib.ExitStack() as stack:
+        if "stream" in configs:
+            hub = stack.enter_context(HubServer())
+            rows = "".join(json.dumps({"text": fact}) + "\n" for fact in facts()[:300])
+            hub.add_repo("me/text", "dataset", {"train.jsonl": rows.encode()})
+            os.environ |= hub.env(given.folder, "hf_read")
+        # after the Hub's address is set, and before the forks: no child pays for it
+        import hfsft.corpus
+        import hfsft.training  # noqa: F401
+
+        failed = False
+        if set(configs) - {"run", "stream", "base"}:
+            for stage in (base, mid):
+                assert Run(Config(stage), recipe, "start").end() == 0
+        for name in configs:
+            seen = rounds(name, recipe, given.rounds, number, random.Random(f"{given.seed}:{name}"))
+            print(
+                f"{name}: " + ", ".join(f"{count} {what}" for what, count in seen.items()),
+                flush=True,
+            )
+            failed = failed or seen["mismatches"] or seen["other statuses"]
     sys.exit(bool(failed))
 
 
