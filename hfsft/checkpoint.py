@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -159,17 +160,17 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
     return None, []
 
 
-def rotate(folder: Path, keep: int | None, needed: Path | None = None) -> None:
+def rotate(folder: Path, keep: int | None, needed: Collection[int] = ()) -> None:
     """Delete the oldest checkpoints beyond so many; none that hfsft did not write.
 
     Args:
         folder: that holds the checkpoints.
         keep: how many stay; None: all.
-        needed: one that stays in any case, such as the best.
+        needed: the steps of those that stay in any case, such as the best.
     """
     ours = [path for path in checkpoints(folder) if (path / MANIFEST).is_file()]
     for path in ours[keep:] if keep else []:
-        if path != needed:
+        if step_of(path) not in needed:
             # broken off, it is no checkpoint any more
             shutil.rmtree(path.rename(folder / DELETED))
 

@@ -2,9 +2,11 @@
 
 import json
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from hfsft import __version__
 from hfsft.errors import run_main
@@ -77,14 +79,15 @@ def run(
                 print(finished_line(stage))
         else:
             launch_stage(name, recipe, arguments, config_file)
-    if quiet and not as_json:
-        return
-    from hfsft.report import print_summary, run_summary
+    from hfsft.summary import print_summary, run_summary
 
     summary = run_summary(checked)
+    from hfsft.report import write_report  # it reads what the summary has graded
+
+    summary["report"] = str(write_report(checked.folder)[1])
     if as_json:
         print(json.dumps(summary, indent=1))
-    else:
+    elif not quiet:
         print_summary(summary)
 
 
@@ -184,6 +187,40 @@ def plan(
 
 
 @app.command()
+def report(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder: runs/demo.")],
+    other: Annotated[
+        str | None,
+        typer.Argument(metavar="[RUN]", help="Another one to compare it to.", show_default=False),
+    ] = None,
+    as_html: Annotated[
+        bool, typer.Option("--html", help="Leave one HTML file too, with the pictures inside.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a run's report.md with pictures, wherever the run stands; or compare two runs."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    if other is not None:
+        from hfsft.comparison import differences_text, write_comparison
+
+        numbers, path = write_comparison((Path(run), Path(other)), as_html)
+        text = differences_text(numbers)
+    else:
+        from hfsft.report import summary_text, write_report
+
+        numbers, path = write_report(Path(run), as_html)
+        text = summary_text(numbers)
+    if as_json:
+        print(json.dumps(numbers, indent=1))
+        return
+    console = Console()
+    console.print(Markdown(text))
+    console.print(f"\nWritten: [bold]{escape(str(path))}[/]", highlight=False, soft_wrap=True)
+
+
+@app.command()
 def push(
     folder: Annotated[
         str, typer.Argument(metavar="RUN_OR_FOLDER", help="A run, a stage, or a model's folder.")
@@ -211,6 +248,64 @@ def push(
     else:
         for push in pushes:
             print(push)
+
+
+@app.command("eval")
+def evaluate_models(
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL...", help="Folders or Hub ids; of two the difference too."),
+    ],
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tasks",
+            metavar="NAME,...",
+            help="arc_easy, arc_challenge, mmlu, gsm8k, humaneval, simple_spelling, spelling_bee, "
+            "arithmetic, held_out, reasoning_gym:NAME, lm_eval:NAME. By default what runs offline "
+            "for a stage of a run, nanochat's chat tasks for others.",
+        ),
+    ] = None,
+    rows: Annotated[
+        int | None, typer.Option("--rows", min=1, help="Rows of each task at most.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of their choice.")] = 0,
+    batch_size: Annotated[int, typer.Option("--batch_size", min=1, help="Prompts at a time.")] = 16,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data",
+            metavar="FOLDER|NAME=FILE",
+            help="Rows of the same schema instead of the Hub's: arc_easy=mine.jsonl, or a folder "
+            "of such files, each with its task's name.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Where eval.json and eval/ go; by default to the model's."),
+    ] = None,
+    allow_code: Annotated[
+        bool, typer.Option("--allow_code", help="Run the programs that humaneval asks for.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Ask models the rows of benchmarks; what was asked before is not asked again."""
+    from hfsft.evaluation import evaluate_and_print
+
+    names = [name for given in tasks or () for name in given.split(",") if name]
+    found = evaluate_and_print(
+        models,
+        names,
+        data or [],
+        out,
+        as_json,
+        rows=rows,
+        seed=seed,
+        batch_size=batch_size,
+        allow_code=allow_code,
+    )
+    if as_json:
+        print(json.dumps(found, indent=1))
 
 
 @app.command()

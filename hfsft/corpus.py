@@ -9,7 +9,7 @@ import os
 import random
 from array import array
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from hfsft.errors import DataError
 from hfsft.mixture import (
     JSON_COLUMN,
     ROW_COLUMN,
+    SOURCE_COLUMN,
     Mixture,
     choose_held_out,
     copies,
@@ -122,7 +123,7 @@ def mix_text(recipe: Recipe, tokenizer: Any) -> Mixture:
             return once(repr([*depends_on, digests]), made, ROW_FEATURES)
 
         train = rows_of(chosen)
-        held_out = rows_of(held) if any(map(len, held)) else None
+        held_out = _held_rows(stage, held, rows_of)
     sizes = {"train": sum(map(len, chosen)), "held_out": sum(map(len, held))}
     audit = {
         "sources": audits,
@@ -132,6 +133,21 @@ def mix_text(recipe: Recipe, tokenizer: Any) -> Mixture:
         "tokens_a_row": length,
     }
     return Mixture(train, held_out, audit, rejected)
+
+
+def _held_rows(
+    stage: Stage,
+    held: list[np.ndarray],
+    rows_of: Callable[[list[np.ndarray]], datasets.Dataset],
+) -> datasets.Dataset | None:
+    """What is held out in rows, those of each source by themselves."""
+    parts = []
+    for index, source in enumerate(stage.data):
+        if len(held[index]):
+            alone = [rows if i == index else rows[:0] for i, rows in enumerate(held)]
+            rows = rows_of(alone)
+            parts.append(rows.add_column(SOURCE_COLUMN, [str(source)] * len(rows)))
+    return datasets.concatenate_datasets(parts) if parts else None
 
 
 def _choose(
@@ -340,7 +356,8 @@ def open_text_stream(
         raise DataError(f"{stage.name}: held_out: the first {count} documents have no text")
     rows = fit_rows(encode_texts(texts, tokenizer), tokenizer.bos_token_id, length)
     train = TextStream(stream.skip(count), source, tokenizer, length, stage.seed, set(texts))
-    return train, datasets.Dataset.from_dict({"input_ids": rows})
+    held_out = {"input_ids": rows, SOURCE_COLUMN: [str(source)] * len(rows)}
+    return train, datasets.Dataset.from_dict(held_out)
 
 
 class TextStream(torch.utils.data.IterableDataset):

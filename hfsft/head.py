@@ -36,13 +36,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
         for start in range(0, hidden.shape[0], rows):
             part, target = hidden[start : start + rows], targets[start : start + rows, None]
-            logits = linear(part, weight, bias).float()
-            if scale != 1.0:
-                logits *= scale
-            if softcap is not None:
-                logits = logits.div_(softcap).tanh_().mul_(softcap)
+            logits = _logits(part, weight, bias, softcap, scale)
             chosen = logits.gather(1, target)
-            correct += (chosen >= logits.amax(1, keepdim=True)).sum()
+            # of several likeliest ones the first: logits that are all 0 hit nothing by being equal
+            correct += (logits.argmax(1, keepdim=True) == target).sum()
             log_probs = chosen - logits.logsumexp(1, keepdim=True)
             share = log_probs.exp() if dft else None  # Wu et al. 2025: weigh by the probability
             total -= (log_probs * share if dft else log_probs).sum()
@@ -116,12 +113,51 @@ def linear_cross_entropy(
     return _LinearCrossEntropy.apply(hidden, weight, bias, targets, softcap, scale, dft)
 
 
+@torch.no_grad()
+def token_losses(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    softcap: float | None = None,
+    scale: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The cross-entropy of each target by itself, for validation; arguments as above.
+
+    Returns:
+        float32 [positions], and bool [positions]: whether the target was the likeliest token.
+    """
+    losses, hits = [], []
+    rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+    for part, target in zip(hidden.split(rows), targets[:, None].split(rows), strict=True):
+        logits = _logits(part, weight, bias, softcap, scale)
+        chosen = logits.gather(1, target)
+        hits.append((logits.argmax(1, keepdim=True) == target).flatten())
+        losses.append((logits.logsumexp(1, keepdim=True) - chosen).flatten())
+    return torch.cat(losses), torch.cat(hits)
+
+
+def _logits(
+    part: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    softcap: float | None,
+    scale: float,
+) -> torch.Tensor:
+    logits = linear(part, weight, bias).float()
+    if scale != 1.0:
+        logits *= scale
+    if softcap is not None:
+        logits = logits.div_(softcap).tanh_().mul_(softcap)
+    return logits
+
+
 def fuse_head(model: Any, dft: bool = False) -> bool:
     """Teach a causal language model's forward to return the loss of chosen positions.
 
     With `targets` (int64 [positions]) and `target_positions` (int64 [positions], into the flattened
-    batch) it returns what `linear_cross_entropy` does; without, what it always did. It stays one
-    forward of the whole model, as DDP and FSDP need it.
+    batch) it returns what `linear_cross_entropy` does, with `each=True` what `token_losses` does;
+    without, what it always did. It stays one forward of the whole model, as DDP and FSDP need it.
 
     Args:
         model: a `PreTrainedModel`, or the one inside a `PeftModel`; patched in place.
@@ -140,7 +176,7 @@ def fuse_head(model: Any, dft: bool = False) -> bool:
     scale = _logit_scale(config)
     original = model.forward
 
-    def forward(self, *args, targets=None, target_positions=None, **kwargs):
+    def forward(self, *args, targets=None, target_positions=None, each=False, **kwargs):
         if targets is None:
             return original(*args, **kwargs)
         hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
@@ -149,10 +185,11 @@ def fuse_head(model: Any, dft: bool = False) -> bool:
         weight, bias = head.weight, head.bias
         if isinstance(weight, DTensor):  # FSDP2
             weight, bias = weight.full_tensor(), bias if bias is None else bias.full_tensor()
+        hidden = hidden.flatten(0, 1)[target_positions]
         with _gathered(weight):
-            return linear_cross_entropy(
-                hidden.flatten(0, 1)[target_positions], weight, bias, targets, softcap, scale, dft
-            )
+            if each:
+                return token_losses(hidden, weight, bias, targets, softcap, scale)
+            return linear_cross_entropy(hidden, weight, bias, targets, softcap, scale, dft)
 
     model.forward = types.MethodType(forward, model)
     return True

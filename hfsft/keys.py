@@ -115,6 +115,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "eval_accumulation_steps": (1, 2**31),
     "eval_delay": (0, 2**31),
     "examples_per_step": (1, 2**20),
+    "eval_budget": (0, 1),
     "held_out": (0, 2**31),
     "hidden_size": (1, 2**20),
     "intermediate_size": (1, 2**24),
@@ -150,7 +151,14 @@ LIMITS: dict[str, tuple[float, float]] = {
     "weight": (0, 1000),
     "weight_decay": (0, 1000),
 }
-ABOVE_ZERO = {"learning_rate", "num_train_epochs", "logging_steps", "save_steps", "weight"}
+ABOVE_ZERO = {
+    "eval_budget",
+    "learning_rate",
+    "num_train_epochs",
+    "logging_steps",
+    "save_steps",
+    "weight",
+}
 # below 1 a share of the whole, else a number of steps or conversations
 SHARES = {"eval_steps", "held_out", "logging_steps", "save_steps", "warmup_steps"}
 MEMORY = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]i?B)")
@@ -171,6 +179,8 @@ HUB_KEYS = (
 _ALL_STAGES = (
     "data",
     "held_out",
+    "eval_budget",
+    "stop",
     "duplicates",
     "on_bad_rows",
     "max_length",
@@ -212,6 +222,8 @@ FIELDS = {
     "extends": Field("str"),
     "data": Field("list"),
     "held_out": Field("int | float"),
+    "eval_budget": Field("float"),
+    "stop": Field("str | None", ("plateau",)),
     "model_name_or_path": Field("str"),
     "revision": Field("str | None"),
     "max_length": Field("int | None"),

@@ -45,6 +45,7 @@ from hfsft.conversations import (
     known_format,
     to_messages,
 )
+from hfsft.disk import writing_to
 from hfsft.errors import DataError, first_line
 from hfsft.fields import nearest
 from hfsft.hub import require_on_hub
@@ -55,6 +56,7 @@ from hfsft.tasks import text_rows as embedded_texts
 
 JSON_COLUMN = "hfsft_json"  # a row as its JSON text
 ROW_COLUMN = "hfsft_row"  # a row's number in its source, from 0
+SOURCE_COLUMN = "source"  # the name of the source that a held-out row comes from
 # what the cache holds was made by this code
 CODE = hashlib.blake2b(
     b"".join(
@@ -153,7 +155,10 @@ def once(
     if not path.is_file():
         partial = path.with_suffix(f".{os.getpid()}")
         try:
-            with ArrowWriter(path=str(partial), features=datasets.Features(features)) as writer:
+            with (
+                writing_to(path.parent),
+                ArrowWriter(path=str(partial), features=datasets.Features(features)) as writer,
+            ):
                 for row in rows():
                     writer.write(row)
                 writer.finalize()
@@ -167,7 +172,8 @@ def _cache_file(key: str) -> Path:
     """Where the datasets cache keeps what this code makes of what `key` says."""
     name = hashlib.blake2b(f"{CODE}{key}".encode(), digest_size=16).hexdigest()
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "hfsft"
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     return folder / f"{name}.arrow"
 
 
@@ -399,9 +405,25 @@ class Mixture:
 
     # a dataset; sft's is a `RunOrder`; of a stream, an endless one; None where nothing is left
     train: Any
-    held_out: Any  # a dataset, or None where the stage validates nothing
+    held_out: Any  # a dataset, each row with its `source`; None where the stage validates nothing
     audit: dict[str, Any]  # as `audit.write_audit` takes it
     rejected: list[dict[str, Any]]  # source, row, reason
+    origins: "Origins | None" = None  # of the conversations in `train`
+
+
+@dataclass(frozen=True)
+class Origins:
+    """Which row of which source each conversation of a training set was."""
+
+    sources: list[str]
+    # of every conversation that was encoded
+    source_of: list[int]
+    row_of: list[int]
+    places: list[int]  # of them, those of the training set
+
+    def __getitem__(self, conversation: int) -> dict[str, Any]:
+        place = self.places[conversation]
+        return {"source": self.sources[self.source_of[place]], "row": self.row_of[place]}
 
 
 def settle(mixture: Mixture, stage: Stage) -> Mixture:
@@ -411,7 +433,8 @@ def settle(mixture: Mixture, stage: Stage) -> Mixture:
         DataError: where `on_bad_rows` refuses its rows, or none is left to train on.
     """
     if PartialState().is_main_process:
-        write_audit(stage.folder, mixture.audit, mixture.rejected)
+        with writing_to(stage.folder):
+            write_audit(stage.folder, mixture.audit, mixture.rejected)
         if not stage.quiet:
             print_audit(stage.name, mixture.audit, audit_console())
     sources = mixture.audit["sources"]
@@ -516,9 +539,18 @@ def mix_conversations(stage: Stage, tokenizer: Any, refuse: bool = False) -> Mix
     if not places:
         return Mixture(None, None, audit, rejected)
     encoded = prepared.dataset()
-    train = RunOrder(encoded, places) if stage.name == "sft" else encoded.select(places)
-    held_out = encoded.select(held) if stage.validates else None
-    return Mixture(train, held_out, audit, rejected)
+    names = [str(source) for source in stage.data]
+    origins = Origins(names, prepared.source_of, prepared.numbers, places)
+    if stage.name == "sft":
+        train = RunOrder(encoded, places, audit["train"])
+        train.origins = origins
+    else:
+        train = encoded.select(places)
+    held_out = None
+    if stage.validates:
+        names = [str(stage.data[prepared.source_of[item]]) for item in held]
+        held_out = encoded.select(held).add_column(SOURCE_COLUMN, names)
+    return Mixture(train, held_out, audit, rejected, origins)
 
 
 def _audit(
@@ -620,16 +652,17 @@ def _mapped(
 ) -> datasets.Dataset:
     """What a function makes of each batch of rows, in the cache under what `key` says."""
     path = _cache_file(key)
-    return rows.map(
-        function,
-        batched=True,
-        remove_columns=rows.column_names,
-        num_proc=stage.dataset_num_proc if len(rows) >= 1000 else None,
-        desc=shown,
-        features=datasets.Features(features),
-        cache_file_name=str(path),
-        new_fingerprint=path.stem,
-    )
+    with writing_to(path.parent):
+        return rows.map(
+            function,
+            batched=True,
+            remove_columns=rows.column_names,
+            num_proc=stage.dataset_num_proc if len(rows) >= 1000 else None,
+            desc=shown,
+            features=datasets.Features(features),
+            cache_file_name=str(path),
+            new_fingerprint=path.stem,
+        )
 
 
 def _refuse_duplicates(sources: list[_Checked], stage: Stage) -> None:
@@ -670,6 +703,7 @@ class _Prepared:
         self.items: list[dict[int, list[int]]] = [{} for _ in sources]  # row → its conversations
         # of each conversation, over all parts
         self.source_of: list[int] = []
+        self.numbers: list[int] = []  # of its row in the source
         self.lengths: list[int] = []
         self.trained: list[int] = []
         self.cut: list[bool] = []
@@ -698,6 +732,7 @@ class _Prepared:
                 kept.append(place)
                 self.items[index][row_of[number]].append(len(self.source_of))
                 self.source_of.append(index)
+                self.numbers.append(number)
                 for held, value in zip(counts, counted, strict=True):
                     held.append(value)
             self.parts.append(part.select(kept).select_columns(["input_ids", "labels", "length"]))
@@ -879,16 +914,19 @@ class RunOrder(datasets.Dataset):
     Its columns are `input_ids` and `labels`. It is a `datasets.Dataset` as trl takes no other.
     """
 
-    def __init__(self, conversations: datasets.Dataset, places: list[int]):
+    origins: Origins  # of its examples
+
+    def __init__(self, conversations: datasets.Dataset, places: list[int], epoch: int):
         """Lay out the run.
 
         Args:
             conversations: with `input_ids`, `labels` and `length`.
             places: the conversation of each example.
+            epoch: examples of an epoch.
         """
         run = conversations.select_columns(["input_ids", "labels"]).select(places)
         super().__init__(run.data, run.info, run.split, run._indices, run._fingerprint)
-        self.conversations, self.places = conversations, places
+        self.conversations, self.places, self.epoch = conversations, places, epoch
         lengths = conversations["length"][:]
         self.lengths = [lengths[place] for place in places]  # tokens of each example
 
@@ -938,7 +976,11 @@ def model_positions(stage: Stage) -> int | None:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(stage.model_name_or_path, revision=stage.revision)
+        config = AutoConfig.from_pretrained(
+            stage.model_name_or_path,
+            revision=stage.revision,
+            trust_remote_code=stage.trust_remote_code,
+        )
     except (OSError, ValueError, TypeError):
         return None  # a missing model is an error of its own when it is loaded
     return getattr(config, "max_position_embeddings", None)
@@ -973,16 +1015,13 @@ def load_packed_conversations(stage: Stage, tokenizer: Any) -> tuple[Any, Any]:
     Args and errors as `load_conversations`.
 
     Returns:
-        Rows to train on and rows held out (None if the stage validates nothing).
+        Rows to train on, and conversations held out (None if the stage validates nothing).
     """
-    train, held_out = load_conversations(stage, tokenizer)
-    packed_held_out = None
-    if held_out is not None:
-        packed_held_out = PackedConversations(
-            held_out, stage.max_length, list(range(len(held_out)))
-        )
-    order = packing_order(len(train), stage.seed)
-    return PackedConversations(train, stage.max_length, order), packed_held_out
+    mixture = settle(mix_conversations(stage, tokenizer, refuse=True), stage)
+    order = packing_order(len(mixture.train), stage.seed)
+    train = PackedConversations(mixture.train, stage.max_length, order)
+    train.origins = mixture.origins
+    return train, mixture.held_out
 
 
 def packing_order(conversations: int, seed: int) -> list[int]:

@@ -81,6 +81,8 @@ def fit_rows(documents: Iterable[list[int]], bos: int, length: int) -> list[list
 class PackedConversations(torch.utils.data.Dataset):
     """Whole conversations in rows of at most `length` tokens, each attending to itself alone."""
 
+    origins: Any  # `mixture.Origins` of the conversations, where they come from a recipe
+
     def __init__(self, conversations: Any, length: int, order: list[int], window: int = 1000):
         """Choose the rows.
 
@@ -140,7 +142,8 @@ class StepCollator:
 
         Returns:
             int64 `input_ids`, `labels` and `position_ids` of shape [rows, max_length], the fullest
-            rows first. `position_ids` begin at 0 in each document, padding is one too.
+            rows first. `position_ids` begin at 0 in each document, padding is one too. Where the
+            examples have a `number` (validation's), each token's `numbers` as well.
         """
         documents = [_document(example) for example in examples]
         capacity = self.max_length or max(len(ids) for ids, _, _ in documents)
@@ -148,11 +151,11 @@ class StepCollator:
             bins = [[item] for item in range(len(documents))]
         else:
             bins = tightest_fit([len(ids) for ids, _, _ in documents], capacity)
+        bins.sort(key=lambda items: -sum(len(documents[item][0]) for item in items))
         rows = [
             tuple([token for item in items for token in documents[item][part]] for part in range(3))
             for items in bins
         ]
-        rows.sort(key=lambda row: -len(row[0]))
         width = capacity
         batch = {
             "input_ids": torch.full((len(rows), width), self.pad_token_id),
@@ -164,6 +167,11 @@ class StepCollator:
             for tensor, values in zip(batch.values(), row, strict=True):
                 tensor[index, :length] = torch.tensor(values)
             batch["position_ids"][index, length:] = torch.arange(width - length)
+        if "number" in examples[0]:
+            batch["numbers"] = torch.zeros((len(rows), width), dtype=torch.int64)
+            for index, items in enumerate(bins):
+                numbers = [examples[item]["number"] for item in items for _ in documents[item][0]]
+                batch["numbers"][index, : len(numbers)] = torch.tensor(numbers)
         return batch
 
 

@@ -80,6 +80,7 @@ class Stage:
     seed: int
     data: list[Source]
     held_out: int | float  # conversations or documents kept for validation; below 1 a share
+    eval_budget: float = 0.05  # share of the stage's time that validation may take
     model_name_or_path: str | None = None  # mid, sft: an earlier stage, a folder or a Hub id
     revision: str | None = None
     max_length: int | None = None  # tokens of a conversation (sft) or of a packed row (base, mid)
@@ -97,12 +98,14 @@ class Stage:
     dataset_num_proc: int | None = None  # processes that encode the data
     memory_limit: str | None = None  # such as 8GB; GPU memory that the stage may take
     on_save_error: str = "stop"  # stop or continue, where an earlier checkpoint is whole
+    stop: str | None = None  # plateau: end the stage where validation says that no more is to gain
     max_bad_steps: int = 3  # steps in a row with a loss that is no finite number, before it stops
     push_to_hub: bool = False
     hub_model_id: str | None = None  # such as me/fast; None: the run's name, of the token's user
     hub_strategy: str = "every_save"  # end, every_save, checkpoint, all_checkpoints; see push.py
     hub_private_repo: bool | None = None  # None: as the owner's new repositories are
     hub_revision: str | None = None  # the finished model's branch; None: main
+    sample_prompts: list[str] = field(default_factory=list)  # answered at every validation
     trainer: dict[str, Any] = field(default_factory=dict)  # passed through as it is
     plan: dict[str, Any] | None = None  # as `memory.Plan.as_data`, where one was made
     chosen: dict[str, Any] = field(default_factory=dict)  # the values of `auto` settings
@@ -140,6 +143,7 @@ class Recipe:
     sample_prompts: list[str]  # what the finished model is asked
     stages: dict[str, Stage]
     resolved: dict[str, Any]  # the recipe as plain data, defaults and overrides merged in
+    arguments: tuple[str, ...] = ()  # the rest of the command line, as given
     restart: bool = False
     quiet: bool = False
     trust_remote_code: bool = False
@@ -738,6 +742,7 @@ def load_recipe(given: str = "", *argv: str, stage: str | None = None) -> Recipe
             name=stage_name,
             folder=folder / stage_name,
             seed=checked["seed"],
+            sample_prompts=sample_prompts,
             trainer=settings,
             trust_remote_code=flags["trust_remote_code"],
             quiet=flags["quiet"],
@@ -753,6 +758,7 @@ def load_recipe(given: str = "", *argv: str, stage: str | None = None) -> Recipe
         sample_prompts=sample_prompts,
         stages=stages,
         resolved=tree.plain(),
+        arguments=argv,
         **flags,
     )
 

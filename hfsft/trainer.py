@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import math
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,6 +17,7 @@ from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import (
     ExportableState,
@@ -26,26 +28,41 @@ from transformers.trainer_callback import (
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
+from hfsft.advice import Advice, Validation, advise
 from hfsft.attention import packed_attention
 from hfsft.callbacks import ConsoleCallback, MetricsCallback, StopOnSignal
 from hfsft.checkpoint import (
     PARTIAL,
     PLACE,
     checkpoint_bytes,
+    checkpoints,
     clear,
     commit,
     newest_whole,
     read_manifest,
     rotate,
+    step_of,
 )
 from hfsft.conversations import IGNORED
 from hfsft.corpus import TextStream
+from hfsft.disk import free_bytes, shown
 from hfsft.errors import CheckpointError, MemoryShortage, RecipeError, TrainingError, first_line
+from hfsft.going_on import decay_start
 from hfsft.head import fuse_head
-from hfsft.mixture import run_order
-from hfsft.packing import StepCollator, micro_batches, model_inputs
+from hfsft.mixture import RunOrder, run_order
+from hfsft.model import name_base
+from hfsft.packing import PackedConversations, StepCollator, micro_batches, model_inputs
 from hfsft.push import Pusher
 from hfsft.recipe import Stage
+from hfsft.templates import prompt_text
+from hfsft.validation import (
+    HeldOut,
+    attention_of,
+    documents_within,
+    evaluations,
+    greedy_answers,
+    validation_metrics,
+)
 
 BAD_STEPS = "bad_steps.jsonl"  # steps that were left out, and their examples
 EVAL_EXAMPLES = 64  # held-out examples that are laid into rows together
@@ -104,6 +121,9 @@ class _StageMixin:
             raise RecipeError(f"{stage.name}: {' '.join(str(error).split())}") from None
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+                callback.logging_dir = str(stage.folder / "tensorboard")
         self.stage = stage
         self._train_batch_size = examples // args.world_size  # the data loader yields whole steps
         self.rows = args.per_device_train_batch_size  # of a micro-batch; 0: one document each
@@ -111,17 +131,22 @@ class _StageMixin:
         self.hits_of = 0  # trained tokens, since the last log line
         self._choose_step()
         self.stop_signal = StopOnSignal(self.accelerator)
-        self.metrics_log = MetricsCallback(stage.folder / "metrics.jsonl")
-        self.console = ConsoleCallback(stage.name)
+        self.metrics_log = MetricsCallback(stage.folder, self.is_world_process_zero())
+        self.console = ConsoleCallback(stage.name, self.metrics_log)
+        if stage.validates and self.eval_dataset is not None:
+            self._hold_out(HeldOut(self.eval_dataset))
         self.bad_steps = 0  # in a row
         self.place: dict[str, Any] | None = None  # of the checkpoint that the run goes on from
+        self.random_states: Path | None = None  # the checkpoint that still has a stream's
         # go into the manifest of every checkpoint
         self.manifest_facts = {"data": data_fingerprint(self.train_dataset)}
         pushes = stage.push_to_hub and self.is_world_process_zero()
         self.pusher = Pusher(stage) if pushes else None
         self.add_callback(self.stop_signal)
-        self.add_callback(SumsCallback(self))
+        # its checkpoint is kept: a longer run goes on from there
+        self.decay_start = decay_start(stage, args.max_steps)
         self.add_callback(self.metrics_log)
+        self.add_callback(StageCallback(self))
         if not stage.quiet:
             self.add_callback(self.console)
 
@@ -130,7 +155,7 @@ class _StageMixin:
     def _choose_step(self) -> None:
         """Take the fastest attention and loss that give the model's own loss on a small example."""
         model = self._plain_model()
-        own = model.config._attn_implementation
+        self.own_attention = own = model.config._attn_implementation
         half = self.args.bf16 or self.args.fp16 or model.dtype != torch.float32
         fast = packed_attention(model, self.args.device, half, self.data_collator.max_length)
         # trl's own loss, which a model that brings router losses or label smoothing needs
@@ -239,13 +264,23 @@ class _StageMixin:
         line = {"step": step + 1, "loss": loss, "grad_norm": grad_norm}
         if not isinstance(self.train_dataset, TextStream):
             order = itertools.islice(self._get_train_sampler(), step * examples, None)
-            line["examples"] = list(itertools.islice(order, examples))
+            line |= self._named(list(itertools.islice(order, examples)))
         with (self.stage.folder / BAD_STEPS).open("a") as file:
             file.write(json.dumps(line) + "\n")
         self.say(
             f"{self.stage.name} step {step + 1}: loss {loss:.4g}, gradient norm {grad_norm:.4g}: "
             "this update is left out"
         )
+
+    def _named(self, examples: list[int]) -> dict[str, list[Any]]:
+        """A step's examples by source and row; of base text, whose rows hold many, their places."""
+        dataset = self.train_dataset
+        if isinstance(dataset, RunOrder):
+            return {"examples": [dataset.origins[example] for example in examples]}
+        if isinstance(dataset, PackedConversations):
+            items = [item for row in examples for item in dataset.rows[row]]
+            return {"examples": [dataset.origins[item] for item in items]}
+        return {"rows": examples}
 
     def _micro_steps(
         self, model: Any, step: dict[str, torch.Tensor], num_items: torch.Tensor
@@ -363,7 +398,8 @@ class _StageMixin:
                 commit(partial, final, self.manifest_facts | {"step": self.state.global_step})
                 if self.pusher is not None:
                     self.pusher.checkpoint(final)
-                rotate(folder, self.args.save_total_limit, self._best_checkpoint())
+                needed = {self.state.best_global_step, self.decay_start}
+                rotate(folder, self.args.save_total_limit, needed)
             except OSError as error:
                 problem = first_line(error)
         problem = next(filter(None, gather_object([problem])), None)
@@ -384,28 +420,34 @@ class _StageMixin:
             return
         (partial / "training_args.bin").unlink()  # a pickle that nothing reads
         (partial / "README.md").unlink(missing_ok=True)  # peft's empty card
+        if self.stage.lora is not None:
+            name_base(partial, self.stage)
         place = {
             "logged_at": self._globalstep_last_logged,
             "sums": sums,
             "bad_steps": self.bad_steps,
             "rows": self.rows,
             "asked_rows": self.args.per_device_train_batch_size,
+            "validated_on": len(self.eval_dataset) if self.stage.validates else 0,
         }
         if isinstance(self.train_dataset, TextStream):
             examples = self.state.global_step * self.get_total_train_batch_size(self.args)
             place["stream"] = self.train_dataset.state_after(examples)
         (partial / PLACE).write_text(json.dumps(place) + "\n")
-        if (best := self._best_checkpoint()) is not None:
-            self.state.best_model_checkpoint = str(best)
+        if best := self.state.best_global_step:
+            # its name alone: a path of this machine would go to the Hub
+            self.state.best_model_checkpoint = f"checkpoint-{best}"
         # a fresh control: what was due at this step is not due where a run goes on from it
         for callback in [*self.callback_handler.callbacks, TrainerControl()]:
             if isinstance(callback, ExportableState):
                 self.state.stateful_callbacks[type(callback).__name__] = callback.state()
         self.state.save_to_json(str(partial / TRAINER_STATE_NAME))
+        self._point_to_best()
 
-    def _best_checkpoint(self) -> Path | None:
-        best = self.state.best_global_step
-        return self.stage.checkpoints / f"checkpoint-{best}" if best else None
+    def _point_to_best(self) -> None:
+        """Say where the best checkpoint is, as the end of the training wants it."""
+        if best := self.state.best_global_step:
+            self.state.best_model_checkpoint = str(self.stage.checkpoints / f"checkpoint-{best}")
 
     def _is_finite(self) -> bool:
         broken = torch.stack([~p.isfinite().all() for p in self.model.parameters()]).sum()
@@ -425,7 +467,8 @@ class _StageMixin:
         last = self._last_good()
         message = (
             f"{self.stage.name}: cannot save {final}: {problem}\n"
-            f"  A checkpoint takes about {needed / 1e6:,.0f} MB; {last}"
+            f"  {shown(free_bytes(final))} are free on its disk, and a checkpoint takes about "
+            f"{needed / 1e6:,.0f} MB; {last}"
         )
         if self.stage.on_save_error == "stop" or last.startswith("there"):
             raise CheckpointError(message)
@@ -446,11 +489,15 @@ class _StageMixin:
         self.place = json.loads((checkpoint / PLACE).read_text())
         if "stream" in self.place:
             self.train_dataset.go_on(self.place["stream"])
+            self.random_states = checkpoint
+        if self.stage.validates:  # a larger max_steps would allow for more of them
+            self.eval_dataset = self.eval_dataset.cut(self.place["validated_on"], self.stage.seed)
         if self.place["rows"] < self.place["asked_rows"]:  # memory ran out
             self.rows = min(self.rows, self.place["rows"])
 
     def restore_sums(self) -> None:
         """Set the sums back, once the training loop has set them to zero."""
+        self._point_to_best()
         if self.place is not None:
             self._globalstep_last_logged = self.place["logged_at"]
             self.bad_steps = self.place["bad_steps"]
@@ -467,6 +514,26 @@ class _StageMixin:
 
     # --- validation ---
 
+    def _hold_out(self, held_out: HeldOut) -> None:
+        """Validate on as much of what is held out as `eval_budget` allows."""
+        budget, args = self.stage.eval_budget, self.args
+        count = documents_within(budget, held_out, self.stage, args, self._run_tokens())
+        self.eval_dataset = held_out.cut(count, self.stage.seed)
+        if count < len(held_out):
+            kind = "rows" if self.stage.name == "base" else "conversations"
+            self.say(
+                f"{self.stage.name}: each of {evaluations(args)} validations takes {count:,} of "
+                f"{len(held_out):,} held-out {kind}: eval_budget is {budget:.0%} of the time"
+            )
+
+    def _run_tokens(self) -> int:
+        """Tokens of the whole stage, base's and mid's rows taken as full."""
+        lengths = getattr(self.train_dataset, "lengths", None)
+        if lengths is not None:
+            return sum(lengths)
+        examples = self.args.max_steps * self.get_total_train_batch_size(self.args)
+        return examples * self.data_collator.max_length
+
     def validation_is_due(self, step: int) -> bool:
         """Whether a run that goes on from this step left before it was validated there."""
         every, steps = self.args.eval_steps or 0, self.args.max_steps
@@ -481,12 +548,32 @@ class _StageMixin:
         return self.state.global_step >= steps and validated
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Validate; a checkpoint that is due is written before, in case it fails."""
+        """Validate; a checkpoint that is due is written before, any other if it fails."""
         best = self.args.metric_for_best_model is not None or self.args.save_strategy == "best"
         if self.control.should_save and not best:
             self.save_checkpoint()
             self.control.should_save = False
-        return super()._evaluate(*args, **kwargs)
+        try:
+            return super()._evaluate(*args, **kwargs)
+        except Exception:
+            if self.args.world_size == 1:  # else the others are not here to save theirs
+                self.save_if_new()
+            raise
+
+    def save_if_new(self) -> None:
+        """Write a checkpoint of the step that was reached, unless there is one."""
+        step = self.state.global_step
+        if step and step not in map(step_of, checkpoints(self.stage.checkpoints)):
+            self.save_checkpoint()
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Answer the sample prompts, then validate."""
+        began = time.perf_counter()
+        # of sharded weights every token of an answer would gather them all
+        if self.is_world_process_zero() and self.stage.sample_prompts and not self._is_sharded():
+            self._sample()
+        self.metrics_log.sample_seconds = time.perf_counter() - began
+        return super().evaluate(*args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader:
         """This process's share of the held-out examples, every n-th, laid into rows together."""
@@ -504,34 +591,120 @@ class _StageMixin:
     ) -> EvalLoopOutput:
         """Mean loss a trained token, the same whatever the batch and the number of processes.
 
-        The stock loop averages over batches, and repeats examples to even the processes out.
+        The stock loop averages over batches, and repeats examples to even the processes out. Beside
+        the metrics, each document's loss goes to `validation.jsonl`.
         """
-        args = self.args
-        totals = torch.zeros(3, dtype=torch.float64, device=args.device)  # loss, hits, tokens
+        held_out = self.eval_dataset
+        # of each document: loss, predicted tokens, the likeliest among them, loss of its text alone
+        totals = torch.zeros((4, len(held_out)), dtype=torch.float64)
         self.model.eval()
         for part in self._eval_parts(dataloader):
-            tokens = (part["labels"] != IGNORED).sum()
-            inputs = self._prepare_inputs(model_inputs(part) if self.fused else part)
-            with self.compute_loss_context_manager():
-                if self.fused:
-                    loss, hits = self.model(**inputs)
-                else:
-                    loss = self.compute_loss(self.model, inputs) * tokens
-                    hits = torch.zeros_like(loss)
-            totals += torch.stack([loss.double(), hits.double(), tokens.to(loss).double()])
-            self.control = self.callback_handler.on_prediction_step(args, self.state, self.control)
-            if self.stop_signal.received and args.world_size == 1:
-                raise StepAbandoned  # it is done when the run goes on
-        loss, hits, tokens = self.accelerator.reduce(totals).tolist()
-        metrics = {f"{metric_key_prefix}_loss": loss / max(tokens, 1)}
-        if self.fused:
-            metrics[f"{metric_key_prefix}_mean_token_accuracy"] = hits / max(tokens, 1)
+            self._add_losses(totals, part)
+            self.control = self.callback_handler.on_prediction_step(
+                self.args, self.state, self.control
+            )
+            if self.stop_signal.received:
+                break
+        if self.stop_signal.is_told():
+            raise StepAbandoned  # it is done when the run goes on
+        totals = self.accelerator.reduce(totals.to(self.args.device)).cpu()
+        losses, tokens = totals[0].tolist(), totals[1].long().tolist()
+        self.metrics_log.validation.append(
+            {"step": self.state.global_step, "losses": losses, "tokens": tokens}
+        )
+        self.metrics_log.advice = self._advise()
+        text_bytes = None
+        if self.stage.name != "sft":
+            text_bytes = held_out.text_bytes(self.processing_class)
         return EvalLoopOutput(
             predictions=None,
             label_ids=None,
-            metrics=metrics,
-            num_samples=len(self.eval_dataset),
+            metrics=validation_metrics(metric_key_prefix, held_out, totals, text_bytes),
+            num_samples=len(held_out),
         )
+
+    def _add_losses(self, totals: torch.Tensor, part: dict[str, torch.Tensor]) -> None:
+        """Add a micro-batch's losses to those of its documents; out of memory, in smaller parts."""
+        numbers = part["numbers"][:, 1:][part["labels"][:, 1:] != IGNORED]
+        try:
+            targets, losses, hits = self._token_losses(part)
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error) or self._is_sharded():
+                raise
+            targets = None
+        if targets is None:
+            clear_device_cache(garbage_collection=True)
+            smaller = micro_batches(part, len(part["labels"]) // 2)
+            if len(smaller) == 1:
+                raise self._shortage(part)
+            for one in smaller:
+                self._add_losses(totals, one)
+            return
+        special = torch.tensor(self.processing_class.all_special_ids)
+        of_text = ~torch.isin(targets, special)
+        counted = torch.stack([losses, torch.ones_like(losses), hits.double(), losses * of_text])
+        totals.index_add_(1, numbers, counted)
+
+    def _token_losses(self, part: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """The targets of a micro-batch, their losses (float64) and whether each was likeliest."""
+        inputs = model_inputs(part)
+        targets = inputs["targets"]
+        with self.compute_loss_context_manager():
+            if self.fused:
+                losses, hits = self.model(**self._prepare_inputs(inputs), each=True)
+            else:
+                step = {name: part[name] for name in ("input_ids", "position_ids")}
+                output = self.model(**self._prepare_inputs(step), use_cache=False)
+                logits = output.logits.flatten(0, 1)[inputs["target_positions"]].float().cpu()
+                losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+                hits = logits.argmax(1) == targets
+        return targets, losses.double().cpu(), hits.cpu()
+
+    def _advise(self) -> Advice | None:
+        """What the validations so far say of the steps to come."""
+        log, step = self.metrics_log, self.state.global_step
+        validations = [
+            Validation(line["step"], np.array(line["losses"]), np.array(line["tokens"]))
+            for line in log.validation.lines
+        ]
+        train = [(line["step"], line["loss"]) for line in log.lines if "loss" in line]
+        seconds = log.seconds() - sum(log.values("eval_seconds"))
+        constant = self.args.lr_scheduler_type in ("constant", "constant_with_warmup")
+        epoch = getattr(self.train_dataset, "epoch", None)
+        if epoch is None and not isinstance(self.train_dataset, TextStream):
+            epoch = len(self.train_dataset)
+        return advise(
+            validations,
+            train,
+            self.args.max_steps,
+            epoch and math.ceil(epoch / self.get_total_train_batch_size(self.args)),
+            seconds / step if step else None,
+            self.args.max_steps if constant else self.decay_start,
+        )
+
+    def is_at_plateau(self) -> bool:
+        """Whether the recipe stops a stage at a plateau, and the last validation says so."""
+        log = self.metrics_log
+        advice = next((line["advice"] for line in reversed(log.lines) if "advice" in line), None)
+        stops = self.stage.stop == "plateau" and not self.is_complete()
+        return stops and advice is not None and advice["plateau"]
+
+    @torch.no_grad()
+    def _sample(self) -> None:
+        """Write down how the model answers the recipe's sample prompts."""
+        self.model.eval()
+        tokenizer, prompts = self.processing_class, self.stage.sample_prompts
+        if self.stage.name == "base":  # it has seen no conversation yet
+            texts = [(tokenizer.bos_token or "") + prompt for prompt in prompts]
+        else:
+            asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
+            texts = [prompt_text(messages, tokenizer) for messages in asked]
+        model = self._plain_model()
+        with attention_of(model, self.own_attention), self.compute_loss_context_manager():
+            answers = greedy_answers(model, tokenizer, texts)
+        for prompt, answer in zip(prompts, answers, strict=True):
+            step = self.state.global_step
+            self.metrics_log.samples.append({"step": step, "prompt": prompt, "answer": answer})
 
     def _eval_parts(self, dataloader: Any) -> Iterator[dict[str, torch.Tensor]]:
         rows = self.args.per_device_eval_batch_size
@@ -559,8 +732,8 @@ class SFTStageTrainer(_StageMixin, SFTTrainer):
         """Leave out trl's card at every checkpoint: the finished stage gets its own."""
 
 
-class SumsCallback(TrainerCallback):
-    """Goes on with the sums of a log line where a checkpoint lies between two."""
+class StageCallback(TrainerCallback):
+    """Goes on with the sums of a log line, and saves before the learning rate decays."""
 
     def __init__(self, trainer: _StageMixin):
         self.trainer = trainer
@@ -568,6 +741,25 @@ class SumsCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         """The training loop has just set them to zero."""
         self.trainer.restore_sums()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        """Set the random states back: transformers leaves them where it skips no data."""
+        if self.trainer.random_states is not None:
+            self.trainer._load_rng_state(str(self.trainer.random_states))
+            self.trainer.random_states = None
+        if self.trainer.is_at_plateau():  # it was broken off before it had stopped
+            raise StepAbandoned
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        """Stop at a plateau, if the recipe says so."""
+        if self.trainer.is_at_plateau():
+            self.trainer.save_if_new()
+            control.should_training_stop = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Keep a checkpoint that a longer run can go on from."""
+        if state.global_step == self.trainer.decay_start and args.save_strategy != "no":
+            control.should_save = True
 
 
 def data_fingerprint(train: Any, examples: int | None = None) -> dict[str, Any]:

@@ -1,10 +1,14 @@
 """What the three stages share: their arguments, beginning and end, and the files they leave."""
 
+import contextlib
 import gc
 import json
 import math
+import netrc
 import os
 import resource
+import shlex
+import shutil
 import signal
 import sys
 import warnings
@@ -25,23 +29,37 @@ from transformers import TrainingArguments
 from trl import SFTConfig
 
 from hfsft.card import model_card
-from hfsft.checkpoint import checkpoints, newest_whole, step_of
+from hfsft.checkpoint import PARTIAL, checkpoints, clear, newest_whole, step_of
 from hfsft.corpus import TextStream
-from hfsft.errors import Interrupted, RecipeError
+from hfsft.disk import (
+    SMALL_FILES,
+    checkpoint_size,
+    model_size,
+    most_checkpoints,
+    require_room,
+    require_writable,
+    shown,
+    writing_to,
+)
+from hfsft.errors import Interrupted, RecipeError, Stopped
+from hfsft.going_on import finish_make_room, go_on_to, make_room, move_aside, scheduler_settings
 from hfsft.keys import AUTO
-from hfsft.model import bf16_is_native, merged_model
+from hfsft.model import bf16_is_native, merged_model, name_base
 from hfsft.push import check_push, report_pushes
 from hfsft.recipe import Recipe, Stage, check_tokens_per_step
 from hfsft.record import (
     changed_keys,
     finished_line,
+    going_on_line,
     is_finished,
+    only_longer,
     other_settings,
     read_record,
     settings_of,
     write_record,
 )
 from hfsft.trainer import StepAbandoned
+from hfsft.watchdog import watch_ranks
 
 LIBRARIES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "bitsandbytes")
 
@@ -99,6 +117,7 @@ def arguments(stage: Stage, train: Any, examples: int) -> TrainingArguments:
     try:
         made = config_class(
             output_dir=str(stage.checkpoints),
+            run_name=f"{stage.folder.parent.name}-{stage.name}",
             seed=stage.seed,
             gradient_accumulation_steps=1,  # a step comes whole and is cut up in `training_step`
             remove_unused_columns=False,
@@ -118,6 +137,7 @@ def arguments(stage: Stage, train: Any, examples: int) -> TrainingArguments:
         raise RecipeError(f"{stage.name}: a stream has no epochs; give max_steps")
     else:
         made.max_steps = max(1, math.ceil(len(train) * made.num_train_epochs / examples))
+    made.lr_scheduler_kwargs = scheduler_settings(stage, made.max_steps)
     return made
 
 
@@ -162,6 +182,7 @@ def open_stage(recipe: Recipe, stage: Stage) -> Stage | None:
         transformers.utils.logging.disable_progress_bar()
     # without an accelerator several processes train on the CPU, if Accelerate is told so
     state = PartialState(cpu=_on_cpu(stage))
+    watch_ranks(stage.checkpoints)
     if state.device.type == "cpu":
         # `accelerate launch` sets OMP_NUM_THREADS to 1 where it was not told how many
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -170,6 +191,11 @@ def open_stage(recipe: Recipe, stage: Stage) -> Stage | None:
         total = torch.cuda.get_device_properties(state.device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, stage.memory_limit_bytes / total))
     transformers.set_seed(stage.seed)
+    if "wandb" in (stage.trainer.get("report_to") or ()):
+        _prepare_wandb(stage)
+    if state.is_main_process:
+        require_writable(stage.folder)
+        finish_make_room(stage)
     finished = not recipe.restart and is_finished(recipe, stage)
     if stage.push_to_hub and state.is_main_process and not finished:
         check_push(stage)
@@ -178,7 +204,7 @@ def open_stage(recipe: Recipe, stage: Stage) -> Stage | None:
             lock_stage(stage)
         with state.main_process_first():
             if state.is_main_process:
-                _move_aside(stage.folder)
+                _move_aside(stage)
     if finished:
         if state.is_main_process and not stage.quiet:
             print(finished_line(stage))
@@ -186,9 +212,29 @@ def open_stage(recipe: Recipe, stage: Stage) -> Stage | None:
     record, found = read_record(stage.folder), checkpoints(stage.checkpoints)
     if record is not None and found:
         changed = changed_keys(record["settings"], settings_of(recipe, stage))
-        if changed:
+        if only_longer(stage, changed):
+            _go_on_to(recipe, stage, record)
+        elif changed:
             raise other_settings(stage, f"stopped at {found[0].name}", changed)
+        line = going_on_line(stage, record["settings"], settings_of(recipe, stage))
+        if line and state.is_main_process and not stage.quiet:
+            print(line)
     return _planned(recipe, stage, record["chosen"] if record is not None and found else None)
+
+
+def _go_on_to(recipe: Recipe, stage: Stage, record: dict[str, Any]) -> None:
+    """Make ready to go on to another `max_steps`; the finished stage is moved aside, not lost."""
+    checkpoint = go_on_to(stage, record)
+    PartialState().wait_for_everyone()
+    if checkpoint is not None and PartialState().is_main_process:
+        lock_stage(stage).release()
+        aside = make_room(recipe, stage, record, checkpoint)
+        if not stage.quiet:
+            print(
+                f"{stage.name}: going on from step {step_of(checkpoint)} to {stage.max_steps}; "
+                f"what was trained to step {record['steps']} is now {aside}"
+            )
+    PartialState().wait_for_everyone()
 
 
 def _planned(recipe: Recipe, stage: Stage, chosen: dict[str, Any] | None) -> Stage:
@@ -202,14 +248,26 @@ def _planned(recipe: Recipe, stage: Stage, chosen: dict[str, Any] | None) -> Sta
         return stage  # without a GPU there is nothing to refuse, and a plan takes seconds
     from hfsft.memory import choose, require_fit, with_settings
 
-    if chosen:
-        stage = with_settings(stage, **chosen)
-    else:
-        stage, why = choose(recipe, stage)
-        if why and PartialState().is_main_process and not stage.quiet:
-            print(why)
+    # what is given by now is taken as it is given
+    kept = {key: value for key, value in (chosen or {}).items() if key in automatic}
+    stage, why = choose(recipe, with_settings(stage, **kept))
+    if why and PartialState().is_main_process and not stage.quiet:
+        print(why)
     chosen = {key: stage.trainer[key] for key in automatic}
     return replace(stage, plan=require_fit(recipe, stage).as_data(), chosen=chosen)
+
+
+def _prepare_wandb(stage: Stage) -> None:
+    """Keep W&B's files in the stage's folder; without a key it logs offline and asks for none."""
+    os.environ.setdefault("WANDB_DIR", str(stage.folder))
+    try:
+        known = netrc.netrc().authenticators("api.wandb.ai")
+    except (OSError, netrc.NetrcParseError):
+        known = None
+    if not (known or {"WANDB_API_KEY", "WANDB_MODE"} & os.environ.keys()):
+        os.environ["WANDB_MODE"] = "offline"
+        if PartialState().is_main_process and not stage.quiet:
+            print("W&B has no key (`wandb login`): it logs offline; `wandb sync` sends it later")
 
 
 def _on_cpu(stage: Stage) -> bool:
@@ -217,13 +275,11 @@ def _on_cpu(stage: Stage) -> bool:
     return wanted or bool(stage.trainer.get("use_cpu")) or not torch.accelerator.is_available()
 
 
-def _move_aside(folder: Path) -> None:
-    if folder.exists():
-        count = 1
-        while (aside := folder.with_name(f"{folder.name}.old-{count}")).exists():
-            count += 1
-        folder.rename(aside)
-        print(f"the old {folder} is now {aside}")
+def _move_aside(stage: Stage) -> None:
+    if stage.folder.exists():
+        aside = move_aside(stage.folder)
+        if not stage.quiet:
+            print(f"the old {stage.folder} is now {aside}")
 
 
 def train_and_save(trainer: Any, recipe: Recipe, stage: Stage) -> None:
@@ -232,43 +288,78 @@ def train_and_save(trainer: Any, recipe: Recipe, stage: Stage) -> None:
     Raises:
         Interrupted: after a signal, once a checkpoint is on disk.
         CheckpointError: if there are checkpoints and none is whole, or none can be written.
+        DiskShortage: if the disk has no room for it, or runs full.
     """
+    with writing_to(stage.folder):
+        lock = lock_stage(stage)
+        try:
+            _train_and_save(trainer, recipe, stage, lock)
+        finally:
+            lock.release()
+
+
+def _train_and_save(trainer: Any, recipe: Recipe, stage: Stage, lock: FileLock) -> None:
     is_main = trainer.is_world_process_zero()
-    lock = lock_stage(stage)
+    if is_main and not recipe.ignore_plan:
+        _require_room(trainer, stage)
     record = _new_record(trainer, recipe, stage)
     if is_main:
         _write_recipe(recipe)
         write_record(stage.folder, record)
+    energy = _energy(trainer.args.device)
     try:
         try:
             _train(trainer, stage)
         except StepAbandoned:
-            _save_now(trainer, stage)
+            trainer.save_if_new()
         if trainer.stop_signal.received and not trainer.is_complete():
             record["status"] = "interrupted"
             raise _interrupted(trainer, stage)
         record["status"] = "finished"
+        record["energy_joules"] = _energy_since(trainer, energy)
     except BaseException:
         if record["status"] == "running":
             record["status"] = "failed"
         raise
     finally:
+        trainer.console.close()
         trainer.stop_signal.give_back()
         record |= _measured(trainer)
         if is_main and record["status"] != "finished":
-            write_record(stage.folder, record)
-            lock.release()
-    _save_model(trainer, stage)
+            with contextlib.suppress(OSError):  # of a full disk; what came before is to be told
+                write_record(stage.folder, record)
+    partial = stage.checkpoints / PARTIAL
     if is_main:
-        _finish_folder(stage, record)
+        clear(stage.checkpoints)  # of a save that was broken off
+    _save_model(trainer, stage, partial)
+    if is_main:
+        _finish_folder(stage, partial, record)
         write_record(stage.folder, record)
         lock.release()
         if not stage.quiet:
             print(_summary(stage, record, trainer.state.global_step))
         if trainer.pusher is not None:
-            trainer.say(f"{stage.name}: pushing to {trainer.pusher.target.repo_id}")
-            trainer.pusher.model(stage.folder)
-            report_pushes(trainer.pusher.finish(), stage.folder, trainer.say)
+            try:
+                trainer.say(f"{stage.name}: pushing to {trainer.pusher.target.repo_id}")
+                trainer.pusher.model(stage.folder)
+                pushes = trainer.pusher.finish()
+            except (KeyboardInterrupt, Stopped) as stop:
+                raise Interrupted(
+                    f"{stage.name}: stopped while it was pushed; it is finished in {stage.folder}\n"
+                    f"  To go on with it: hfsft push {stage.folder}",
+                    getattr(stop, "number", signal.SIGINT),
+                ) from None
+            report_pushes(pushes, stage.folder, trainer.say)
+
+
+def _require_room(trainer: Any, stage: Stage) -> None:
+    """Refuse to train what the disk has no room for, by the sizes of the model that is loaded."""
+    small = SMALL_FILES + len(trainer.processing_class.backend_tokenizer.to_str())
+    one = small + checkpoint_size(trainer.model, str(trainer.args.optim.value))
+    count = most_checkpoints(stage.trainer, trainer.args.max_steps)
+    final = small + model_size(trainer.model)
+    contents = f"Up to {count} checkpoints of {shown(one)} and the model of {shown(final)}"
+    require_room(stage.name, stage.folder, count * one + final, contents)
 
 
 def lock_stage(stage: Stage) -> Any:
@@ -311,13 +402,6 @@ def _train(trainer: Any, stage: Stage) -> None:
         trainer.evaluate()
 
 
-def _save_now(trainer: Any, stage: Stage) -> None:
-    """Save what was reached when a step or a validation was given up."""
-    step = trainer.state.global_step
-    if step and step not in map(step_of, checkpoints(stage.checkpoints)):
-        trainer.save_checkpoint()
-
-
 def _interrupted(trainer: Any, stage: Stage) -> Interrupted:
     number, step = trainer.stop_signal.received, trainer.state.global_step
     reached = f"{stage.name} stopped by {signal.Signals(number).name} at step {step}"
@@ -345,6 +429,7 @@ def _new_record(trainer: Any, recipe: Recipe, stage: Stage) -> dict[str, Any]:
         "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "versions": {name: version(name) for name in ("hfsft", *LIBRARIES)},
         "recipe": recipe.path,
+        "command": shlex.join(["hfsft", stage.name, recipe.path, *recipe.arguments]),
         "settings": settings_of(recipe, stage),
         "chosen": stage.chosen,
         "plan": stage.plan,
@@ -374,6 +459,8 @@ def _measured(trainer: Any) -> dict[str, Any]:
         "train_loss": losses[-1] if losses else None,
         "eval_loss": validation[-1] if validation else None,
         "eval_loss_before": validation[0] if validation else None,
+        "eval_seconds": round(sum(log.values("eval_seconds")), 1),
+        "stopped_at": "plateau" if trainer.is_at_plateau() else None,
         "peak_memory_bytes": memory,
         "peak_memory_of": "GPU reserved" if trainer.args.device.type == "cuda" else "process",
         # what the plan without its overhead is held against
@@ -383,52 +470,88 @@ def _measured(trainer: Any) -> dict[str, Any]:
     }
 
 
+def _energy(device: torch.device) -> float | None:
+    """Joules that a GPU has taken since its driver was loaded; None where it does not tell."""
+    if device.type != "cuda":
+        return None
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        uuid = torch.cuda.get_device_properties(device).uuid
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+        return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
+    except pynvml.NVMLError:
+        return None
+
+
+def _energy_since(trainer: Any, before: float | None) -> float | None:
+    """Joules of a stage that one command ran from beginning to end; else not known."""
+    if before is None or trainer.place is not None:
+        return None
+    return round(_energy(trainer.args.device) - before, 1)
+
+
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type}, {torch.get_num_threads()} threads"
 
 
-def _save_model(trainer: Any, stage: Stage) -> None:
-    """Save the plain model; a LoRA run's adapter goes beside it."""
+def _save_model(trainer: Any, stage: Stage, folder: Path) -> None:
+    """Save the plain model to a folder; a LoRA run's adapter goes beside it."""
     trainer.model.config.use_cache = True  # the trainer turned it off, a chat needs it
     if stage.lora is None:
-        trainer.save_model(str(stage.folder))
+        trainer.save_model(str(folder))
         if trainer.is_world_process_zero():
-            (stage.folder / "training_args.bin").unlink()  # a pickle, and it names this machine
+            (folder / "training_args.bin").unlink()  # a pickle, and it names this machine
         return
-    adapter = stage.folder / "adapter"
+    adapter = folder / "adapter"
     trainer.save_model(str(adapter))
     if trainer.is_world_process_zero():
         (adapter / "training_args.bin").unlink()
         (adapter / "README.md").unlink(missing_ok=True)  # peft's empty card
+        name_base(adapter, stage)
         model = merged_model(adapter, stage, trainer.accelerator.unwrap_model(trainer.model))
-        model.save_pretrained(stage.folder)
-        trainer.processing_class.save_pretrained(stage.folder)
+        model.save_pretrained(folder)
+        trainer.processing_class.save_pretrained(folder)
     trainer.accelerator.wait_for_everyone()
 
 
-def _finish_folder(stage: Stage, record: dict[str, Any]) -> None:
-    path = stage.folder / "config.json"
+def _finish_folder(stage: Stage, partial: Path, record: dict[str, Any]) -> None:
+    """Complete a model's folder, and move what it holds into the stage's."""
+    path = partial / "config.json"
     config = json.loads(path.read_text())
     theta = (config.get("rope_parameters") or {}).get("rope_theta")
     if theta is not None and "rope_theta" not in config:
         config["rope_theta"] = theta  # readers before transformers 5 look for it here
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    (stage.folder / "README.md").write_text(model_card(stage, record))
+    (partial / "README.md").write_text(model_card(stage, record))
+    shutil.rmtree(stage.folder / "adapter", ignore_errors=True)  # of a move that was broken off
+    # without its config, which comes last, a folder holds no model
+    for made in sorted(partial.iterdir(), key=lambda made: made.name == "config.json"):
+        made.rename(stage.folder / made.name)
+    partial.rmdir()
 
 
 def _summary(stage: Stage, record: dict[str, Any], steps: int) -> str:
     loss = ""
     if record["eval_loss"] is not None:
-        loss = f", validation loss {record['eval_loss_before']:.4f} → {record['eval_loss']:.4f}"
+        share = record["eval_seconds"] / max(record["seconds"], 1e-9)
+        loss = (
+            f" ({share:.0%} of them validating), validation loss "
+            f"{record['eval_loss_before']:.4f} → {record['eval_loss']:.4f}"
+        )
+    stopped = f" of {record['max_steps']:,}, at a plateau" if record["stopped_at"] else ""
     return (
-        f"{stage.name}: {steps:,} steps, {record['tokens']:,} tokens in {record['seconds']:,.0f} s"
-        f"{loss}; saved in {stage.folder}"
+        f"{stage.name}: {steps:,} steps{stopped}, {record['tokens']:,} tokens in "
+        f"{record['seconds']:,.0f} s{loss}; saved in {stage.folder}"
     )
 
 
 def _write_recipe(recipe: Recipe) -> None:
     recipe.folder.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(recipe.resolved, sort_keys=False, allow_unicode=True)
-    (recipe.folder / "recipe.yaml").write_text(text, encoding="utf-8")
+    partial = recipe.folder / "recipe.yaml.partial"  # a full disk leaves the one that is there
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(recipe.folder / "recipe.yaml")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hfsft.errors import HfsftError, Interrupted, run_main
+from hfsft.errors import STOPPING, HfsftError, Interrupted, run_main
 
 BIN = Path(sys.executable).parent
 RECIPE = {
@@ -75,7 +76,7 @@ def test_help_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for command in ("run", "base", "mid", "sft", "plan", "push", "chat"):
+    for command in ("run", "base", "mid", "sft", "plan", "push", "report", "chat"):
         assert f" {command} " in done.stdout
 
 
@@ -84,9 +85,11 @@ def test_run_prints_json_for_programs(folder):
     assert list(summary["stages"]) == ["base", "mid", "sft"]
     assert [stage["steps"] for stage in summary["stages"].values()] == [1, 1, 2]
     assert summary["model"] == "runs/tiny/sft"
-    assert set(summary["accuracy"]) == {"mid", "sft"}
+    assert list(summary["accuracy"]) == ["base", "mid", "sft"]
     assert summary["accuracy"]["sft"]["arithmetic"]["rows"] == 100
     assert list(summary["answers"]) == ["Who are you?"]
+    assert summary["report"] == "runs/tiny/report.md"
+    assert "| arithmetic | 100 | 0% | 0% (0% to 4%) | " in (folder / summary["report"]).read_text()
 
 
 def test_run_again_skips_what_is_finished(folder):
@@ -235,11 +238,22 @@ def test_chat_answers_one_prompt(folder):
     assert turns[0]["content"] == "Hi"
 
 
+@pytest.fixture
+def signals(monkeypatch):
+    """Puts the signals' handlers back, which a process that ends does not need."""
+    monkeypatch.setattr("hfsft.errors.PATIENCE", 1e6)
+    before = {number: signal.getsignal(number) for number in STOPPING}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    signal.set_wakeup_fd(-1)
+
+
 @pytest.mark.parametrize(
     ("error", "status"),
     [(HfsftError("mend it"), 2), (Interrupted("stopped", 15), 143), (KeyboardInterrupt(), 130)],
 )
-def test_exit_statuses(error, status, capsys):
+def test_exit_statuses(error, status, capsys, signals):
     def fails(*argv):
         raise error
 
@@ -249,7 +263,7 @@ def test_exit_statuses(error, status, capsys):
     assert capsys.readouterr().err.startswith("hfsft: ")
 
 
-def test_a_bug_is_not_hidden():
+def test_a_bug_is_not_hidden(signals):
     def fails(*argv):
         raise ZeroDivisionError
 

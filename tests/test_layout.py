@@ -16,21 +16,34 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ROWS = [
     {"__init__"},
     {"errors", "fields"},
-    {"keys", "nodes", "tasks", "hub", "templates", "head", "attention", "checkpoint"},
+    {
+        "keys",
+        "nodes",
+        "tasks",
+        "hub",
+        "templates",
+        "head",
+        "attention",
+        "checkpoint",
+        "disk",
+        "calculator",
+        "execution",
+        "pages",
+    },
     {"recipe"},
-    {"record", "conversations", "tokenizer", "audit"},
-    {"packing", "model"},
-    {"mixture", "traced"},
+    {"record", "conversations", "tokenizer", "audit", "advice", "results"},
+    {"packing", "model", "going_on", "pictures"},
+    {"mixture", "traced", "answering"},
     {"corpus"},
-    {"callbacks", "memory", "push", "card"},
+    {"callbacks", "memory", "push", "card", "questions", "harness", "validation", "watchdog"},
     {"trainer", "timing"},
     {"training"},
-    {"evaluation", "report", "chat", "launch", "preview"},
+    {"evaluation", "report", "comparison", "summary", "chat", "launch", "preview"},
     {"base", "mid", "sft"},
     {"cli", "__main__"},
 ]
 # the only imports within a row: file → imported
-SIBLINGS = {("report", "evaluation"), ("__main__", "cli")}
+SIBLINGS = {("comparison", "evaluation"), ("summary", "evaluation"), ("__main__", "cli")}
 # every module that an installed distribution brings, hfsft apart
 INSTALLED = {name for name, owners in packages_distributions().items() if set(owners) != {"hfsft"}}
 

@@ -1,6 +1,7 @@
 """A whole stage that pushes, as a process, against a Hub on loopback."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -105,3 +106,24 @@ def test_a_token_that_cannot_push_is_said_before_anything_is_done(hub, home, tok
     assert done.stderr.startswith("hfsft: sft.push_to_hub: ")
     assert "--sft.push_to_hub false" in done.stderr
     assert not (home / "runs").exists()
+
+
+def test_stopped_while_it_is_pushed_it_says_how_to_go_on(hub, home):
+    hub.fail("POST .*/commit/", delay=90.0)
+    run = subprocess.Popen(
+        [sys.executable, "-m", "hfsft.sft", "fast.yaml"],
+        cwd=home,
+        env=hub.env(home / "hf", PLANTED) | {"CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert any("pushing to me/fast" in line for line in run.stdout)
+    run.send_signal(signal.SIGTERM)
+    said = run.communicate(timeout=60)[1]
+    assert run.returncode == 143
+    assert said == (
+        "hfsft: sft: stopped while it was pushed; it is finished in runs/fast/sft\n"
+        "  To go on with it: hfsft push runs/fast/sft\n"
+    )
+    assert json.loads((home / "runs/fast/sft/stage.json").read_text())["status"] == "finished"

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from faults import timeless
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, pipeline
 
@@ -25,9 +26,11 @@ MODEL_FILES = {
     "metrics.jsonl",
     "model.safetensors",
     "rejected.jsonl",
+    "samples.jsonl",
     "stage.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    "validation.jsonl",
 }
 RECIPE = {
     "name": "tiny",
@@ -278,11 +281,8 @@ def test_a_signal_saves_and_the_same_command_goes_on_to_the_bit(
     assert not (folder / "model.safetensors").exists()
     sft.main(recipe, *place)
     assert same(weights(folder), weights(run / "sft"))
-    timeless = [
-        [{k: v for k, v in line.items() if k != "seconds"} for line in metrics(f)]
-        for f in (folder, run / "sft")
-    ]
-    assert timeless[0] == timeless[1]
+    logs = [[timeless(line) for line in metrics(f)] for f in (folder, run / "sft")]
+    assert logs[0] == logs[1]
 
 
 def test_lora_leaves_a_plain_model_and_its_adapter(recipe, run, tmp_path):
@@ -333,3 +333,41 @@ def test_a_missing_earlier_stage_names_the_mend(tmp_path):
 def test_tokens_per_step_that_does_not_divide(recipe, tmp_path):
     with pytest.raises(RecipeError, match=r"tokens_per_step: 300 is no multiple of 64.*256"):
         base.main(recipe, "--output_dir", str(tmp_path), "--tokens_per_step", "300")
+
+
+def test_it_stops_at_a_plateau_if_the_recipe_says_so(recipe, tmp_path, monkeypatch, capsys):
+    # so small a learning rate gains nothing
+    flat = ("--learning_rate", "1e-9", "--max_steps", "12", "--eval_steps", "1", "--logging_steps")
+    place = ("--output_dir", str(tmp_path), *flat, "4", "--lr_scheduler_type", "constant")
+    folder = tmp_path / "tiny" / "sft"
+    lost = []
+
+    class Break(TrainerCallback):
+        def on_evaluate(self, args, state, control, **kwargs):
+            if control.should_training_stop and not lost:
+                lost.append(state.global_step)
+                raise OSError("lost between validation and the end")
+
+    init = SFTStageTrainer.__init__
+
+    def breaking(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        self.add_callback(Break())
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SFTStageTrainer, "__init__", breaking)
+        with pytest.raises(OSError, match="lost"):
+            sft.main(recipe, *place, "--stop", "plateau")
+    assert 3 <= lost[0] < 12
+    sft.main(recipe, *place, "--stop", "plateau")
+    record = read_json(folder / "stage.json")
+    assert (record["status"], record["steps"]) == ("finished", lost[0])
+    assert record["stopped_at"] == "plateau" and (folder / "model.safetensors").is_file()
+    lines = [line for line in metrics(folder) if "eval_loss" in line]
+    assert [line["step"] for line in lines] == list(range(lost[0] + 1))
+    assert [line["advice"]["plateau"] for line in lines] == [False] * lost[0] + [True]
+    assert f"sft: {lost[0]} steps of 12, at a plateau, " in capsys.readouterr().out
+    sft.main(recipe, *place, "--stop", "plateau")
+    assert "sft: finished already" in capsys.readouterr().out
+    sft.main(recipe, *place, "--name", "on", "--model_name_or_path", str(tmp_path / "tiny" / "sft"))
+    assert read_json(tmp_path / "on" / "sft" / "stage.json")["steps"] == 12

@@ -1,5 +1,6 @@
 """The step: its gradient against padded references, stock SFTTrainer's curve, and lost memory."""
 
+import json
 import random
 
 import datasets
@@ -12,6 +13,7 @@ from hfsft.conversations import IGNORED
 from hfsft.errors import MemoryShortage
 from hfsft.trainer import SFTStageTrainer, StepSampler
 from hfsft.training import arguments
+from hfsft.validation import attention_of
 
 LENGTH = 64
 
@@ -34,7 +36,7 @@ def make_trainer(make_stage, tokenizer):
 
     def make(model, train=None, examples=8, steps=2, held_out=None, **settings):
         settings = {
-            "eval_strategy": "no",
+            "eval_strategy": "no" if held_out is None else "steps",
             "per_device_train_batch_size": 2,
             "learning_rate": 1e-3,
             "logging_steps": 1,
@@ -42,7 +44,13 @@ def make_trainer(make_stage, tokenizer):
             "optim": "adamw_torch",
             **settings,
         }
-        stage = make_stage(examples_per_step=examples, max_steps=steps, trainer=settings)
+        stage = make_stage(
+            examples_per_step=examples,
+            max_steps=steps,
+            held_out=0 if held_out is None else len(held_out),
+            eval_budget=1.0,
+            trainer=settings,
+        )
         train = conversations(40) if train is None else train
         train = train.select(StepSampler(len(train), steps * examples, 42))
         return SFTStageTrainer(
@@ -281,12 +289,54 @@ def test_other_errors_pass_through(make_model, make_trainer):
 # --- validation ---
 
 
-@pytest.mark.parametrize("batch", [1, 3, 50])
-def test_validation_is_the_mean_over_trained_tokens(make_model, make_trainer, batch):
-    held_out = conversations(150, seed=1)
+def one_after_another(trainer, held_out) -> list[float]:
+    """The summed loss of each conversation by itself, in the same order."""
+    with attention_of(trainer.model, "sdpa"):
+        return [one_by_one(trainer.model, [row])[0] * trained_tokens(row) for row in held_out]
+
+
+def trained_tokens(row) -> int:
+    return sum(label != IGNORED for label in row["labels"][1:])
+
+
+@pytest.fixture
+def held_out():
+    rows = conversations(60, seed=1)
+    return rows.add_column("source", ["some", "others"] * 30)
+
+
+@pytest.mark.parametrize(("batch", "fused"), [(1, True), (50, True), (3, False)])
+def test_validation_has_the_loss_of_each_conversation(
+    make_model, make_trainer, held_out, batch, fused
+):
     model = make_model("nanochat")
-    expected, _ = one_by_one(model, list(held_out))
     trainer = make_trainer(model, held_out=held_out, per_device_eval_batch_size=batch)
+    assert trainer.fused
+    if not fused:
+        trainer.fused, trainer.data_collator.alone = False, True
+        model.set_attn_implementation("sdpa")
     found = trainer.evaluate()
-    assert found["eval_loss"] == pytest.approx(expected, rel=1e-6)
+    line = json.loads((trainer.stage.folder / "validation.jsonl").read_text())
+    expected = one_after_another(trainer, held_out)
+    assert line["losses"] == pytest.approx(expected, rel=1e-5)
+    assert line["tokens"] == [trained_tokens(row) for row in held_out]
+    assert found["eval_loss"] == pytest.approx(sum(expected) / sum(line["tokens"]), rel=1e-6)
+    some = sum(expected[::2]) / sum(line["tokens"][::2])
+    assert found["eval_some_loss"] == pytest.approx(some, rel=1e-6)
     assert 0 <= found["eval_mean_token_accuracy"] < 0.1
+
+
+def test_out_of_memory_in_validation_it_takes_smaller_parts(make_model, make_trainer, held_out):
+    model = make_model()
+    trainer = make_trainer(model, held_out=held_out, per_device_eval_batch_size=50)
+    expected = trainer.evaluate()
+    inner = model.model.forward
+    lost = RunsOut(model, tokens=2 * LENGTH)
+    found = trainer.evaluate()
+    assert lost.failed > 3
+    for name in ("eval_loss", "eval_loss_error", "eval_some_loss"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-6)
+    model.model.forward = inner
+    RunsOut(model, tokens=8)
+    with pytest.raises(MemoryShortage, match=r"sft: out of memory with \d+ tokens in"):
+        trainer.evaluate()

@@ -1,0 +1,160 @@
+"""From which checkpoint a stage can go on to another `max_steps` than it was begun with."""
+
+import itertools
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import get_scheduler
+
+from hfsft.checkpoint import checkpoints, newest_whole, step_of, verify
+from hfsft.errors import CheckpointError, RecipeError
+from hfsft.recipe import Recipe, Stage
+from hfsft.record import LOGS, settings_of, write_record
+
+STABLE = "warmup_stable_decay"
+DECAY_SHARE = 0.2  # of the steps, as in Hägele et al. 2024, where the recipe says nothing
+
+
+def scheduler_settings(stage: Stage, max_steps: int) -> dict[str, Any]:
+    """The `lr_scheduler_kwargs` of a stage; a share of decaying steps becomes their number.
+
+    Raises:
+        RecipeError: if warmup and decay are longer than the stage.
+    """
+    given = dict(stage.trainer.get("lr_scheduler_kwargs") or {})
+    if stage.trainer.get("lr_scheduler_type") != STABLE:
+        return given
+    decay = given.get("num_decay_steps", DECAY_SHARE)
+    given["num_decay_steps"] = math.ceil(decay * max_steps) if decay < 1 else int(decay)
+    if _warmup_steps(stage, max_steps) + given["num_decay_steps"] > max_steps:
+        raise RecipeError(
+            f"{stage.name}: warmup_steps and num_decay_steps are more than max_steps, {max_steps}"
+        )
+    return given
+
+
+def _warmup_steps(stage: Stage, max_steps: int) -> int:
+    warmup = stage.trainer.get("warmup_steps", 0)  # as in TrainingArguments.get_warmup_steps
+    return math.ceil(warmup * max_steps) if warmup < 1 else int(warmup)
+
+
+def decay_start(stage: Stage, max_steps: int) -> int | None:
+    """The step after which the learning rate decays, under warmup_stable_decay."""
+    if stage.trainer.get("lr_scheduler_type") != STABLE:
+        return None
+    return max_steps - scheduler_settings(stage, max_steps)["num_decay_steps"]
+
+
+def _learning_rates(stage: Stage, max_steps: int) -> list[float]:
+    """The factor of the learning rate at each step; none where it depends on the run."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    scheduler = get_scheduler(
+        stage.trainer.get("lr_scheduler_type", "linear"),
+        optimizer,
+        _warmup_steps(stage, max_steps),
+        max_steps,
+        scheduler_settings(stage, max_steps),
+    )
+    factor = getattr(scheduler, "lr_lambdas", [None])[0]
+    return [factor(step) for step in range(max_steps + 1)] if factor else []
+
+
+def shared_steps(stage: Stage, before: int, now: int) -> int:
+    """How many steps two runs have in common that differ in `max_steps` alone.
+
+    A checkpoint of that step has the learning rate of the next one in it, which is the same too.
+    """
+    rates = zip(_learning_rates(stage, before), _learning_rates(stage, now), strict=False)
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], rates)
+    return sum(1 for _ in same) - 1
+
+
+def go_on_to(stage: Stage, record: dict[str, Any]) -> Path | None:
+    """Find the checkpoint from which a stage goes on to another `max_steps`.
+
+    Args:
+        stage: with the new `max_steps`.
+        record: its `stage.json`, with the former.
+
+    Returns:
+        A checkpoint that newer ones are in the way of, see `make_room`; None if the newest does.
+
+    Raises:
+        RecipeError: if there is none, with the reason.
+    """
+    before, now = record["max_steps"], stage.max_steps
+    shared = shared_steps(stage, before, now)
+    for checkpoint in checkpoints(stage.checkpoints):
+        if step_of(checkpoint) > shared:
+            continue
+        try:
+            verify(checkpoint)
+        except CheckpointError:
+            continue
+        finished = record["status"] == "finished"
+        newest, _ = newest_whole(stage.checkpoints)
+        return checkpoint if finished or newest != checkpoint else None
+    schedule = stage.trainer.get("lr_scheduler_type", "linear")
+    why = f"no checkpoint of its first {shared} steps is left"
+    if shared < 1:
+        why = f"with the schedule {schedule} every step has another learning rate then"
+    raise RecipeError(
+        f"{stage.folder} was begun with max_steps {before} and cannot go on to {now}: {why}\n"
+        f"  lr_scheduler_type: {STABLE} keeps a checkpoint to go on from; now give this run "
+        "another --name, or pass --restart, which moves the old stage aside"
+    )
+
+
+def make_room(recipe: Recipe, stage: Stage, record: dict[str, Any], checkpoint: Path) -> Path:
+    """Move a stage aside, and begin it again with one of its checkpoints and its logs.
+
+    Args:
+        recipe: whose stage.
+        stage: with the new `max_steps`.
+        record: its `stage.json`.
+        checkpoint: of it, that the stage goes on from.
+
+    Returns:
+        The folder that the stage is in now.
+    """
+    fresh = _fresh(stage)
+    shutil.rmtree(fresh, ignore_errors=True)  # ours, of a command that was killed
+    (fresh / "checkpoints").mkdir(parents=True)
+    try:
+        shutil.copytree(checkpoint, fresh / "checkpoints" / checkpoint.name, copy_function=os.link)
+    except OSError:  # a disk without hard links
+        shutil.rmtree(fresh / "checkpoints" / checkpoint.name, ignore_errors=True)
+        shutil.copytree(checkpoint, fresh / "checkpoints" / checkpoint.name)
+    for name in LOGS:
+        if (stage.folder / name).is_file():
+            shutil.copy(stage.folder / name, fresh / name)
+    settings = settings_of(recipe, stage)
+    write_record(
+        fresh,
+        record | {"status": "interrupted", "max_steps": stage.max_steps, "settings": settings},
+    )
+    aside = move_aside(stage.folder)
+    fresh.rename(stage.folder)
+    return aside
+
+
+def finish_make_room(stage: Stage) -> None:
+    """Do what a `make_room` that was killed between its two renames has left."""
+    if _fresh(stage).is_dir() and not stage.folder.exists():
+        _fresh(stage).rename(stage.folder)
+
+
+def _fresh(stage: Stage) -> Path:
+    return stage.folder.with_name(f"{stage.name}.longer")
+
+
+def move_aside(folder: Path) -> Path:
+    """Give a stage's folder a name that is free; returns it."""
+    count = 1
+    while (aside := folder.with_name(f"{folder.name}.old-{count}")).exists():
+        count += 1
+    return folder.rename(aside)
