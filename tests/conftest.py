@@ -1,6 +1,7 @@
 """What several test files share: a tokenizer trained on the spot, tiny models, and stages."""
 
 import os
+import signal
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +14,27 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, NanoChatConfig, NanoChatForCausalLM
 
+from hfsft.errors import STOPPING
 from hfsft.recipe import Source, Stage
 from hfsft.tasks import facts
 from hfsft.tokenizer import train_tokenizer
 
 VOCAB_SIZE = 512
+
+# a shell's background job is started to ignore it, and so would be what the tests start
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before(monkeypatch):
+    """Puts back what a command that ends leaves as it is: it ends with its process elsewhere."""
+    monkeypatch.setattr("hfsft.errors.PATIENCE", 1e6)
+    before = {number: signal.getsignal(number) for number in STOPPING}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    signal.set_wakeup_fd(-1)
 
 
 @pytest.fixture(scope="session")

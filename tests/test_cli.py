@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hfsft.errors import STOPPING, HfsftError, Interrupted, run_main
+from hfsft.errors import HfsftError, Interrupted, run_main
 
 BIN = Path(sys.executable).parent
 RECIPE = {
@@ -238,22 +237,11 @@ def test_chat_answers_one_prompt(folder):
     assert turns[0]["content"] == "Hi"
 
 
-@pytest.fixture
-def signals(monkeypatch):
-    """Puts the signals' handlers back, which a process that ends does not need."""
-    monkeypatch.setattr("hfsft.errors.PATIENCE", 1e6)
-    before = {number: signal.getsignal(number) for number in STOPPING}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-    signal.set_wakeup_fd(-1)
-
-
 @pytest.mark.parametrize(
     ("error", "status"),
     [(HfsftError("mend it"), 2), (Interrupted("stopped", 15), 143), (KeyboardInterrupt(), 130)],
 )
-def test_exit_statuses(error, status, capsys, signals):
+def test_exit_statuses(error, status, capsys):
     def fails(*argv):
         raise error
 
@@ -263,7 +251,7 @@ def test_exit_statuses(error, status, capsys, signals):
     assert capsys.readouterr().err.startswith("hfsft: ")
 
 
-def test_a_bug_is_not_hidden(signals):
+def test_a_bug_is_not_hidden():
     def fails(*argv):
         raise ZeroDivisionError
 
