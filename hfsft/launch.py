@@ -20,9 +20,7 @@ ONE_PROCESS = (
     "--mixed_precision=no",
     "--dynamo_backend=no",
 )
-SLOWEST_STEP = (
-    900  # seconds that a signalled stage of several processes has for step and checkpoint
-)
+SLOWEST_STEP = 900  # seconds for step and checkpoint of several processes that are signalled
 
 
 def launch_stage(stage: str, recipe: str, arguments: list[str], config_file: str | None) -> None:

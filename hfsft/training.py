@@ -192,7 +192,7 @@ def open_stage(recipe: Recipe, stage: Stage) -> Stage | None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, stage.memory_limit_bytes / total))
     transformers.set_seed(stage.seed)
     if "wandb" in (stage.trainer.get("report_to") or ()):
-        _prepare_wandb(stage)
+        prepare_wandb(stage)
     if state.is_main_process:
         require_writable(stage.folder)
         finish_make_room(stage)
@@ -257,8 +257,12 @@ def _planned(recipe: Recipe, stage: Stage, chosen: dict[str, Any] | None) -> Sta
     return replace(stage, plan=require_fit(recipe, stage).as_data(), chosen=chosen)
 
 
-def _prepare_wandb(stage: Stage) -> None:
-    """Keep W&B's files in the stage's folder; without a key it logs offline and asks for none."""
+def prepare_wandb(stage: Stage) -> None:
+    """Keep W&B's files in the stage's folder; without a key it logs offline and asks for none.
+
+    Args:
+        stage: reports to it.
+    """
     os.environ.setdefault("WANDB_DIR", str(stage.folder))
     try:
         known = netrc.netrc().authenticators("api.wandb.ai")

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, p
 from hfsft import base, mid, sft
 from hfsft.errors import Interrupted, RecipeError
 from hfsft.trainer import SFTStageTrainer, StageTrainer
+from hfsft.training import prepare_wandb
 
 MODEL_FILES = {
     "README.md",
@@ -371,3 +372,25 @@ def test_it_stops_at_a_plateau_if_the_recipe_says_so(recipe, tmp_path, monkeypat
     assert "sft: finished already" in capsys.readouterr().out
     sft.main(recipe, *place, "--name", "on", "--model_name_or_path", str(tmp_path / "tiny" / "sft"))
     assert read_json(tmp_path / "on" / "sft" / "stage.json")["steps"] == 12
+
+
+def test_wandb_logs_offline_where_it_has_no_key(make_stage, tmp_path, monkeypatch, capsys):
+    stage = make_stage(quiet=False, trainer={"report_to": "wandb"})
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DIR"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("WANDB_API_KEY", "a key")
+    prepare_wandb(stage)
+    assert "WANDB_MODE" not in os.environ and os.environ["WANDB_DIR"] == str(stage.folder)
+    monkeypatch.delenv("WANDB_API_KEY")
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password key\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    prepare_wandb(stage)
+    assert "WANDB_MODE" not in os.environ
+    (tmp_path / ".netrc").unlink()
+    prepare_wandb(stage)
+    assert os.environ["WANDB_MODE"] == "offline"
+    assert capsys.readouterr().out == (
+        "W&B has no key (`wandb login`): it logs offline; `wandb sync` sends it later\n"
+    )
