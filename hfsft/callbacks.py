@@ -122,7 +122,7 @@ class MetricsCallback(TrainerCallback):
         self.samples = StepLog(folder / "samples.jsonl", writes)
         # of the validation that is about to be logged
         self.advice: Advice | None = None
-        self.sample_seconds = 0.0
+        self.sample_seconds = self.began_validation = 0.0
         self.began = 0.0
         self.earlier_seconds = 0.0
 
@@ -166,7 +166,7 @@ class MetricsCallback(TrainerCallback):
             line["eval_seconds"] = round(logs["eval_runtime"], 3)
             line["sample_seconds"] = round(self.sample_seconds, 3)
             if self.advice is not None:
-                line["advice"] = self.advice.as_data()
+                line["advice"] = self.advice.as_data() | {"max_steps": args.max_steps}
         if "loss" in logs:
             line["memory_bytes"] = _memory(args.device)
         self.metrics.append(line)

@@ -125,8 +125,8 @@ def _paired(differences: np.ndarray, tokens: np.ndarray) -> dict[str, Any]:
         "difference": float(difference),
         "low": float(difference - reach),
         "high": float(difference + reach),
-        "beyond_noise": bool(abs(difference) > reach),
-        "how": f"the same {count:,} held-out documents",
+        "beyond_noise": bool(count > 1 and abs(difference) > reach),
+        "how": f"the same {count:,} held-out documents" + ", too few to tell" * (count < 2),
     }
 
 

@@ -121,7 +121,7 @@ def make_room(recipe: Recipe, stage: Stage, record: dict[str, Any], checkpoint: 
     Returns:
         The folder that the stage is in now.
     """
-    fresh = _fresh(stage)
+    fresh = _fresh(stage).with_name(f"{stage.name}.longer.partial")
     shutil.rmtree(fresh, ignore_errors=True)  # ours, of a command that was killed
     (fresh / "checkpoints").mkdir(parents=True)
     try:
@@ -137,6 +137,7 @@ def make_room(recipe: Recipe, stage: Stage, record: dict[str, Any], checkpoint: 
         fresh,
         record | {"status": "interrupted", "max_steps": stage.max_steps, "settings": settings},
     )
+    fresh = fresh.rename(_fresh(stage))  # it is whole
     aside = move_aside(stage.folder)
     fresh.rename(stage.folder)
     return aside
@@ -146,6 +147,7 @@ def finish_make_room(stage: Stage) -> None:
     """Do what a `make_room` that was killed between its two renames has left."""
     if _fresh(stage).is_dir() and not stage.folder.exists():
         _fresh(stage).rename(stage.folder)
+    shutil.rmtree(_fresh(stage), ignore_errors=True)  # one that was not needed
 
 
 def _fresh(stage: Stage) -> Path:

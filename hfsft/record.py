@@ -121,8 +121,9 @@ def only_longer(stage: Stage, changed: list[str]) -> bool:
 
 def other_settings(stage: Stage, done: str, changed: list[str]) -> RecipeError:
     """The error of a folder whose stage was `done` with settings that differ in `changed` keys."""
+    shown = ("the model it starts from" if key.startswith("start") else key for key in changed)
     return RecipeError(
-        f"{stage.folder} was {done} with other settings: {', '.join(changed)}\n"
+        f"{stage.folder} was {done} with other settings: {', '.join(dict.fromkeys(shown))}\n"
         "  Give this run another --name, or pass --restart, which moves the old stage aside"
     )
 

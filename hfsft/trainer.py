@@ -545,7 +545,11 @@ class _StageMixin:
         """Whether every step is done, and the last one validated if any is."""
         steps = self.args.max_steps
         validated = not self.stage.validates or self.metrics_log.has_validation(steps)
-        return self.state.global_step >= steps and validated
+        return self.has_every_step() and validated
+
+    def has_every_step(self) -> bool:
+        """Whether no step is left to do."""
+        return self.state.global_step >= self.args.max_steps
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Validate; a checkpoint that is due is written before, any other if it fails."""
@@ -569,6 +573,7 @@ class _StageMixin:
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Answer the sample prompts, then validate."""
         began = time.perf_counter()
+        self.metrics_log.began_validation = self.metrics_log.seconds()
         # of sharded weights every token of an answer would gather them all
         if self.is_world_process_zero() and self.stage.sample_prompts and not self._is_sharded():
             self._sample()
@@ -603,7 +608,7 @@ class _StageMixin:
             self.control = self.callback_handler.on_prediction_step(
                 self.args, self.state, self.control
             )
-            if self.stop_signal.received:
+            if self.stop_signal.received and not self._is_sharded():
                 break
         if self.stop_signal.is_told():
             raise StepAbandoned  # it is done when the run goes on
@@ -668,7 +673,8 @@ class _StageMixin:
             for line in log.validation.lines
         ]
         train = [(line["step"], line["loss"]) for line in log.lines if "loss" in line]
-        seconds = log.seconds() - sum(log.values("eval_seconds"))
+        aside = sum(log.values("eval_seconds")) + sum(log.values("sample_seconds"))
+        seconds = log.began_validation - aside
         constant = self.args.lr_scheduler_type in ("constant", "constant_with_warmup")
         epoch = getattr(self.train_dataset, "epoch", None)
         if epoch is None and not isinstance(self.train_dataset, TextStream):
@@ -687,7 +693,9 @@ class _StageMixin:
         log = self.metrics_log
         advice = next((line["advice"] for line in reversed(log.lines) if "advice" in line), None)
         stops = self.stage.stop == "plateau" and not self.is_complete()
-        return stops and advice is not None and advice["plateau"]
+        # one that was given for another end says nothing of this one
+        given = advice is not None and advice["max_steps"] == self.args.max_steps
+        return stops and given and advice["plateau"]
 
     @torch.no_grad()
     def _sample(self) -> None:
@@ -747,13 +755,15 @@ class StageCallback(TrainerCallback):
         if self.trainer.random_states is not None:
             self.trainer._load_rng_state(str(self.trainer.random_states))
             self.trainer.random_states = None
-        if self.trainer.is_at_plateau():  # it was broken off before it had stopped
+        # it was broken off between its last step and its end: transformers would take one more
+        if self.trainer.has_every_step() or self.trainer.is_at_plateau():
             raise StepAbandoned
 
     def on_evaluate(self, args, state, control, **kwargs):
         """Stop at a plateau, if the recipe says so."""
         if self.trainer.is_at_plateau():
-            self.trainer.save_if_new()
+            if args.save_strategy != "no":
+                self.trainer.save_if_new()
             control.should_training_stop = True
 
     def on_step_end(self, args, state, control, **kwargs):

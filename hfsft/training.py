@@ -196,6 +196,7 @@ def open_stage(recipe: Recipe, stage: Stage) -> Stage | None:
     if state.is_main_process:
         require_writable(stage.folder)
         finish_make_room(stage)
+    state.wait_for_everyone()
     finished = not recipe.restart and is_finished(recipe, stage)
     if stage.push_to_hub and state.is_main_process and not finished:
         check_push(stage)
@@ -210,7 +211,7 @@ def open_stage(recipe: Recipe, stage: Stage) -> Stage | None:
             print(finished_line(stage))
         return None
     record, found = read_record(stage.folder), checkpoints(stage.checkpoints)
-    if record is not None and found:
+    if record is not None and (found or record["status"] == "finished"):
         changed = changed_keys(record["settings"], settings_of(recipe, stage))
         if only_longer(stage, changed):
             _go_on_to(recipe, stage, record)
@@ -226,13 +227,16 @@ def _go_on_to(recipe: Recipe, stage: Stage, record: dict[str, Any]) -> None:
     """Make ready to go on to another `max_steps`; the finished stage is moved aside, not lost."""
     checkpoint = go_on_to(stage, record)
     PartialState().wait_for_everyone()
+    if checkpoint is not None:
+        lock_stage(stage).release()  # every process takes part
     if checkpoint is not None and PartialState().is_main_process:
-        lock_stage(stage).release()
+        # a stage that was killed has told no steps
+        reached = record.get("steps", step_of(checkpoints(stage.checkpoints)[0]))
         aside = make_room(recipe, stage, record, checkpoint)
         if not stage.quiet:
             print(
                 f"{stage.name}: going on from step {step_of(checkpoint)} to {stage.max_steps}; "
-                f"what was trained to step {record['steps']} is now {aside}"
+                f"what was trained to step {reached} is now {aside}"
             )
     PartialState().wait_for_everyone()
 
@@ -400,9 +404,12 @@ def _train(trainer: Any, stage: Stage) -> None:
         trainer.take_up(checkpoint)
         trainer.say(f"{stage.name}: going on from {checkpoint}")
         trainer.args.eval_on_start = trainer.validation_is_due(step_of(checkpoint))
-    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    stopped = trainer.state.global_step < trainer.args.max_steps
-    if not stopped and not trainer.is_complete():
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    except StepAbandoned:
+        if not trainer.has_every_step() or trainer.stop_signal.received:
+            raise
+    if trainer.has_every_step() and not trainer.is_complete():
         trainer.evaluate()
 
 
@@ -433,7 +440,7 @@ def _new_record(trainer: Any, recipe: Recipe, stage: Stage) -> dict[str, Any]:
         "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "versions": {name: version(name) for name in ("hfsft", *LIBRARIES)},
         "recipe": recipe.path,
-        "command": shlex.join(["hfsft", stage.name, recipe.path, *recipe.arguments]),
+        "command": shlex.join(["hfsft", stage.name, recipe.path, *_lasting(recipe.arguments)]),
         "settings": settings_of(recipe, stage),
         "chosen": stage.chosen,
         "plan": stage.plan,
@@ -474,6 +481,16 @@ def _measured(trainer: Any) -> dict[str, Any]:
     }
 
 
+def _lasting(arguments: tuple[str, ...]) -> list[str]:
+    """A command line without `--restart`, which would begin anew what is to go on."""
+    kept: list[str] = []
+    for index, word in enumerate(arguments):
+        value = index > 0 and arguments[index - 1] == "--restart" and not word.startswith("--")
+        if not value and word.partition("=")[0] != "--restart":
+            kept.append(word)
+    return kept
+
+
 def _energy(device: torch.device) -> float | None:
     """Joules that a GPU has taken since its driver was loaded; None where it does not tell."""
     if device.type != "cuda":
@@ -490,8 +507,8 @@ def _energy(device: torch.device) -> float | None:
 
 
 def _energy_since(trainer: Any, before: float | None) -> float | None:
-    """Joules of a stage that one command ran from beginning to end; else not known."""
-    if before is None or trainer.place is not None:
+    """Joules of a stage that one command ran on one GPU from beginning to end; else not known."""
+    if before is None or trainer.place is not None or trainer.args.world_size > 1:
         return None
     return round(_energy(trainer.args.device) - before, 1)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -345,12 +346,20 @@ def test_base_streams_from_the_hub_and_goes_on_to_the_bit(tmp_path):
         assert broken.wait(timeout=200) == 143, broken.stderr.read()
         again = base("broken")
         assert again.wait(timeout=200) == 0, again.stderr.read()
-    states = [
-        load_file(tmp_path / "runs" / n / "base/model.safetensors") for n in ("whole", "broken")
+        # as if it was killed between its last checkpoint and its model: no step is left
+        runs = tmp_path / "runs"
+        shutil.copytree(runs / "whole", runs / "late")
+        (runs / "late/base/model.safetensors").unlink()
+        record = json.loads((runs / "late/base/stage.json").read_text())
+        (runs / "late/base/stage.json").write_text(json.dumps(record | {"status": "running"}))
+        late = base("late")
+        assert late.wait(timeout=200) == 0, late.stderr.read()
+    names = ("whole", "broken", "late")
+    states = [load_file(runs / name / "base/model.safetensors") for name in names]
+    logs = [
+        [line.get("loss") for line in read_jsonl(runs / name / "base/metrics.jsonl")]
+        for name in names
     ]
-    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
-    losses = [
-        [line.get("loss") for line in read_jsonl(tmp_path / "runs" / n / "base/metrics.jsonl")]
-        for n in ("whole", "broken")
-    ]
-    assert losses[0] == losses[1]
+    for state, log in zip(states[1:], logs[1:], strict=True):
+        assert all(torch.equal(states[0][key], state[key]) for key in state)
+        assert log == logs[0]

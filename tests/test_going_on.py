@@ -143,3 +143,27 @@ def test_killed_between_the_two_renames_it_is_found_again(recipe, tmp_path, monk
     sft.main(recipe, *place)
     assert step_of(checkpoints(folder / "checkpoints")[0]) == STEPS
     assert log_of(folder)[-1]["step"] == STEPS and folder.with_name("sft.old-1").is_dir()
+
+
+def test_without_checkpoints_a_finished_stage_stays_as_it_is(recipe, tmp_path):
+    place = ("--output_dir", str(tmp_path), "--quiet", *STABLE, "--save_strategy", "no")
+    sft.main(recipe, *place, "--max_steps", "3")
+    before = (tmp_path / "start" / "sft" / "model.safetensors").read_bytes()
+    with pytest.raises(RecipeError, match="no checkpoint of its first 2 steps is left"):
+        sft.main(recipe, *place)
+    assert (tmp_path / "start" / "sft" / "model.safetensors").read_bytes() == before
+
+
+def test_a_killed_run_past_its_decay_goes_on_from_before_it(recipe, tmp_path, capsys):
+    place = ("--output_dir", str(tmp_path), *STABLE)
+    sft.main(recipe, *place, "--max_steps", "4")
+    folder = tmp_path / "start" / "sft"
+    record = json.loads((folder / "stage.json").read_text())
+    for key in ("steps", "seconds"):  # what a kill leaves untold
+        del record[key]
+    (folder / "stage.json").write_text(json.dumps(record | {"status": "running"}))
+    (folder / "model.safetensors").unlink()
+    capsys.readouterr()
+    sft.main(recipe, *place)
+    assert "going on from step 3 to 6; what was trained to step 4 is now" in capsys.readouterr().out
+    assert step_of(checkpoints(folder / "checkpoints")[0]) == STEPS
