@@ -289,7 +289,8 @@ def _ends(
         change = (draws * at_end).sum(axis=-1).ravel()[picks] - last.loss
         doublings = math.log2(total / max(EPOCHS * (epoch_steps or total), last.step))
         worse = np.clip(worn, 0, None) * WEAR * last.loss * max(0.0, doublings)  # or no worse
-        ends[total] = last.loss + change * np.exp(DRIFT * drift) + own + worse
+        end = last.loss + change * np.exp(DRIFT * drift) + own + worse
+        ends[total] = np.maximum(end, 0.0)  # no loss is below 0
     if last.step >= planned:
         ends[planned] = np.full(PICKS, last.loss)
     return ends
