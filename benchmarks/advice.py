@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from hfsft.advice import RATE, WORTH, Validation, advise
+from hfsft.train.advice import RATE, WORTH, Validation, advise
 
 CURVES = Path(__file__).with_name("curves.json")
 SHARES = (0.5, 0.75, 1)  # of the planned steps, at which advice is asked for
@@ -223,7 +223,7 @@ Example = tuple[list[int], list[bool]]  # bytes and marks, and which of them are
 
 def chats(rows: dict[str, int], seed: int) -> list[Example]:
     """Conversations of the built-in tasks, shuffled."""
-    from hfsft.tasks import task_rows
+    from hfsft.data.tasks import task_rows
 
     found = []
     for name, count in rows.items():
@@ -240,7 +240,7 @@ def chats(rows: dict[str, int], seed: int) -> list[Example]:
 
 def texts(rows: int, seed: int) -> list[Example]:
     """Pieces of the embedded speeches."""
-    from hfsft.tasks import speeches
+    from hfsft.data.tasks import speeches
 
     random, documents, found = Random(seed), speeches(), []
     for _ in range(rows):
@@ -338,7 +338,7 @@ def train_curves() -> None:
     """Train every kind, schedule and seed at every number of steps, and keep the curves."""
     import torch
 
-    from hfsft.tasks import TASKS
+    from hfsft.data.tasks import TASKS
 
     torch.set_num_threads(1)
     start = fresh_model(0)

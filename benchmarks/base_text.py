@@ -35,7 +35,7 @@ LENGTH = 2048
 
 def write_corpus(path: Path, megabytes: int) -> None:
     """Write about so many megabytes of JSON lines."""
-    from hfsft.tasks import facts, speeches
+    from hfsft.data.tasks import facts, speeches
 
     documents = [part for speech in speeches() for part in speech.split("\n\n")] + facts()
     written = count = 0
@@ -49,9 +49,9 @@ def write_corpus(path: Path, megabytes: int) -> None:
 
 def prepare_hfsft(path: str, tokenizer_folder: str) -> Any:
     """Rows of at most 2,048 tokens as hfsft prepares them."""
-    from hfsft.corpus import mix_text
-    from hfsft.recipe import load_recipe
-    from hfsft.tokenizer import load_tokenizer
+    from hfsft.data.text import mix_text
+    from hfsft.recipe.loading import load_recipe
+    from hfsft.tokens.tokenizer import load_tokenizer
 
     recipe = load_recipe(
         *("demo", "--base.data", f"[{{path: {path}}}]", "--base.max_length", str(LENGTH)),
@@ -65,7 +65,7 @@ def prepare_trl(path: str, tokenizer_folder: str) -> Any:
     import datasets
     from trl import pack_dataset
 
-    from hfsft.tokenizer import load_tokenizer
+    from hfsft.tokens.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(tokenizer_folder)
     rows = datasets.load_dataset("json", data_files=path, split="train")
@@ -90,7 +90,7 @@ def measure(name: str, path: str, tokenizer_folder: str) -> None:
     import pyarrow.compute as pc
     import trl  # noqa: F401
 
-    import hfsft.corpus  # noqa: F401
+    import hfsft.data.text  # noqa: F401
 
     datasets.disable_progress_bars()
     imports = resident()
@@ -118,8 +118,8 @@ def measure(name: str, path: str, tokenizer_folder: str) -> None:
 
 def main(*argv: str) -> None:
     """Measure both, or the one named, at each size and print a table."""
-    from hfsft.tasks import facts, speeches
-    from hfsft.tokenizer import train_tokenizer
+    from hfsft.data.tasks import facts, speeches
+    from hfsft.tokens.tokenizer import train_tokenizer
 
     names = [name for name in NAMES if name in argv] or NAMES
     sizes = [int(size) for size in argv if size not in NAMES] or SIZES_MB

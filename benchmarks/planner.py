@@ -22,10 +22,10 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM, NanoChatConfig, NanoChatForCausalLM
 
 from hfsft import base, sft
-from hfsft.memory import plan_stage
-from hfsft.recipe import load_recipe
-from hfsft.tasks import facts
-from hfsft.tokenizer import train_tokenizer
+from hfsft.data.tasks import facts
+from hfsft.plan.plan import plan_stage
+from hfsft.recipe.loading import load_recipe
+from hfsft.tokens.tokenizer import train_tokenizer
 
 ARCHITECTURES = {
     "nanochat": (NanoChatConfig, NanoChatForCausalLM),

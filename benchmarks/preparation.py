@@ -22,11 +22,12 @@ from pathlib import Path
 
 import datasets
 
-from hfsft.conversations import check_messages, fit_conversations
-from hfsft.mixture import mix_conversations
-from hfsft.recipe import Source, Stage
-from hfsft.tasks import facts, speeches
-from hfsft.tokenizer import load_tokenizer, train_tokenizer
+from hfsft.data.mixture import mix_conversations
+from hfsft.data.tasks import facts, speeches
+from hfsft.recipe.schema import Source, Stage
+from hfsft.tokens.encoding import fit_conversations
+from hfsft.tokens.formats import check_messages
+from hfsft.tokens.tokenizer import load_tokenizer, train_tokenizer
 
 PAIRS = 5
 CONVERSATIONS = 6000

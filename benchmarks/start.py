@@ -57,8 +57,8 @@ def prepare(folder: Path, rows: int) -> None:
     """Write the conversations, a small model with its tokenizer, and the recipe."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from hfsft.tasks import facts, task_rows
-    from hfsft.tokenizer import train_tokenizer
+    from hfsft.data.tasks import facts, task_rows
+    from hfsft.tokens.tokenizer import train_tokenizer
 
     tasks = ("identity", "small_talk", "simple_spelling", "spelling_bee", "arithmetic")
     with (folder / "chats.jsonl").open("w") as file:

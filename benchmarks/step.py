@@ -64,10 +64,10 @@ def build(model_type: str, vocab_size: int) -> Any:
 
 def conversations(data: str | None, folder: str, steps: int) -> tuple[Any, Any]:
     """A tokenizer of 8,192 tokens, and the conversations of so many steps in hfsft's order."""
-    from hfsft.mixture import mix_conversations
-    from hfsft.recipe import Source, Stage
-    from hfsft.tasks import facts, speeches
-    from hfsft.tokenizer import load_tokenizer, train_tokenizer
+    from hfsft.data.mixture import mix_conversations
+    from hfsft.data.tasks import facts, speeches
+    from hfsft.recipe.schema import Source, Stage
+    from hfsft.tokens.tokenizer import load_tokenizer, train_tokenizer
 
     if not (Path(folder) / "tokenizer").is_dir():
         trained = train_tokenizer([*speeches(), *facts()], 8192)
@@ -114,7 +114,7 @@ def text_rows(tokenizer: Any, steps: int) -> Any:
     """Full rows of the embedded speeches, enough for so many base steps."""
     import datasets
 
-    from hfsft.tasks import speeches
+    from hfsft.data.tasks import speeches
 
     ids = [token for text in speeches() for token in tokenizer.encode(text)]
     rows = [ids[start : start + LENGTH] for start in range(0, len(ids) - LENGTH, LENGTH)]
@@ -181,9 +181,9 @@ def bare_loop(
     """The least that trains on hfsft's micro-batches: forward, backward, clip, optimizer."""
     import torch
 
-    from hfsft.attention import packed_attention
-    from hfsft.head import fuse_head
-    from hfsft.packing import StepCollator, micro_batches, model_inputs
+    from hfsft.data.packing import StepCollator, micro_batches, model_inputs
+    from hfsft.model.attention import packed_attention
+    from hfsft.model.head import fuse_head
 
     half = device.type == "cuda"
     model.to(device).train()
@@ -266,9 +266,9 @@ def hfsft_trainer(
     model: Any, rows: Any, tokenizer: Any, folder: str, steps: int, settings: dict[str, Any]
 ) -> Any:
     """hfsft's own trainer of conversations, or of text where the rows have no labels."""
-    from hfsft.recipe import Stage
-    from hfsft.trainer import SFTStageTrainer, StageTrainer
-    from hfsft.training import arguments
+    from hfsft.recipe.schema import Stage
+    from hfsft.train.arguments import arguments
+    from hfsft.train.trainer import SFTStageTrainer, StageTrainer
 
     sft = "labels" in rows.column_names
     examples = EXAMPLES if sft else BASE_ROWS
@@ -301,7 +301,7 @@ def hfsft_trainer(
 
 def ceilings(data: str | None, folder: str, steps: int) -> dict[str, float]:
     """Slots over tokens of each layout: the most that leaving padding out can gain."""
-    from hfsft.packing import tightest_fit
+    from hfsft.data.packing import tightest_fit
 
     _, rows = conversations(data, folder, steps)
     lengths = rows.lengths

@@ -7,9 +7,9 @@ import torch
 from rich.console import Console
 from transformers import TextIteratorStreamer
 
-from hfsft.answering import load_for_answers, load_its_tokenizer
 from hfsft.errors import ModelError
-from hfsft.templates import prompt_text
+from hfsft.evaluation.answering import load_for_answers, load_its_tokenizer
+from hfsft.tokens.templates import prompt_text
 
 
 class Chat:

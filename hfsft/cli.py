@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 
 from hfsft import __version__
-from hfsft.errors import run_main
+from hfsft.process import run_main
 
 app = typer.Typer(
     name="hfsft",
@@ -61,7 +61,7 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Run every stage of a recipe in order; finished ones are skipped, a stopped one goes on."""
-    from hfsft.recipe import load_recipe
+    from hfsft.recipe.loading import load_recipe
 
     quiet = quiet or as_json
     arguments = [*context.args, *(["--quiet"] if quiet else [])]
@@ -71,7 +71,7 @@ def run(
 
         raise RecipeError(f"{recipe} has no stage; it needs a base, mid or sft section")
     from hfsft.launch import launch_stage
-    from hfsft.record import finished_line, is_finished
+    from hfsft.run.record import finished_line, is_finished
 
     for name, stage in checked.stages.items():
         if not checked.restart and is_finished(checked, stage):
@@ -79,10 +79,10 @@ def run(
                 print(finished_line(stage))
         else:
             launch_stage(name, recipe, arguments, config_file)
-    from hfsft.summary import print_summary, run_summary
+    from hfsft.report.summary import print_summary, run_summary
 
     summary = run_summary(checked)
-    from hfsft.report import write_report  # it reads what the summary has graded
+    from hfsft.report.report import write_report  # it reads what the summary has graded
 
     summary["report"] = str(write_report(checked.folder)[1])
     if as_json:
@@ -94,7 +94,7 @@ def run(
 def _stage(
     name: str, context: typer.Context, recipe: str, config_file: str | None, quiet: bool
 ) -> None:
-    from hfsft.recipe import load_recipe
+    from hfsft.recipe.loading import load_recipe
 
     arguments = [*context.args, *(["--quiet"] if quiet else [])]
     load_recipe(recipe, *arguments, stage=name)
@@ -146,10 +146,10 @@ def data(
     as_json: JsonOption = False,
 ) -> None:
     """Show what the model will see: rows kept and refused, lengths, and real examples."""
-    from hfsft.recipe import load_recipe
+    from hfsft.recipe.loading import load_recipe
 
     checked = load_recipe(recipe, *context.args)
-    from hfsft.preview import preview, print_preview
+    from hfsft.data.preview import preview, print_preview
 
     seen = preview(checked, show)
     if as_json:
@@ -172,12 +172,14 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Show what each stage will need: memory, time, disk, and whether it fits."""
-    from hfsft.recipe import load_recipe, size_in_bytes
+    from hfsft.recipe.loading import load_recipe
+    from hfsft.recipe.schema import size_in_bytes
 
     checked = load_recipe(recipe, *context.args)
     size = None if memory is None else size_in_bytes(memory, "--memory")
-    from hfsft.memory import plan_run, print_plan
-    from hfsft.timing import seconds_per_step
+    from hfsft.plan.choosing import plan_run
+    from hfsft.plan.printing import print_plan
+    from hfsft.plan.timing import seconds_per_step
 
     planned = plan_run(checked, size, seconds_per_step if timed else None)
     if as_json:
@@ -203,12 +205,12 @@ def report(
     from rich.markdown import Markdown
 
     if other is not None:
-        from hfsft.comparison import differences_text, write_comparison
+        from hfsft.report.comparison import differences_text, write_comparison
 
         numbers, path = write_comparison((Path(run), Path(other)), as_html)
         text = differences_text(numbers)
     else:
-        from hfsft.report import summary_text, write_report
+        from hfsft.report.report import summary_text, write_report
 
         numbers, path = write_report(Path(run), as_html)
         text = summary_text(numbers)
@@ -240,7 +242,7 @@ def push(
     as_json: JsonOption = False,
 ) -> None:
     """Push a finished model to the Hub, or go on with a push: what is there is not sent again."""
-    from hfsft.push import push_run
+    from hfsft.hub.push import push_run
 
     pushes = push_run(folder, repo, revision, private)
     if as_json:
@@ -290,7 +292,7 @@ def evaluate_models(
     as_json: JsonOption = False,
 ) -> None:
     """Ask models the rows of benchmarks; what was asked before is not asked again."""
-    from hfsft.evaluation import evaluate_and_print
+    from hfsft.evaluation.printing import evaluate_and_print
 
     names = [name for given in tasks or () for name in given.split(",") if name]
     found = evaluate_and_print(

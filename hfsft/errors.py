@@ -1,13 +1,22 @@
-"""What a user can mend, and how it is said: one or two lines on standard error, exit status 2."""
+"""What a user can mend; the text of an error is the whole message."""
 
-import os
-import signal
-import sys
-import threading
-from collections.abc import Callable
+from collections.abc import Iterable
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-PATIENCE = 5.0  # seconds for a process to answer a signal, and again for its end
+
+def quoted(text: str) -> str:
+    """`text` in quotes on one line: cut at 60 characters, control characters escaped."""
+    return repr(text if len(text) <= 60 else text[:57] + "...")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The end of an error message: `; did you mean 'max_steps'?`, or nothing if none is near."""
+    import difflib  # 15 ms, needed on errors only
+
+    by_plain_name = {name.lower(): name for name in known}
+    plain = word.lower().replace("-", "_").replace(" ", "_")
+    longer = [name for name in by_plain_name if plain and name.startswith(plain)]
+    matches = longer or difflib.get_close_matches(plain, by_plain_name, n=1)
+    return f"; did you mean '{by_plain_name[matches[0]]}'?" if matches else ""
 
 
 class HfsftError(Exception):
@@ -55,103 +64,3 @@ class Interrupted(HfsftError):
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, or its type where it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-class Stopped(SystemExit):
-    """SIGTERM or SIGHUP outside the training loop; no library takes it for an error of its own."""
-
-    def __init__(self, number: int):
-        super().__init__(128 + number)
-        self.number = number
-
-    def __str__(self) -> str:
-        return f"stopped by {signal.Signals(self.number).name}"
-
-
-def _say_it(error: BaseException) -> bool:
-    return True
-
-
-# asked before the process ends with an error, whether to say it; of several processes, one says
-# what all have, and the end of another may be why (`watchdog.py`)
-before_leaving: Callable[[BaseException], bool] = _say_it
-
-
-def run_main(main: Callable[..., None], *argv: str) -> None:
-    """Run `main(*argv)` as a process does: exit with the status and the words of its error.
-
-    SIGINT, SIGTERM and SIGHUP end it with one line, unless it takes them over or was started to
-    ignore them, as nohup does with SIGHUP.
-
-    Args:
-        main: a stage's or a command's entry point.
-        argv: the command line without the program's name.
-
-    Raises:
-        SystemExit: with the `exit_status` of an `HfsftError`, or 128 + a signal's number.
-    """
-    _take_signals()
-    try:
-        main(*argv)
-    except HfsftError as error:
-        _leave(error, str(error), error.exit_status)
-    except KeyboardInterrupt as error:
-        _leave(error, "interrupted", 130)
-    except Stopped as error:
-        _leave(error, str(error), error.code)
-    except Exception as error:
-        before_leaving(error)
-        raise
-
-
-def unignored() -> list[signal.Signals]:
-    """The signals that stop a process, but for those it was started to ignore."""
-    return [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]
-
-
-def _take_signals() -> None:
-    """Let signals raise in the main thread; where that is in a long call into C, end the process.
-
-    Python runs a handler only once such a call is over: the training of a tokenizer, or the waiting
-    for another process. A thread hears of the signal at once.
-    """
-    process, answered = os.getpid(), threading.Event()
-
-    def stop(number: int, frame: object) -> None:
-        if os.getpid() != process:  # a forked helper ends as it would without all this
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        answered.set()
-        raise KeyboardInterrupt if number == signal.SIGINT else Stopped(number)
-
-    def watch() -> None:
-        while True:
-            number = os.read(reading, 1)[0]
-            # the training loop answers in its own time
-            ours = number in STOPPING and signal.getsignal(number) is stop
-            if ours and not answered.wait(PATIENCE):
-                if before_leaving(error := Stopped(number)):
-                    print(f"hfsft: {error}", file=sys.stderr, flush=True)
-                os._exit(error.code)
-
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    # a helper that is stopped must not be taken for this process
-    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
-    for number in unignored():
-        signal.signal(number, stop)
-    threading.Thread(target=watch, name="hfsft-signals", daemon=True).start()
-
-
-def _leave(error: BaseException, words: str, status: int) -> None:
-    """End the process; a second signal, which launchers send, changes nothing any more."""
-    for number in STOPPING:
-        signal.signal(number, signal.SIG_IGN)
-    if status > 128:  # a thread that reads from the network holds it up no longer than this
-        end = threading.Timer(PATIENCE, os._exit, (status,))
-        end.daemon = True
-        end.start()
-    if before_leaving(error):
-        print(f"hfsft: {words}", file=sys.stderr, flush=True)
-    sys.exit(status)

@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hfsft.errors import RecipeError, unignored
+from hfsft.errors import RecipeError
+from hfsft.process import unignored
 
 # what `accelerate launch` would choose with a warning where nothing is configured
 ONE_PROCESS = (
@@ -92,7 +93,7 @@ def _status(code: int) -> int:
 def _find_config(given: str) -> Path:
     """An Accelerate config: a file, or the name of one that comes with hfsft (`multi_gpu`)."""
     package = Path(__file__).parent
-    folders = (package / "accelerate_configs", package.parent / "accelerate_configs")
+    folders = (package / "shipped" / "accelerate_configs", package.parent / "accelerate_configs")
     name = Path(given).stem
     for path in (Path(given), *(folder / f"{name}.yaml" for folder in folders)):
         if path.is_file():

@@ -6,8 +6,8 @@ accelerate launch hfsft/mid.py recipes/demo.yaml
 import gc
 import sys
 
-from hfsft.errors import run_main
-from hfsft.recipe import load_recipe
+from hfsft.process import run_main
+from hfsft.recipe.loading import load_recipe
 
 
 def main(*argv: str) -> None:
@@ -18,11 +18,13 @@ def main(*argv: str) -> None:
     # torch, transformers and trl take 4 s to import: a recipe's mistakes are answered before, and
     # 0.7 s of it would go into looking for garbage, which `open_stage` takes up again
     gc.disable()
-    from hfsft.mixture import load_packed_conversations
-    from hfsft.model import load_model
-    from hfsft.tokenizer import stage_tokenizer
-    from hfsft.trainer import StageTrainer
-    from hfsft.training import arguments, open_stage, rows_per_step, train_and_save
+    from hfsft.data.mixture import load_packed_conversations
+    from hfsft.model.loading import load_model
+    from hfsft.tokens.tokenizer import stage_tokenizer
+    from hfsft.train.arguments import arguments, rows_per_step
+    from hfsft.train.finishing import train_and_save
+    from hfsft.train.stage import open_stage
+    from hfsft.train.trainer import StageTrainer
 
     stage = open_stage(recipe, stage)
     if stage is None:

@@ -6,8 +6,8 @@ accelerate launch hfsft/sft.py recipes/fast.yaml
 import gc
 import sys
 
-from hfsft.errors import run_main
-from hfsft.recipe import load_recipe
+from hfsft.process import run_main
+from hfsft.recipe.loading import load_recipe
 
 
 def main(*argv: str) -> None:
@@ -18,11 +18,13 @@ def main(*argv: str) -> None:
     # torch, transformers and trl take 4 s to import: a recipe's mistakes are answered before, and
     # 0.7 s of it would go into looking for garbage, which `open_stage` takes up again
     gc.disable()
-    from hfsft.mixture import load_conversations
-    from hfsft.model import load_model
-    from hfsft.tokenizer import stage_tokenizer
-    from hfsft.trainer import SFTStageTrainer
-    from hfsft.training import arguments, open_stage, train_and_save
+    from hfsft.data.mixture import load_conversations
+    from hfsft.model.loading import load_model
+    from hfsft.tokens.tokenizer import stage_tokenizer
+    from hfsft.train.arguments import arguments
+    from hfsft.train.finishing import train_and_save
+    from hfsft.train.stage import open_stage
+    from hfsft.train.trainer import SFTStageTrainer
 
     stage = open_stage(recipe, stage)
     if stage is None:

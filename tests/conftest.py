@@ -14,10 +14,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, NanoChatConfig, NanoChatForCausalLM
 
-from hfsft.errors import STOPPING
-from hfsft.recipe import Source, Stage
-from hfsft.tasks import facts
-from hfsft.tokenizer import train_tokenizer
+from hfsft.data.tasks import facts
+from hfsft.process import STOPPING
+from hfsft.recipe.schema import Source, Stage
+from hfsft.tokens.tokenizer import train_tokenizer
 
 VOCAB_SIZE = 512
 
@@ -29,7 +29,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 @pytest.fixture(autouse=True)
 def signals_as_before(monkeypatch):
     """Puts back what a command that ends leaves as it is: it ends with its process elsewhere."""
-    monkeypatch.setattr("hfsft.errors.PATIENCE", 1e6)
+    monkeypatch.setattr("hfsft.process.PATIENCE", 1e6)
     before = {number: signal.getsignal(number) for number in STOPPING}
     yield
     for number, handler in before.items():

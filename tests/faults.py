@@ -29,8 +29,8 @@ import yaml
 from hub_server import HubServer
 
 from hfsft import base, mid, sft
-from hfsft.errors import run_main
-from hfsft.tasks import facts
+from hfsft.data.tasks import facts
+from hfsft.process import run_main
 
 STEPS = 6
 # of a log line, what no two runs share
@@ -256,8 +256,8 @@ def main() -> None:
             hub.add_repo("me/text", "dataset", {"train.jsonl": rows.encode()})
             os.environ |= hub.env(given.folder, "hf_read")
         # after the Hub's address is set, and before the forks: no child pays for it
-        import hfsft.corpus
-        import hfsft.training  # noqa: F401
+        import hfsft.data.text
+        import hfsft.train.stage  # noqa: F401
 
         failed = False
         if set(configs) - {"run", "stream", "base"}:

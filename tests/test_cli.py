@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hfsft.errors import HfsftError, Interrupted, run_main
+from hfsft.errors import HfsftError, Interrupted
+from hfsft.process import run_main
 
 BIN = Path(sys.executable).parent
 RECIPE = {

@@ -4,7 +4,6 @@ import ast
 import re
 import sys
 from collections.abc import Iterator
-from graphlib import TopologicalSorter
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -12,42 +11,31 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "hfsft"
 FILES = sorted(PACKAGE.rglob("*.py"))
-# row → its files; one imports only from rows above its own
-ROWS = [
-    {"__init__"},
-    {"errors", "fields"},
-    {
-        "keys",
-        "nodes",
-        "tasks",
-        "hub",
-        "templates",
-        "head",
-        "attention",
-        "checkpoint",
-        "disk",
-        "calculator",
-        "execution",
-        "pages",
-    },
-    {"recipe"},
-    {"record", "conversations", "tokenizer", "audit", "advice", "results"},
-    {"packing", "model", "going_on", "pictures"},
-    {"mixture", "traced", "answering"},
-    {"corpus"},
-    {"callbacks", "memory", "push", "card", "questions", "harness", "validation", "watchdog"},
-    {"trainer", "timing"},
-    {"training"},
-    {"evaluation", "report", "comparison", "summary", "chat", "launch", "preview"},
-    {"base", "mid", "sft"},
-    {"cli", "__main__"},
+# the one table of rooms and their files, in order: each imports only from those before it
+TABLE = re.findall(
+    r"^\| `(\w+)(/|\.py)` \| [^|]* \|([^|]*)\|$",
+    (PACKAGE.parent / "CONTRIBUTING.md").read_text(),
+    re.M,
+)
+ORDER = [
+    module
+    for room, kind, files in TABLE
+    for module in (
+        [room]
+        if kind == ".py"
+        else [room, *(f"{room}.{name}" for name in re.findall(r"`(\w+)`", files))]
+    )
 ]
-# the only imports within a row: file → imported
-SIBLINGS = {("comparison", "evaluation"), ("summary", "evaluation"), ("__main__", "cli")}
 # every module that an installed distribution brings, hfsft apart
 INSTALLED = {name for name, owners in packages_distributions().items() if set(owners) != {"hfsft"}}
 
-per_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+per_file = pytest.mark.parametrize("path", FILES, ids=lambda path: name_of(path))
+
+
+def name_of(path: Path) -> str:
+    """`hfsft/run/disk.py` is run.disk, `hfsft/run/__init__.py` run, `hfsft/__init__.py` hfsft."""
+    name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    return "hfsft" if name == "__init__" else name.removesuffix(".__init__")
 
 
 def imported(path: Path) -> set[str]:
@@ -55,15 +43,17 @@ def imported(path: Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {name.name for name in node.names if name.name.startswith("hfsft")}
+            found |= {name.name for name in node.names if name.name.split(".")[0] == "hfsft"}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name}:{node.lineno}: a script has no relative imports"
-            if node.module == "hfsft":
-                found |= {f"hfsft.{name.name}" for name in node.names}
-            elif node.module.startswith("hfsft."):
-                found.add(node.module)
-    modules = {name.removeprefix("hfsft.").partition(".")[0] for name in found}
-    return {name if (PACKAGE / f"{name}.py").exists() else "__init__" for name in modules}
+            if node.module.split(".")[0] == "hfsft":
+                known = {f"hfsft.{name}" for name in MODULES}
+                names = {f"{node.module}.{name.name}" for name in node.names}
+                found |= (names & known) or {node.module}
+    return {name.removeprefix("hfsft.") for name in found}
+
+
+MODULES = {name_of(path) for path in FILES}
 
 
 def documented(node: ast.AST, name: str) -> Iterator[tuple[str, ast.AST]]:
@@ -78,44 +68,30 @@ def documented(node: ast.AST, name: str) -> Iterator[tuple[str, ast.AST]]:
                 yield f"{name}.{child.name}", child
 
 
-def test_every_file_has_a_row():
-    assert sorted(name for row in ROWS for name in row) == sorted(path.stem for path in FILES)
-
-
-def test_contributing_shows_the_same_rows():
-    table = re.findall(
-        r"^\| (\d+) \| (.*?) \|", (PACKAGE.parent / "CONTRIBUTING.md").read_text(), re.M
-    )
-    shown: dict[int, set[str]] = {}
-    for row, files in table:
-        shown.setdefault(int(row), set()).update(re.findall(r"`(\w+)\.py`", files))
-    assert [shown[row] for row in sorted(shown)] == ROWS[1:]
+def test_the_table_names_every_file_once():
+    assert sorted(["hfsft", *ORDER]) == sorted(MODULES)
 
 
 @per_file
-def test_imports_only_from_rows_above(path):
-    rows = {name: row for row, names in enumerate(ROWS) for name in names}
+def test_imports_only_from_above(path):
+    """No arrow goes back up, so there is no cycle either."""
+    place = {name: number for number, name in enumerate(["hfsft", *ORDER])}
     for name in imported(path):
-        above = rows[name] < rows[path.stem]
-        assert above or (path.stem, name) in SIBLINGS, f"{path.stem} imports {name}"
-
-
-def test_no_imports_in_a_circle():
-    TopologicalSorter({path.stem: imported(path) for path in FILES}).prepare()
+        assert place[name] < place[name_of(path)], f"{name_of(path)} imports {name}"
 
 
 @per_file
 def test_name_shadows_no_module(path):
     """Running hfsft/sft.py puts hfsft/ first on sys.path: `import logging` must not find ours."""
-    if path.stem.startswith("__"):
-        return
-    assert path.stem not in sys.stdlib_module_names
-    assert path.stem not in INSTALLED
-    assert path.stem != "utils"
+    name, *inside = name_of(path).split(".")
+    assert "utils" not in (name, *inside)
+    if not name.startswith("__") and name != "hfsft":
+        assert name not in sys.stdlib_module_names
+        assert name not in INSTALLED
 
 
 @per_file
 def test_docstrings_open_with_a_sentence(path):
-    for name, node in documented(ast.parse(path.read_text()), path.stem):
+    for name, node in documented(ast.parse(path.read_text()), name_of(path)):
         first = (ast.get_docstring(node) or "").partition("\n")[0]
         assert re.fullmatch(r"[^\s.](?!.*[.?!] [A-Z]).+[.?]", first), f"{name}: {first!r}"

@@ -14,11 +14,13 @@ from faults import EVERY_STEP
 from hub_server import HubServer
 from test_tokenizer import MARKED, plain_bpe
 
-from hfsft import sft, templates
-from hfsft.conversations import BadRow, encode_conversations
+from hfsft import sft
 from hfsft.errors import ModelError
-from hfsft.hub import _additions
-from hfsft.tokenizer import load_tokenizer
+from hfsft.hub.client import _additions
+from hfsft.tokens import templates
+from hfsft.tokens.encoding import encode_conversations
+from hfsft.tokens.formats import BadRow
+from hfsft.tokens.tokenizer import load_tokenizer
 
 # --- chat templates ---
 
@@ -151,10 +153,10 @@ LOAD = """
 import json, sys
 from pathlib import Path
 from hfsft.errors import HfsftError
-from hfsft.mixture import model_positions
-from hfsft.model import load_model
-from hfsft.recipe import Stage
-from hfsft.tokenizer import load_tokenizer
+from hfsft.data.encoded import model_positions
+from hfsft.model.loading import load_model
+from hfsft.recipe.schema import Stage
+from hfsft.tokens.tokenizer import load_tokenizer
 
 said = {}
 for start in sys.argv[1:]:

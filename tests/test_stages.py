@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, p
 
 from hfsft import base, mid, sft
 from hfsft.errors import Interrupted, RecipeError
-from hfsft.trainer import SFTStageTrainer, StageTrainer
-from hfsft.training import prepare_wandb
+from hfsft.train.stage import prepare_wandb
+from hfsft.train.trainer import SFTStageTrainer, StageTrainer
 
 MODEL_FILES = {
     "README.md",

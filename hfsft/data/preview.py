@@ -1,0 +1,92 @@
+"""What the model will see: a stage's audit and real examples, before anything trains."""
+
+import itertools
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+from rich.text import Text
+
+from hfsft.data.audit import audit_console, print_audit
+from hfsft.data.mixture import mix_conversations, require_rows
+from hfsft.data.order import packing_order
+from hfsft.data.text import base_texts, mix_text
+from hfsft.recipe.schema import Recipe, Stage
+from hfsft.tokens.encoding import IGNORED
+from hfsft.tokens.tokenizer import new_tokenizer, stage_tokenizer
+
+
+def preview(recipe: Recipe, show: int) -> dict[str, Any]:
+    """Load and encode the data of every stage; nothing is written and no model is loaded.
+
+    Args:
+        recipe: whose stages.
+        show: examples of each stage, the first of its run.
+
+    Returns:
+        Stage → `audit`, and `examples`: lists of `{"text", "trained"}` pieces in order.
+
+    Raises:
+        DataError, ModelError: as the stage itself would.
+    """
+    datasets.utils.logging.set_verbosity_error()
+    if not sys.stdout.isatty():
+        datasets.disable_progress_bars()
+    seen = {}
+    for name, stage in recipe.stages.items():
+        tokenizer = _tokenizer(recipe, stage)
+        if name == "base":
+            mixture = mix_text(recipe, tokenizer)
+        else:
+            mixture = mix_conversations(stage, tokenizer)
+            require_rows(mixture, stage)
+        first = itertools.islice(mixture.train, show)
+        if name == "mid":  # its rows are laid from conversations in this order
+            order = packing_order(len(mixture.train), stage.seed)
+            first = [mixture.train[place] for place in order[:show]]
+        examples = [pieces(row, tokenizer) for row in first]
+        seen[name] = {"audit": mixture.audit, "examples": examples}
+    return seen
+
+
+def _tokenizer(recipe: Recipe, stage: Stage) -> Any:
+    """The tokenizer that the stage will have; one still to be trained is trained, and not kept."""
+    start = stage.model_name_or_path
+    if start is not None and (Path(start).is_dir() or "base" not in recipe.stages):
+        return stage_tokenizer(recipe, stage)
+    return new_tokenizer(recipe, base_texts(recipe.base))
+
+
+def pieces(row: dict[str, Any], tokenizer: Any) -> list[dict[str, Any]]:
+    """An encoded example as text, cut where training on it begins and ends.
+
+    Args:
+        row: `input_ids` and, for conversations, `labels`.
+        tokenizer: that encoded it.
+
+    Returns:
+        `{"text", "trained"}` in order, special tokens as they are written.
+    """
+    ids, labels = row["input_ids"], row.get("labels", row["input_ids"])
+    found: list[tuple[bool, list[int]]] = []
+    for token, label in zip(ids, labels, strict=True):
+        trained = label != IGNORED
+        if not found or found[-1][0] != trained:
+            found.append((trained, []))
+        found[-1][1].append(token)
+    return [{"text": tokenizer.decode(run), "trained": trained} for trained, run in found]
+
+
+def print_preview(seen: dict[str, Any]) -> None:
+    """Print the tables and examples; trained text is bold, and green where there is colour."""
+    console = audit_console()
+    for stage, data in seen.items():
+        print_audit(stage, data["audit"], console)
+        for number, example in enumerate(data["examples"], 1):
+            console.print(f"\n{stage}, example {number} (bold is trained on):", style="dim")
+            text = Text()
+            for piece in example:
+                text.append(piece["text"], style="bold green" if piece["trained"] else "")
+            console.print(text, soft_wrap=True)
+        console.print()

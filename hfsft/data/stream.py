@@ -1,0 +1,182 @@
+"""Base text encoded while it streams."""
+
+import copy
+import os
+import random
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import datasets
+import torch
+
+from hfsft.data.packing import fit_rows
+from hfsft.data.sources import ROW_COLUMN, SOURCE_COLUMN, read_hub
+from hfsft.errors import DataError
+from hfsft.recipe.schema import Source, Stage
+from hfsft.tokens.encoding import encode_texts
+
+BLOCK = 2048  # documents that are encoded and laid into rows together,
+
+
+BLOCK_CHARACTERS = 16_000_000  # as far as they are no longer than this: their tokens take 250 MB
+
+
+def is_text(text: Any) -> bool:
+    """Whether a value is text that is not blank and can be encoded as UTF-8."""
+    try:
+        return isinstance(text, str) and bool(text.strip()) and bool(text.encode())
+    except UnicodeEncodeError:  # a lone surrogate
+        return False
+
+
+def require_column(source: Source, names: list[str]) -> None:
+    """Raise a `DataError` unless the source has its text column."""
+    column = source.columns.get("text", "text")
+    if column not in names:
+        others = ", ".join(name for name in names if name != ROW_COLUMN)
+        raise DataError(
+            f"{source}: has no column '{column}' but {others}; name its text with "
+            "`columns: {text: YOUR_COLUMN}`"
+        )
+
+
+def block_of(texts: Iterator[str], size: int) -> list[str]:
+    """The next texts, `size` of them, or fewer where they are long: memory bounds them too."""
+    block, characters = [], 0
+    while len(block) < size and characters < BLOCK_CHARACTERS:
+        text = next(texts, None)
+        if text is None:
+            break
+        block.append(text)
+        characters += len(text)
+    return block
+
+
+# --- streams ---
+
+
+def open_stream(source: Source) -> datasets.IterableDataset:
+    """Open a dataset on the Hub to be read while training."""
+    if os.path.exists(os.path.expanduser(source.path)):
+        raise DataError(f"{source}: streaming is for datasets on the Hub; leave it out")
+    stream = read_hub(source, streaming=True)
+    if stream.column_names is not None:
+        require_column(source, stream.column_names)
+    return stream
+
+
+def stream_texts(stream: Iterable[dict[str, Any]], source: Source) -> Iterator[str]:
+    """The texts of a stream's rows."""
+    column = source.columns.get("text", "text")
+    return (row[column] for row in stream if is_text(row.get(column)))
+
+
+def open_text_stream(
+    stage: Stage, stream: datasets.IterableDataset, tokenizer: Any, length: int
+) -> tuple["TextStream", Any]:
+    """A stream's rows to train on, and those of its first documents, which are held out."""
+    source = stage.data[0]
+    if not stage.validates:
+        return TextStream(stream, source, tokenizer, length, stage.seed, set()), None
+    if stage.held_out < 1:
+        raise DataError(
+            f"{stage.name}.held_out: {stage.held_out} is a share, but a stream's length is not "
+            "known; give a number of documents"
+        )
+    count = int(stage.held_out)
+    texts = list(stream_texts(stream.take(count), source))
+    if not texts:
+        raise DataError(f"{stage.name}: held_out: the first {count} documents have no text")
+    rows = fit_rows(encode_texts(texts, tokenizer), tokenizer.bos_token_id, length)
+    train = TextStream(stream.skip(count), source, tokenizer, length, stage.seed, set(texts))
+    held_out = {"input_ids": rows, SOURCE_COLUMN: [str(source)] * len(rows)}
+    return train, datasets.Dataset.from_dict(held_out)
+
+
+class TextStream(torch.utils.data.IterableDataset):
+    """Rows of a streaming source, encoded while it is read, epoch after epoch, without end.
+
+    Documents are read in blocks; each block is shuffled, encoded and laid into rows while the one
+    before it is trained on. A block depends on the seed, the epoch and its number alone: to go on
+    from a row, one block is made again and nothing before it is read.
+    """
+
+    def __init__(
+        self,
+        stream: datasets.IterableDataset,
+        source: Source,
+        tokenizer: Any,
+        length: int,
+        seed: int,
+        held_out: set[str],
+        block: int = BLOCK,
+    ):
+        """Set the stream up; nothing is read yet.
+
+        Args:
+            stream: the documents' rows.
+            source: names the column of their text.
+            tokenizer: encodes them.
+            length: tokens a row.
+            seed: of the order within a block.
+            held_out: documents to leave out wherever they turn up.
+            block: documents a block.
+        """
+        self.stream, self.source, self.tokenizer = stream, source, tokenizer
+        self.length, self.seed, self.held_out, self.block = length, seed, held_out, block
+        self.beginning = copy.deepcopy(stream.state_dict())
+        self.start = {"epoch": 0, "block": 0, "stream": self.beginning}
+        self.skip = self.given = 0  # rows to pass over in the first block; rows before it
+        # where each block that may still be trained on began: rows given before it, its position
+        self.marks: deque[tuple[int, dict[str, Any]]] = deque()
+
+    def state_after(self, rows: int) -> dict[str, Any]:
+        """What `go_on` needs to give the row that follows the first `rows` ones."""
+        while len(self.marks) > 1 and self.marks[1][0] <= rows:
+            self.marks.popleft()
+        before, position = self.marks[0]
+        return {"position": position, "skip": rows - before, "given": rows}
+
+    def go_on(self, state: dict[str, Any]) -> None:
+        """Begin behind the row that `state_after` was asked for."""
+        self.start, self.skip = state["position"], state["skip"]
+        self.given = state["given"] - state["skip"]
+
+    def __iter__(self) -> Iterator[dict[str, list[int]]]:
+        skip, given = self.skip, self.given
+        with ThreadPoolExecutor(max_workers=1) as reader:
+            blocks = self._blocks()
+            ahead = reader.submit(next, blocks)
+            while True:
+                position, rows = ahead.result()
+                ahead = reader.submit(next, blocks)
+                self.marks.append((given, position))
+                for row in rows[skip:]:
+                    yield {"input_ids": row}
+                given, skip = given + len(rows), 0
+
+    def _blocks(self) -> Iterator[tuple[dict[str, Any], list[list[int]]]]:
+        epoch, number, place = self.start["epoch"], self.start["block"], self.start["stream"]
+        while True:
+            self.stream.load_state_dict(copy.deepcopy(place))
+            texts = stream_texts(iter(self.stream), self.source)
+            while block := block_of(texts, self.block):
+                position = {"epoch": epoch, "block": number, "stream": place}
+                # taken behind the block: before its first row a loaded stream does not know it
+                place = copy.deepcopy(self.stream.state_dict())
+                block = [text for text in block if text not in self.held_out]
+                yield position, self._rows(block, epoch, number)
+                number += 1
+            if number == 0:
+                raise DataError(f"{self.source}: holds no text but what is held out")
+            epoch, number, place = epoch + 1, 0, self.beginning
+
+    def _rows(self, texts: list[str], epoch: int, number: int) -> list[list[int]]:
+        order = random.Random(f"{self.seed}:{epoch}:{number}")
+        order.shuffle(texts)
+        ids = encode_texts(texts, self.tokenizer)
+        rows = fit_rows(ids, self.tokenizer.bos_token_id, self.length)
+        order.shuffle(rows)
+        return rows

@@ -1,0 +1,1 @@
+"""A model that answers: tasks, grading, kept answers, differences."""

@@ -1,0 +1,97 @@
+"""EleutherAI's lm-eval, asked with a model that is loaded already."""
+
+import contextlib
+import io
+import logging
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hfsft.errors import HfsftError, first_line
+from hfsft.evaluation.answering import Evaluator
+
+INSTALL = "needs its package: pip install 'hfsft[eval]'"
+
+
+def lm_eval_version() -> str:
+    """Its version.
+
+    Raises:
+        HfsftError: if it is not installed.
+    """
+    try:
+        return version("lm_eval")
+    except ImportError:
+        raise HfsftError(f"lm_eval {INSTALL}") from None
+
+
+def ask_lm_eval(
+    evaluator: Evaluator, name: str, rows: int | None, seed: int, quiet: bool
+) -> list[dict[str, Any]]:
+    """Have lm-eval ask a model one of its tasks or groups, as that task is configured there.
+
+    Args:
+        evaluator: the model; one that chats is asked through its chat template.
+        name: of the task or group, or a task's own YAML file.
+        rows: the first so many of each task; None: all.
+        seed: of the examples in the prompt, where a task has some.
+        quiet: leave out lm-eval's bars.
+
+    Returns:
+        For each row `row`, `right`, `answer`, and `choices`, how many it had (0: it was generated).
+        Right is what the task's first metric says, of the first filter.
+
+    Raises:
+        HfsftError: if lm-eval lacks it or its data, or its first metric is no matter of right or
+            wrong.
+    """
+    lm_eval_version()
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    own = Path(name).suffix in (".yaml", ".yml")
+    try:
+        task = yaml.safe_load(Path(name).read_text())["task"] if own else name
+        with contextlib.redirect_stderr(io.StringIO()) if quiet else contextlib.nullcontext():
+            found = simple_evaluate(
+                model=HFLM(
+                    pretrained=evaluator.model,
+                    tokenizer=evaluator.tokenizer,
+                    batch_size=evaluator.batch_size,
+                ),
+                tasks=[task],
+                limit=rows,
+                apply_chat_template=evaluator.is_chat,
+                task_manager=TaskManager(include_path=str(Path(name).parent) if own else None),
+                log_samples=True,
+                bootstrap_iters=0,  # the interval is ours
+                random_seed=seed,
+                fewshot_random_seed=seed,
+            )
+    except Exception as error:  # a task's own code and data can raise anything
+        raise HfsftError(f"lm_eval:{name}: {first_line(error)}") from None
+    return [
+        _row(f"lm_eval:{name}", task, sample)
+        for task, samples in found["samples"].items()
+        for sample in samples
+        if sample["filter"] == samples[0]["filter"]
+    ]
+
+
+def _row(name: str, task: str, sample: dict[str, Any]) -> dict[str, Any]:
+    metric = sample["metrics"][0]
+    value = sample[metric]
+    if not isinstance(value, int | float) or value not in (0, 1):
+        raise HfsftError(f"{name}: its metric {metric} is no matter of right or wrong")
+    # of a multiple choice lm-eval has one response, with its likelihood, for each choice
+    is_choice = isinstance(sample["filtered_resps"][0], tuple | list)
+    return {
+        "row": f"{task}:{sample['doc_hash'][:24]}",
+        "right": bool(value),
+        "answer": "" if is_choice else str(sample["filtered_resps"][0]),
+        "choices": len(sample["filtered_resps"]) if is_choice else 0,
+    }

@@ -1,0 +1,1 @@
+"""What is on the Hub, and sending there with bounds and retries."""

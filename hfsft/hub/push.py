@@ -1,0 +1,364 @@
+"""What a run sends to the Hub: checkpoints beside the steps, and the finished model at its end.
+
+`hub_strategy` has transformers' values. A finished model always goes to `hub_revision`, main unless
+the recipe says otherwise, in one commit; readers never meet half a model there. And of checkpoints:
+
+| hub_strategy | at each save |
+|---|---|
+| end | nothing |
+| every_save | the checkpoint's model, to the top of the branch `checkpoints`: a model to try |
+| checkpoint | the whole checkpoint, to the folder `last-checkpoint` of that branch |
+| all_checkpoints | the whole checkpoint, to its own folder `checkpoint-N` of that branch |
+
+Beside another `hub_revision` than main the branch is `<hub_revision>-checkpoints`. Where the next
+checkpoint is there before the last one's turn has come, only `all_checkpoints` sends both.
+"""
+
+import atexit
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub.utils import disable_progress_bars
+
+from hfsft.errors import HfsftError, first_line
+from hfsft.hub.client import (
+    MAIN,
+    PATIENCE,
+    bound_requests,
+    open_repository,
+    push_folder,
+    repository_id,
+    without_tokens,
+)
+from hfsft.recipe.schema import STAGES, Stage
+from hfsft.run.checkpoint import MANIFEST, PLACE, checkpoints
+from hfsft.run.record import read_record
+
+CHECKPOINTS = "checkpoints"  # the branch
+
+
+LONGEST_WAIT = 3600.0  # seconds at the end of a run for what is still to be sent
+
+
+STAGING = "pushing"  # the folder of the checkpoints that wait
+
+
+# peft's card of a checkpoint names a folder of this machine, which the Hub refuses
+CARD = "README.md"
+
+
+# of a checkpoint, what is no part of its model
+STATE = (
+    "optimizer*",
+    "scheduler*",
+    "scaler*",
+    "rng_state*",
+    "trainer_state.json",
+    PLACE,
+    MANIFEST,
+)
+
+
+@dataclass
+class Push:
+    """A folder on its way to the Hub, and what became of it."""
+
+    folder: Path
+    repo_id: str
+    revision: str  # the branch
+    path_in_repo: str = ""
+    leave_out: tuple[str, ...] = ()
+    mirror: bool = False  # whether files that are there alone are deleted
+    url: str | None = None  # of the commit
+    problem: str | None = None
+
+    def __str__(self) -> str:
+        if self.problem is not None:
+            return f"not pushed: {self.problem}"
+        return f"pushed {self.folder.name}: {self.url}"
+
+    def send(self, patience: float = PATIENCE) -> None:
+        """Send it.
+
+        Args:
+            patience: seconds of pauses between attempts.
+
+        Raises:
+            HfsftError: if it cannot be done.
+        """
+        self.url = push_folder(
+            self.folder,
+            self.repo_id,
+            self.revision,
+            self.path_in_repo,
+            self.leave_out,
+            self.mirror,
+            patience,
+        )
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a stage's model and checkpoints go."""
+
+    repo_id: str
+    revision: str = MAIN
+    strategy: str = "end"
+
+    @property
+    def checkpoint_branch(self) -> str:
+        """The branch of the checkpoints."""
+        return CHECKPOINTS if self.revision == MAIN else f"{self.revision}-{CHECKPOINTS}"
+
+    @property
+    def branches(self) -> list[str]:
+        """Every branch that is written to."""
+        return [self.revision] + [self.checkpoint_branch] * (self.strategy != "end")
+
+    def model(self, folder: Path) -> Push:
+        """The push of a finished model."""
+        return Push(folder, self.repo_id, self.revision)
+
+    def checkpoint(self, folder: Path) -> Push | None:
+        """The push of a checkpoint; None: the strategy sends none."""
+        if self.strategy == "end":
+            return None
+        push = Push(folder, self.repo_id, self.checkpoint_branch, leave_out=(CARD,))
+        if self.strategy == "every_save":
+            push.leave_out = (CARD, *STATE)
+        elif self.strategy == "checkpoint":
+            push.path_in_repo, push.mirror = "last-checkpoint", True
+        else:
+            push.path_in_repo = folder.name
+        return push
+
+
+def _target(stage: Stage) -> Target:
+    repo_id = repository_id(stage.hub_model_id or stage.folder.absolute().parent.name)
+    return Target(repo_id, stage.hub_revision or MAIN, stage.hub_strategy)
+
+
+def check_push(stage: Stage) -> None:
+    """Make sure before any work is done that the stage can be pushed at its end.
+
+    The repository and its branches are made where they are missing.
+
+    Args:
+        stage: one with `push_to_hub`.
+
+    Raises:
+        HfsftError: if there is no token, it may not write, or the names are impossible.
+    """
+    try:
+        bound_requests()
+        target = _target(stage)
+        open_repository(target.repo_id, stage.hub_private_repo, target.branches)
+    except HfsftError as error:
+        raise HfsftError(
+            f"{stage.name}.push_to_hub: {error}\n"
+            f"  To train without pushing: --{stage.name}.push_to_hub false"
+        ) from None
+
+
+class Pusher:
+    """Sends a stage's checkpoints and model from a thread of its own; training never waits for it.
+
+    No trouble with the Hub is raised: `finish` tells what became of each push.
+    """
+
+    def __init__(self, stage: Stage, patience: float = PATIENCE):
+        """Get ready; the first push starts the thread's work.
+
+        Args:
+            stage: one that `check_push` let pass.
+            patience: seconds of pauses between the attempts at one push.
+        """
+        self.target = _target(stage)
+        self.patience = patience
+        self.staging = stage.checkpoints / STAGING
+        atexit.register(shutil.rmtree, self.staging, ignore_errors=True)  # of a run that is stopped
+        self.pushes: list[Push] = []  # in order, those that another took the place of left out
+        self._waiting: list[Push] = []
+        self._closing = False
+        self._changed = threading.Condition()
+        disable_progress_bars()
+        # a daemon: a run that is stopped ends without waiting for the Hub
+        self._thread = threading.Thread(target=self._work, name="hfsft-push", daemon=True)
+        self._thread.start()
+
+    def checkpoint(self, folder: Path) -> None:
+        """Send a checkpoint as `hub_strategy` says; returns at once.
+
+        Until it is sent its files stay on the disk, under a second name that takes no further room.
+
+        Args:
+            folder: a whole checkpoint; it may be deleted as soon as this returns.
+        """
+        push = self.target.checkpoint(folder)
+        if push is None:
+            return
+        staged = self.staging / folder.name
+        if staged in [known.folder for known in self.pushes]:
+            return  # saved twice, it is the same
+        try:
+            shutil.rmtree(staged, ignore_errors=True)  # of a run that was killed
+            shutil.copytree(folder, staged, copy_function=_link)
+        except OSError as error:  # copytree's own gathers many
+            push.problem = f"{folder}: {first_line(error)}"
+            self.pushes.append(push)
+            return
+        push.folder = staged
+        with self._changed:
+            if self.target.strategy != "all_checkpoints":
+                for older in self._waiting:
+                    self.pushes.remove(older)
+                    shutil.rmtree(older.folder, ignore_errors=True)
+                self._waiting.clear()
+            self._add(push)
+
+    def model(self, folder: Path) -> None:
+        """Send the finished model; returns at once.
+
+        Args:
+            folder: the stage's, complete.
+        """
+        with self._changed:
+            self._add(self.target.model(folder))
+
+    def _add(self, push: Push) -> None:
+        self.pushes.append(push)
+        self._waiting.append(push)
+        self._changed.notify()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._closing)
+                if not self._waiting:
+                    return
+                push = self._waiting.pop(0)
+            try:
+                push.send(self.patience)
+            except HfsftError as error:
+                push.problem = str(error)
+            except Exception as error:  # a bug's as well: out of a thread it would vanish
+                push.problem = without_tokens(f"{type(error).__name__}: {first_line(error)}")
+            if push.folder.parent == self.staging:
+                shutil.rmtree(push.folder, ignore_errors=True)
+
+    def finish(self, seconds: float = LONGEST_WAIT) -> list[Push]:
+        """Wait until everything is sent or given up.
+
+        Args:
+            seconds: to wait at most.
+
+        Returns:
+            Every push, with its `url` or its `problem`.
+        """
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join(seconds)
+        for push in self.pushes:
+            if push.url is None and push.problem is None:
+                push.problem = f"{push.folder.name} to {push.repo_id}: not done in {seconds:g} s"
+        shutil.rmtree(self.staging, ignore_errors=True)
+        return self.pushes
+
+
+def _link(source: str, target: str) -> None:
+    """A second name for a file, which takes no room; a copy where the disk has no such thing."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def report_pushes(pushes: list[Push], folder: Path, say: Callable[[str], None]) -> None:
+    """Say what became of every push.
+
+    Args:
+        pushes: as `Pusher.finish` gives them.
+        folder: the stage's.
+        say: prints a line.
+
+    Raises:
+        HfsftError: if one failed.
+    """
+    failed = [push for push in pushes if push.problem is not None]
+    for push in pushes:
+        if push.problem is None:
+            say(str(push))
+    if failed:
+        problems = "\n  ".join(map(str, failed))
+        raise HfsftError(
+            f"{len(failed)} of {len(pushes)} pushes failed; everything is safe in {folder}\n"
+            f"  {problems}\n  To go on with it: hfsft push {folder}"
+        )
+
+
+def push_run(
+    given: str,
+    repo: str | None = None,
+    revision: str | None = None,
+    private: bool | None = None,
+) -> list[Push]:
+    """Push a finished run's last stage, a stage, or any model's folder, or go on with a push.
+
+    Args:
+        given: the folder.
+        repo: the repository; None: as the recipe said, else the run's or the folder's name.
+        revision: the branch; None: as the recipe said, else main.
+        private: of a new repository; True refuses one that is public.
+
+    Returns:
+        What was pushed: the model, and without `repo` the checkpoints that the recipe wants there.
+
+    Raises:
+        HfsftError: if there is no finished model, or it cannot be pushed.
+    """
+    folder = _model_folder(Path(given))
+    record = read_record(folder)
+    settings = record["settings"][record["stage"]] if record else {}
+    own = folder.absolute().parent.name if record else folder.absolute().name
+    bound_requests()
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    strategy = "end"
+    if repo is None and settings.get("push_to_hub"):
+        strategy = settings.get("hub_strategy", Stage.hub_strategy)
+    target = Target(
+        repository_id(repo or settings.get("hub_model_id") or own),
+        revision or settings.get("hub_revision") or MAIN,
+        strategy,
+    )
+    private = settings.get("hub_private_repo") if private is None else private
+    open_repository(target.repo_id, private, target.branches)
+    found = checkpoints(folder / "checkpoints")[::-1]
+    found = found if strategy == "all_checkpoints" else found[-1:]
+    pushes = [target.model(folder), *filter(None, map(target.checkpoint, found))]
+    for push in pushes:
+        push.send()
+    return pushes
+
+
+def _model_folder(given: Path) -> Path:
+    """The model in a folder: itself, or a run's last finished stage."""
+    for stage in reversed(STAGES):
+        record = read_record(given / stage)
+        if record is not None and record["status"] == "finished":
+            return given / stage
+    record = read_record(given)
+    if record is not None and record["status"] != "finished":
+        raise HfsftError(
+            f"{given}: its training is not finished\n"
+            f"  A checkpoint can be pushed: hfsft push {given}/checkpoints/checkpoint-N REPO"
+        )
+    if not any((given / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise HfsftError(f"{given}: holds no finished stage and no model")
+    return given

@@ -1,0 +1,1 @@
+"""A fresh or loaded model, LoRA and QLoRA, the fused head, attention of packed documents."""

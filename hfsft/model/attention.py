@@ -1,0 +1,136 @@
+"""Attention of packed documents, each to itself alone, at a cost that is linear in their number.
+
+A mask of a packed row grows with the square of the row, and most of it hides something. Registered
+with transformers.AttentionInterface; transformers builds no mask for a name that has no mask entry.
+"""
+
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+DOCUMENTS = "hfsft_documents"  # any device, one call a document
+
+
+VARLEN = "hfsft_varlen"  # CUDA, half precision, one call
+
+
+def document_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention document by document.
+
+    Args:
+        module: the attention layer.
+        query: [rows, heads, length, width]; key and value may have fewer heads.
+        key: as query.
+        value: as query.
+        attention_mask: None.
+        scaling: of the scores.
+        dropout: of the attention's weights.
+        cu_seq_lens_q: int32 on the CPU, where each document begins and the last one ends in the
+            flattened rows; no document is in two rows.
+        kwargs: what else transformers passes on.
+
+    Returns:
+        [rows, length, heads, width], and None for the weights.
+    """
+    rows, heads, length, _ = query.shape
+    sizes = cu_seq_lens_q.diff().tolist()
+    # split's gradient is one concatenation; slicing's is a row of zeros for each document
+    pieces = [_flat(tensor).split(sizes, dim=1) for tensor in (query, key, value)]
+    outputs = [
+        scaled_dot_product_attention(
+            q[None],
+            k[None],
+            v[None],
+            dropout_p=dropout,
+            scale=scaling,
+            is_causal=True,
+            enable_gqa=key.shape[1] != heads,
+        )[0]
+        for q, k, v in zip(*pieces, strict=True)
+    ]
+    return torch.cat(outputs, dim=1).transpose(0, 1).reshape(rows, length, heads, -1), None
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    """[rows, heads, length, width] → [heads, rows · length, width]"""
+    return tensor.transpose(0, 1).flatten(1, 2)
+
+
+def varlen_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention of every document in one call: `torch.nn.attention.varlen`, on CUDA.
+
+    Args and returns as `document_attention`, but `cu_seq_lens_q` is on the device, and
+    `max_length_q` is the longest document's length.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    rows, heads, length, _ = query.shape
+    half = (
+        query.dtype if query.dtype != torch.float32 else torch.get_autocast_dtype(query.device.type)
+    )
+    out = varlen_attn(
+        # norms in float32 hand float32 over; the kernel takes half precision alone
+        *(_flat(tensor).transpose(0, 1).to(half) for tensor in (query, key, value)),
+        cu_seq_lens_q,
+        cu_seq_lens_q,
+        max_length_q,
+        max_length_q,
+        scale=scaling,
+        window_size=(-1, 0),
+        enable_gqa=key.shape[1] != heads,
+    )
+    return out.reshape(rows, length, heads, -1), None
+
+
+AttentionInterface.register(DOCUMENTS, document_attention)
+
+
+AttentionInterface.register(VARLEN, varlen_attention)
+
+
+def packed_attention(model: Any, device: torch.device, half: bool, longest: int | None) -> str:
+    """The fastest implementation that keeps a model's packed documents apart.
+
+    Args:
+        model: a `PreTrainedModel` with its own implementation set.
+        device: where it trains.
+        half: whether it computes in bfloat16 or float16.
+        longest: tokens of the longest row, if known.
+
+    Returns:
+        A name for `set_attn_implementation`; the model's own where it asks for another than sdpa,
+        or where a window or a dropout needs what ours have not.
+    """
+    own = model.config._attn_implementation
+    config = model.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    if own != "sdpa" or (window is not None and (longest is None or window < longest)):
+        return own
+    if device.type == "cuda":
+        ampere = torch.cuda.get_device_capability(device) >= (8, 0)
+        dropout = getattr(config, "attention_dropout", 0.0)
+        return VARLEN if half and ampere and not dropout else own
+    return DOCUMENTS if device.type == "cpu" else own

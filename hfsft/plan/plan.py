@@ -1,0 +1,298 @@
+"""What a stage will need: memory, disk and steps, before it runs and without its weights."""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AutoConfig
+
+from hfsft.errors import ModelError, first_line
+from hfsft.hub.client import require_model
+from hfsft.model.attention import document_attention
+from hfsft.model.loading import bf16_is_native, fresh_config
+from hfsft.plan.sizes import most_checkpoints
+from hfsft.plan.step_memory import (
+    KINDS,
+    PLANNED,
+    TracedStep,
+    count_parameters,
+    peaks_of,
+    uses_checkpointing,
+)
+from hfsft.recipe.checks import check_tokens_per_step
+from hfsft.recipe.schema import Recipe, Stage
+
+# assumed, not measured: the context, kernels, cuBLAS workspaces and fragmentation of a CUDA card
+CUDA_OVERHEAD = 600 * 2**20
+
+
+# measured here: what a process holds after importing torch, transformers, trl, peft, bitsandbytes
+CPU_OVERHEAD = 480 * 2**20
+
+
+RTX_4060 = 30e12  # its dense bf16 operations a second
+
+
+UTILISATION = 0.35  # assumed: the part of that rate which a training step reaches
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a stage needs; sizes in bytes, the six kinds at the moment of the peak."""
+
+    stage: str
+    device: str  # cuda or cpu
+    precision: str  # bf16, fp16 or fp32
+    rows: int  # of a micro-batch
+    length: int  # tokens a row
+    optim: str
+    checkpointing: bool
+    parameters: int
+    trained_parameters: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    attention: int
+    head: int
+    overhead: int  # stated, not traced
+    phase: str  # of the step, where its peak is
+    phases: dict[str, int]  # the peak of each
+    limit: int | None
+    steps: int | None  # None: an epoch's, which the data decides
+    tokens_per_step: int  # at most
+    flops_per_step: int  # of these
+    disk: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def peak(self) -> int:
+        """All kinds and the overhead together."""
+        return sum(getattr(self, kind) for kind in KINDS) + self.overhead
+
+    @property
+    def headroom(self) -> int | None:
+        """What is left below the limit; negative where it does not fit."""
+        return None if self.limit is None else self.limit - self.peak
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak is within the limit."""
+        return self.limit is None or self.peak <= self.limit
+
+    def as_data(self) -> dict[str, Any]:
+        """The plan for a program."""
+        return asdict(self) | {"peak": self.peak, "headroom": self.headroom, "fits": self.fits}
+
+
+def plan_stage(
+    recipe: Recipe,
+    stage: Stage,
+    limit_bytes: int | None = None,
+    device_type: str | None = None,
+) -> Plan:
+    """What a stage will need.
+
+    Args:
+        recipe: whose stage.
+        stage: without `auto` values; see `choose`.
+        limit_bytes: of memory; None: `memory_limit`, and no more than the device has.
+        device_type: cuda or cpu; None: cuda where a GPU is.
+
+    Raises:
+        RecipeError, ModelError: as the stage itself would.
+    """
+    device = device_type or ("cuda" if has_gpu(stage) else "cpu")
+    if limit_bytes is None:
+        limit_bytes = limit_of(stage, device)
+    step = planned_step(recipe, stage, device == "cuda")
+    peaks = peaks_of(step)
+    phase, highest = max(peaks.items(), key=lambda item: sum(item[1].values()))
+    parameters, trained = count_parameters(step)
+    settings = stage.trainer
+    return Plan(
+        stage=stage.name,
+        device=device,
+        precision={"bfloat16": "bf16", "float16": "fp16", None: "fp32"}[step.half],
+        rows=step.rows,
+        length=step.length,
+        optim=settings.get("optim", "adamw_torch_fused"),
+        checkpointing=uses_checkpointing(stage),
+        parameters=parameters,
+        trained_parameters=trained,
+        **highest,
+        overhead=CUDA_OVERHEAD if step.cuda else CPU_OVERHEAD,
+        phase=phase,
+        phases={name: sum(kinds.values()) for name, kinds in peaks.items()},
+        limit=limit_bytes,
+        steps=stage.max_steps,
+        tokens_per_step=examples_of_step(recipe, stage) * step.length,
+        flops_per_step=examples_of_step(recipe, stage) * step.length * _token_flops(step),
+        disk=_disk(stage, peaks["optimizer step"], parameters, trained),
+        notes=tuple(_notes(step)),
+    )
+
+
+def has_gpu(stage: Stage) -> bool:
+    """Whether the stage would train on a GPU here."""
+    wanted = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+    return torch.cuda.is_available() and not (wanted or stage.trainer.get("use_cpu"))
+
+
+def limit_of(stage: Stage, device: str) -> int | None:
+    """`memory_limit`, or the device's memory where that is less; None for a card elsewhere."""
+    own = [stage.memory_limit_bytes] if stage.memory_limit is not None else []
+    if device == "cpu":
+        own.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    elif torch.cuda.is_available():
+        own.append(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
+    return min(own, default=None)
+
+
+def planned_step(recipe: Recipe, stage: Stage, cuda: bool) -> TracedStep:
+    """The step that a stage makes on a device."""
+    length = row_length(recipe, stage)
+    rows = stage.trainer["per_device_train_batch_size"]
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    share = -(-examples_of_step(recipe, stage) // processes)
+    config = planned_config(recipe, stage)
+    half = None
+    if stage.trainer.get("fp16"):
+        half = "float16"
+    elif stage.trainer.get("bf16"):
+        half = "bfloat16"
+    elif cuda and stage.trainer.get("bf16") is None and stage.trainer.get("fp16") is None:
+        here = torch.cuda.is_available()
+        half = "bfloat16" if not here or bf16_is_native() else "float16"
+    keys = ("optim", "optim_args", "activation_checkpointing_kwargs")
+    settings = [
+        config.to_json_string(),
+        [stage.trainer.get(key) for key in keys],
+        [stage.lora, stage.load_in_4bit, stage.dtype, stage.attn_implementation],
+        [processes, uses_checkpointing(stage)],
+    ]
+    eval_rows = stage.trainer.get("per_device_eval_batch_size", 8)
+    return TracedStep(
+        stage=stage,
+        config=config,
+        rows=min(rows, share),
+        eval_rows=eval_rows if stage.validates else 0,
+        length=length,
+        cuda=cuda,
+        half=half,
+        accumulates=share > rows,
+        settings=json.dumps(settings),
+    )
+
+
+def row_length(recipe: Recipe, stage: Stage) -> int:
+    """Tokens of a stage's longest row."""
+    return stage.max_length or recipe.model.get("max_position_embeddings") or 2048
+
+
+def examples_of_step(recipe: Recipe, stage: Stage) -> int:
+    """Rows of an optimizer step on all devices; of sft, each conversation in one of its own."""
+    if stage.name == "sft":
+        return stage.examples_per_step
+    if stage.tokens_per_step is None:
+        return stage.trainer["per_device_train_batch_size"] * int(os.environ.get("WORLD_SIZE", 1))
+    length = row_length(recipe, stage)
+    return check_tokens_per_step(stage.name, stage.tokens_per_step, length, 1, recipe.path)
+
+
+def planned_config(recipe: Recipe, stage: Stage) -> Any:
+    """The configuration of the model that a stage trains, also where it is not trained yet.
+
+    Raises:
+        RecipeError: if base's model cannot be built.
+        ModelError: if there is no such model.
+    """
+    if stage.name == "base":
+        return fresh_config(recipe, _vocab_size(recipe))
+    start = stage.model_name_or_path
+    path = Path(start)
+    if not path.is_dir() and path.parent == recipe.folder and path.name in recipe.stages:
+        return planned_config(recipe, recipe.stages[path.name])
+    require_model(start, stage.revision)
+    try:
+        return AutoConfig.from_pretrained(
+            start, revision=stage.revision, trust_remote_code=stage.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{start}: cannot be planned: {first_line(error)}") from None
+
+
+def _vocab_size(recipe: Recipe) -> int:
+    size = recipe.model.get("vocab_size") or recipe.tokenizer.get("vocab_size")
+    if size:
+        return size
+    from hfsft.tokens.tokenizer import new_tokenizer
+
+    return len(new_tokenizer(recipe, ()))
+
+
+AttentionInterface.register(PLANNED, document_attention)  # for a model that only counts
+
+
+@cache
+def _token_flops(step: TracedStep) -> int:
+    """Operations of forward and backward on one token of a full row (Kaplan et al. 2020)."""
+    text = step.config.get_text_config()
+    parameters, trained = count_parameters(step)
+    looked_up = 0 if text.tie_word_embeddings else text.vocab_size * text.hidden_size
+    forward = 2 * (parameters - looked_up)
+    attention = 2 * text.num_hidden_layers * text.hidden_size * step.length  # half of it is masked
+    again = forward + attention if uses_checkpointing(step.stage) else 0
+    return 2 * forward + 2 * min(trained, parameters - looked_up) + 3 * attention + again
+
+
+@cache
+def matmul_rate(device: str, precision: str) -> float:
+    """Operations a second of a large product: an RTX 4060's where no such device is here."""
+    if device == "cuda" and not torch.cuda.is_available():
+        return RTX_4060
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+    size = 4096 if device == "cuda" else 512
+    matrix = torch.ones(size, size, dtype=dtype, device=device)
+    matrix @ matrix  # the first one sets the library up
+    count, began, seconds = 0, time.perf_counter(), 0.0
+    while seconds < 0.2:
+        matrix @ matrix
+        if device == "cuda":
+            torch.cuda.synchronize()
+        count, seconds = count + 1, time.perf_counter() - began
+    return count * 2 * size**3 / seconds
+
+
+def _disk(stage: Stage, update: dict[str, int], parameters: int, trained: int) -> int:
+    """Bytes of a stage's checkpoints, the one being written too, and of its finished model."""
+    settings = stage.trainer
+    count = most_checkpoints(settings, stage.max_steps)
+    saved = trained if stage.lora is not None else parameters
+    state = update["optimizer"]
+    if str(settings.get("optim")).startswith("paged"):
+        state += 2 * trained * (1 if "8bit" in settings["optim"] else 4)
+    final = 4 * parameters + (4 * trained if stage.lora is not None else 0)
+    return count * (4 * saved + state) + final
+
+
+def _notes(step: TracedStep) -> Iterator[str]:
+    if step.cuda:
+        yield f"{gigabytes(CUDA_OVERHEAD)} of runtime overhead are assumed, not measured"
+        if not torch.cuda.is_available():
+            yield "no such card is here: seconds are an RTX 4060's at 30 TFLOP/s"
+    if step.stage.load_in_4bit:
+        yield "4-bit weights are by formula, not traced"
+    if str(step.stage.trainer.get("optim")).startswith("paged"):
+        yield "paged optimizer states are counted in main memory"
+
+
+def gigabytes(size: float) -> str:
+    """Bytes in gigabytes, for a person."""
+    return f"{size / 1e9:.2f} GB"

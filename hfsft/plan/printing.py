@@ -1,0 +1,75 @@
+"""Print a run's plan."""
+
+from collections.abc import Callable
+from typing import Any
+
+from hfsft.plan.plan import UTILISATION, gigabytes
+from hfsft.plan.step_memory import KINDS
+
+
+def print_plan(planned: dict[str, Any]) -> None:
+    """Print what `plan_run` returns: a table with a column for each stage, and what fits."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    stages = planned["stages"]
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold")
+    table.add_column("GB")
+    for name in stages:
+        table.add_column(name, justify="right")
+
+    def row(label: str, shown: Callable[[dict[str, Any]], str], **style: Any) -> None:
+        table.add_row(label, *(shown(data) for data in stages.values()), **style)
+
+    row("device", lambda data: f"{data['device']}, {data['precision']}")
+    row("micro-batch", lambda data: f"{data['rows']} x {data['length']:,}")
+    row("optimizer", lambda data: data["optim"])
+    row("checkpointing", lambda data: "yes" if data["checkpointing"] else "no", end_section=True)
+    row("parameters, M", lambda data: f"{data['parameters'] / 1e6:.1f}")
+    for kind in (*KINDS, "overhead"):
+        label = "optimizer states" if kind == "optimizer" else kind
+        row(label, lambda data, kind=kind: f"{data[kind] / 1e9:.2f}")
+    row("peak", lambda data: f"{data['peak'] / 1e9:.2f}", style="bold")
+    row("peak is in", lambda data: data["phase"])
+    other = "peak_with_checkpointing_changed"
+    row("peak, checkpointing changed", lambda data: f"{data[other] / 1e9:.2f}")
+    row("limit", lambda data: "none" if data["limit"] is None else f"{data['limit'] / 1e9:.2f}")
+    row("fits", lambda data: "yes" if data["fits"] else "no", style="bold", end_section=True)
+    row("steps", lambda data: f"{data['steps']:,}" if data["steps"] else "by epoch")
+    row("tokens a step, at most", lambda data: f"{data['tokens_per_step']:,}")
+    row("seconds a step, at most", lambda data: f"{data['seconds_per_step']:.3g}")
+    row(
+        "tokens a second", lambda data: f"{data['tokens_per_step'] / data['seconds_per_step']:,.0f}"
+    )
+    row("minutes, at most", _minutes)
+    row("disk", lambda data: f"{data['disk'] / 1e9:.2f}")
+    console.print(table)
+    for name, data in stages.items():
+        if data["auto"]:
+            console.print(data["auto"])
+        if not data["fits"]:
+            console.print(
+                f"{name} does not fit; what does:"
+                if data["nearest"]
+                else f"{name} does not fit, and nothing near it does"
+            )
+        for item in data["nearest"]:
+            console.print(f"  {gigabytes(item['peak'])}  {item['settings']}")
+    if all(data["timed"] for data in stages.values()):
+        console.print("Seconds are from a few micro-batches that were timed on this device.")
+    else:
+        console.print(
+            f"Seconds are from operations, at {UTILISATION:.0%} of the device's rate in large "
+            "products; --time times some."
+        )
+    console.print(f"The run takes up to {gigabytes(planned['disk'])} on disk.")
+    for note in dict.fromkeys(note for data in stages.values() for note in data["notes"]):
+        console.print(f"Note: {note}.", style="dim")
+
+
+def _minutes(data: dict[str, Any]) -> str:
+    if data["steps"] is None:
+        return "by epoch"
+    return f"{data['steps'] * data['seconds_per_step'] / 60:,.1f}"

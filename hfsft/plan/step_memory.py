@@ -1,0 +1,438 @@
+"""A training step on fake tensors: every allocation happens, none takes memory.
+
+Two depths are traced and the rest is a straight line, so that a plan takes seconds.
+"""
+
+import contextlib
+import copy
+import inspect
+import os
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AttentionInterface, AutoModelForCausalLM
+
+from hfsft.model.attention import DOCUMENTS, document_attention, packed_attention, varlen_attention
+from hfsft.model.head import CHUNK_BYTES, fuse_head
+from hfsft.model.loading import with_lora
+from hfsft.recipe.schema import AUTO, Stage
+
+KINDS = ("weights", "gradients", "optimizer", "activations", "attention", "head")
+
+
+DEPTHS = (2, 3)  # layers that are traced; more are a straight line from there
+
+
+TRACED_CHUNKS = 8  # of the head; more rows are a straight line as well
+
+
+PLANNED = "hfsft_planned"  # the attention of a traced step
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of every storage that lives, by what it is for.
+
+    torch's own `MemTracker` knows no phases, and hooks every module. A storage belongs to the kind
+    that was current when it was made.
+    """
+
+    def __init__(self, unit: int):
+        """Begin with nothing.
+
+        Args:
+            unit: bytes to which the allocator rounds up.
+        """
+        super().__init__()
+        self.unit = unit
+        self.kind, self.phase = "weights", "start"
+        self.live: Counter[str] = Counter()
+        self.peaks: dict[str, dict[str, int]] = {}  # phase → kind → bytes, where it was highest
+        self.owners: dict[int, tuple[str, int]] = {}  # storage → kind and bytes
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **kwargs or {})
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor):
+                self._note(tensor.untyped_storage())
+        if func is torch.ops.aten.logsumexp.default:  # it makes exp(logits - max) within itself
+            self._look(args[0].nbytes)
+        return made
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self.owners:
+            return
+        size = -(-storage.nbytes() // self.unit) * self.unit
+        self.owners[key] = self.kind, size
+        self.live[self.kind] += size
+        weakref.finalize(storage, self._forget, key)
+        self._look()
+
+    def _forget(self, key: int) -> None:
+        kind, size = self.owners.pop(key)
+        self.live[kind] -= size
+
+    def _look(self, unseen: int = 0) -> None:
+        highest = self.peaks.get(self.phase)
+        if highest is None or sum(self.live.values()) + unseen > sum(highest.values()):
+            self.peaks[self.phase] = {kind: self.live[kind] for kind in KINDS}
+            self.peaks[self.phase][self.kind] += unseen
+
+    def begin(self, phase: str, kind: str) -> None:
+        """Go over to another part of the step; what is made from here on is of that kind."""
+        self.phase, self.kind = phase, kind
+        self._look()
+
+    def call_it(self, tensor: torch.Tensor, kind: str) -> None:
+        """Count a tensor that was made as something else."""
+        key = tensor.untyped_storage()._cdata
+        old, size = self.owners[key]
+        self.owners[key] = kind, size
+        self.live[old] -= size
+        self.live[kind] += size
+
+
+class _Ends(list):
+    """`cu_seq_lens_q` as `document_attention` reads it; a fake tensor has no values to read."""
+
+    def diff(self) -> "_Ends":
+        return self
+
+    def tolist(self) -> list[int]:
+        return list(self)
+
+
+@dataclass(frozen=True)
+class TracedStep:
+    """All that the memory of a step depends on."""
+
+    stage: Stage = field(compare=False)
+    config: Any = field(compare=False)
+    rows: int
+    eval_rows: int  # 0: no validation
+    length: int
+    cuda: bool
+    half: str | None  # bfloat16 or float16: of autocast
+    accumulates: bool  # gradients of an earlier micro-batch are there
+    settings: str = ""  # the rest as JSON, to compare
+
+    @property
+    def layers(self) -> int:
+        """Of the whole model."""
+        return self.config.get_text_config().num_hidden_layers
+
+
+Peaks = dict[str, dict[str, int]]  # phase → kind → bytes
+
+
+@cache
+def _trace(step: TracedStep, layers: int) -> Peaks:
+    """The peaks of one step of a model of so many layers."""
+    stage = step.stage
+    live = _LiveBytes(512 if step.cuda else 1)
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    AttentionInterface.register(PLANNED, _attention(step, live))
+    with unnoticed():
+        model, fused, saved = empty_model(step, layers)
+        with fake, live:
+            _make_storages(model)
+            trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = make_optimizer(step, model)  # its tables are real
+        with fake, live:
+            live.begin("optimizer step", "gradients")
+            for parameter in trained:
+                parameter.grad = torch.zeros_like(parameter)
+            live.kind = "optimizer"
+            torch.nn.utils.clip_grad_norm_(trained, stage.trainer.get("max_grad_norm") or 1.0)
+            states = _first_update(optimizer, trained)
+            if not step.accumulates:
+                _forget_gradients(trained)
+            for parameter in trained:
+                parameter.register_post_accumulate_grad_hook(
+                    lambda p: live.call_it(p.grad, "gradients")
+                )
+            _mark_phases(model, live)
+            model.train()
+            live.begin("forward", "activations")
+            loss = _loss(step, model, fused, step.rows)
+            live.begin("head, backward", "head")
+            loss.backward()
+            del loss
+            if step.eval_rows:
+                _forget_gradients(trained)
+                live.begin("validation", "activations")
+                model.eval()
+                with torch.no_grad():
+                    _loss(step, model, fused, step.eval_rows)
+    peaks = {phase: kinds for phase, kinds in live.peaks.items() if phase != "start"}
+    del states
+    _correct(peaks, step, optimizer, trained, saved)
+    return peaks
+
+
+@contextlib.contextmanager
+def unnoticed() -> Iterator[None]:
+    """Leave the random state alone, and say nothing of what a CPU cannot do."""
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def empty_model(step: TracedStep, layers: int) -> tuple[Any, bool, tuple[int, int]]:
+    """The model as the stage has it, without storages.
+
+    Returns:
+        The model; whether its head is fused; bytes that its 4-bit weights save, and those of the
+        largest unpacked one.
+    """
+    config, stage = copy.deepcopy(step.config), step.stage
+    text = config.get_text_config()
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    own = _own_attention(step)
+    dtype = torch.bfloat16 if stage.load_in_4bit else _dtype(step)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config,
+            dtype=dtype,
+            attn_implementation=own,
+            trust_remote_code=stage.trust_remote_code,
+        )
+    fused = fuse_head(model)
+    if packed_attention(model, torch.device("cpu"), True, step.length) == DOCUMENTS:
+        model.set_attn_implementation(PLANNED)
+    if uses_checkpointing(stage):
+        model.activation_checkpointing_enable(
+            stage.trainer.get("activation_checkpointing_kwargs") or None
+        )
+    saved = _pack_in_4bit(model) if stage.load_in_4bit else (0, 0)
+    if stage.lora is not None:
+        with torch.device("meta"):
+            model = with_lora(model, stage)
+    return model, fused, saved
+
+
+def _make_storages(model: Any) -> None:
+    """Put tensors of the current mode in place of a model's meta tensors; tied ones stay tied."""
+    made: dict[int, Any] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, old in tensors.items():
+                if old is None:
+                    continue
+                if id(old) not in made:
+                    new = torch.empty_like(old, device="cpu")
+                    if isinstance(old, torch.nn.Parameter):
+                        new = torch.nn.Parameter(new, old.requires_grad)
+                    made[id(old)] = new
+                tensors[name] = made[id(old)]
+
+
+def _attention(step: TracedStep, live: _LiveBytes) -> Callable:
+    """The attention that the device will have; one document takes what many do."""
+
+    def attention(module: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        before, live.kind = live.kind, "attention"
+        rows, _, length, _ = query.shape
+        if step.cuda and step.half and not getattr(step.config, "attention_dropout", 0.0):
+            ends = torch.zeros(rows + 1, dtype=torch.int32)
+            kwargs |= {"cu_seq_lens_q": ends, "max_length_q": length}
+            made = varlen_attention(module, query, *args, **kwargs)
+        else:
+            kwargs["cu_seq_lens_q"] = _Ends([rows * length])
+            made = document_attention(module, query, *args, **kwargs)
+        live.kind = before
+        return made
+
+    return attention
+
+
+def _own_attention(step: TracedStep) -> str:
+    """Eager attention is traced as it is; every other is linear, and so is what replaces sdpa."""
+    return "eager" if step.stage.attn_implementation == "eager" else "sdpa"
+
+
+def _dtype(step: TracedStep) -> torch.dtype:
+    name = step.stage.dtype or "float32"
+    return step.config.dtype or torch.float32 if name == AUTO else getattr(torch, name)
+
+
+def _pack_in_4bit(model: Any) -> tuple[int, int]:
+    """Bring a 16-bit model to the types of QLoRA; by formula, since 4 bits cannot be traced here.
+
+    NormalFloat with nested constants takes 4.127 bits a weight (Dettmers et al. 2023); peft keeps
+    all else in 32 bits.
+    """
+    packed = {
+        id(module.weight): module.weight.numel()
+        for module in model.modules()
+        if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings()
+    }
+    for parameter in model.parameters():
+        if id(parameter) not in packed:
+            parameter.data = parameter.data.float()
+    saved = int(sum(packed.values()) * (2 - 4.127 / 8))
+    return saved, 2 * max(packed.values())
+
+
+def make_optimizer(step: TracedStep, model: Any) -> torch.optim.Optimizer | None:
+    """The stage's optimizer, or None for one that cannot be made from settings alone."""
+    from transformers import Trainer, TrainingArguments
+
+    keys = ("optim", "optim_args", "optim_target_modules")
+    settings = {key: step.stage.trainer[key] for key in keys if key in step.stage.trainer}
+    args = TrainingArguments(output_dir="", use_cpu=True, **settings)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    try:
+        kind, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        if step.cuda and "fused" not in kwargs and "foreach" in inspect.signature(kind).parameters:
+            kwargs["foreach"] = True  # torch's choice on a GPU
+        optimizer = kind(parameters, **kwargs)
+    except (ValueError, TypeError, ImportError, RuntimeError):
+        return None
+    if kwargs.get("optim_bits") == 8:
+        # as Trainer.create_optimizer
+        for module in model.modules():
+            if isinstance(module, torch.nn.Embedding) and hasattr(optimizer, "mng"):
+                optimizer.mng.register_module_override(module, "weight", {"optim_bits": 32})
+    return optimizer
+
+
+def _first_update(optimizer: Any, trained: list[torch.nn.Parameter]) -> list[torch.Tensor]:
+    """The update that makes the optimizer's states; Adam's two where it cannot be traced."""
+    try:
+        optimizer.step()
+    except Exception:  # any of 40 optimizers, or None, on fake tensors
+        return [torch.zeros(2, *parameter.shape) for parameter in trained]
+    return []
+
+
+def _forget_gradients(trained: list[torch.nn.Parameter]) -> None:
+    for parameter in trained:
+        parameter.grad = None
+
+
+def _mark_phases(model: Any, live: _LiveBytes) -> None:
+    """Let the model's parts say when they begin: each grows along a line of its own.
+
+    Where a step makes its first gradients, backward begins with most of the activations and ends
+    with most of the gradients: two lines.
+    """
+    plain = model.get_base_model() if hasattr(model, "peft_config") else model
+
+    def head_begins(module: Any, args: Any, output: Any) -> None:
+        if live.phase == "forward":
+            live.begin("head", "head")
+            hidden = output.last_hidden_state
+            if hidden.requires_grad:
+                hidden.register_hook(lambda _: live.begin("norm, backward", "activations"))
+
+    def on_gradient(phase: str) -> Callable:
+        def begins(module: Any, args: Any, output: Any) -> None:
+            tensor = output[0] if isinstance(output, tuple) else output
+            if tensor.requires_grad:
+                tensor.register_hook(lambda _: live.begin(phase, "activations"))
+
+        return begins
+
+    layers = plain.config.get_text_config().num_hidden_layers
+    for module in plain.base_model.modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == layers > 1:
+            module[-1].register_forward_hook(on_gradient("last layer, backward"))
+            module[-2].register_forward_hook(on_gradient("layers, backward"))
+    plain.base_model.register_forward_hook(head_begins)
+    plain.get_input_embeddings().register_forward_hook(on_gradient("embedding, backward"))
+
+
+def _loss(step: TracedStep, model: Any, fused: bool, rows: int) -> torch.Tensor:
+    """Forward of a micro-batch whose rows are full and whose every token is trained on."""
+    length = step.length
+    half = getattr(torch, step.half) if step.half else None
+    plain = model.get_base_model() if hasattr(model, "peft_config") else model
+    ids = torch.zeros(rows, length, dtype=torch.int64)
+    inputs = {"input_ids": ids, "position_ids": torch.zeros_like(ids)}
+    if plain.config._attn_implementation != PLANNED:  # it hides other documents with a mask
+        shape = (rows, 1, length, length)
+        eager = plain.config._attn_implementation == "eager"
+        inputs["attention_mask"] = torch.zeros(shape, dtype=torch.float if eager else torch.bool)
+    with torch.autocast("cpu", half) if half else contextlib.nullcontext():
+        if not fused:
+            return model(**inputs, labels=ids, use_cache=False).loss
+        targets = torch.zeros(rows * (length - 1), dtype=torch.int64)
+        return model(**inputs, targets=targets, target_positions=targets)[0]
+
+
+def _correct(
+    peaks: Peaks, step: TracedStep, optimizer: Any, trained: list[Any], saved: tuple[int, int]
+) -> None:
+    """What a trace on the CPU cannot show: 4-bit weights, paged states, buckets of DDP."""
+    paged = 0
+    if step.cuda and getattr(optimizer, "is_paged", False):
+        paged = sum(
+            value.nbytes
+            for parameter, state in optimizer.state.items()
+            for value in state.values()
+            # bitsandbytes pages no smaller one
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape
+            if parameter.numel() >= 1e5
+        )
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    buckets = sum(p.numel() * 4 for p in trained) if processes > 1 else 0
+    for phase, kinds in peaks.items():
+        kinds["weights"] -= saved[0]
+        kinds["optimizer"] -= paged
+        kinds["gradients"] += buckets
+        if phase != "optimizer step":
+            kinds["activations"] += saved[1]
+
+
+def _line(low: Peaks, high: Peaks, share: float) -> Peaks:
+    """Go on from `low` by `share` times the way to `high`."""
+    return {
+        phase: {
+            kind: round(low[phase][kind] + share * (high[phase][kind] - low[phase][kind]))
+            for kind in KINDS
+        }
+        for phase in low
+    }
+
+
+def peaks_of(step: TracedStep) -> Peaks:
+    """The peaks of a step, those of many layers along a straight line."""
+    if step.layers <= DEPTHS[1]:
+        return _peaks_of_rows(step, step.layers)
+    low, high = (_peaks_of_rows(step, layers) for layers in DEPTHS)
+    return _line(low, high, (step.layers - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0]))
+
+
+def _peaks_of_rows(step: TracedStep, layers: int) -> Peaks:
+    """The peaks at some depth, those of many rows along a straight line."""
+    chunk = max(1, CHUNK_BYTES // (4 * step.config.get_text_config().vocab_size))  # tokens
+    most = max(2, TRACED_CHUNKS * chunk // step.length)
+    if step.rows <= most:
+        return _trace(step, layers)
+    low, high = (_trace(replace(step, rows=rows), layers) for rows in (most // 2, most))
+    return _line(low, high, (step.rows - most // 2) / (most - most // 2))
+
+
+def uses_checkpointing(stage: Stage) -> bool:
+    """Whether the stage's activations are computed again in the backward pass."""
+    return bool(stage.trainer.get("activation_checkpointing", stage.name == "sft"))  # trl's default
+
+
+def count_parameters(step: TracedStep) -> tuple[int, int]:
+    """How many the model has, and how many of them are trained."""
+    with unnoticed():
+        model, _, _ = empty_model(step, step.layers)
+    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, _ in counts), sum(n for n, is_trained in counts if is_trained)

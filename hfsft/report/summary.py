@@ -1,0 +1,99 @@
+"""The end of a run: its generated tasks graded, one table, sample answers, what to type next."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from hfsft.recipe.schema import Recipe
+from hfsft.report.markdown import printable
+from hfsft.run.record import read_record
+
+
+def run_summary(recipe: Recipe) -> dict[str, Any]:
+    """Gather the stages' records, grade the last stage's generated tasks, answer sample prompts.
+
+    Every stage is asked the same rows; what it answered goes to its `eval.json`.
+
+    Args:
+        recipe: of a finished run.
+
+    Returns:
+        Plain data: `stages` (the records' figures), `accuracy` of each stage on each task,
+        `answers` to the recipe's `sample_prompts`, and the last `model` folder.
+    """
+    from hfsft.evaluation.answering import Evaluator
+    from hfsft.evaluation.evaluate import GRADED, evaluate
+
+    stages = {}
+    for name, stage in recipe.stages.items():
+        record = read_record(stage.folder)
+        keys = ("steps", "tokens", "seconds", "peak_memory_bytes", "peak_memory_of")
+        stages[name] = {key: record[key] for key in (*keys, "eval_loss_before", "eval_loss")}
+    last = recipe.stages[list(stages)[-1]]
+    tasks = list(dict.fromkeys(source.path for source in last.data if source.path in GRADED))
+    accuracy = {}
+    for name, stage in recipe.stages.items() if tasks else ():
+        graded = evaluate(str(stage.folder), tasks, batch_size=50)["tasks"]
+        accuracy[name] = {task: graded[task] for task in tasks}
+    answers = Evaluator(str(last.folder)).answers(recipe.sample_prompts)
+    return {
+        "run": str(recipe.folder),
+        "model": str(last.folder),
+        "stages": stages,
+        "accuracy": accuracy,
+        "answers": dict(zip(recipe.sample_prompts, answers, strict=True)),
+    }
+
+
+def print_summary(summary: dict[str, Any]) -> None:
+    """Print a run's summary for a person.
+
+    Args:
+        summary: what `run_summary` returns, and the path of the `report`.
+    """
+    console = Console(highlight=False)
+    table = Table(title=summary["run"], title_justify="left", header_style="bold")
+    table.add_column("stage")
+    columns = ("steps", "tokens", "loss before", "loss after", "seconds", "peak memory")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for name, record in summary["stages"].items():
+        losses = [record["eval_loss_before"], record["eval_loss"]]
+        table.add_row(
+            name,
+            f"{record['steps']:,}",
+            f"{record['tokens']:,}",
+            *("-" if loss is None else f"{loss:.3f}" for loss in losses),
+            f"{record['seconds']:,.0f}",
+            f"{record['peak_memory_bytes'] / 2**30:.2f} GiB",
+        )
+    console.print()
+    console.print(table)
+    console.print("Loss is on held-out data; peak memory is of the " + _memory_of(summary) + ".")
+    if summary["accuracy"]:
+        _print_accuracy(console, summary["accuracy"])
+    console.print()
+    for prompt, answer in summary["answers"].items():
+        for who, text in (("you", prompt), ("model", answer)):
+            console.print(f"[bold]{who}:[/] ", end="")
+            console.out(printable(text.strip()), highlight=False)
+    console.print(f"\nTalk to it: [bold]hfsft chat {escape(summary['model'])}[/]")
+    console.print(f"All figures: [bold]{escape(summary['report'])}[/]")
+
+
+def _memory_of(summary: dict[str, Any]) -> str:
+    kinds = {record["peak_memory_of"] for record in summary["stages"].values()}
+    return "GPU (reserved)" if kinds == {"GPU reserved"} else "whole process"
+
+
+def _print_accuracy(console: Console, accuracy: dict[str, Any]) -> None:
+    table = Table(header_style="bold")
+    table.add_column("held-out task")
+    for stage in accuracy:
+        table.add_column(f"right after {stage}", justify="right")
+    for task in next(iter(accuracy.values())):
+        scores = [scored[task] for scored in accuracy.values()]
+        table.add_row(task, *(f"{score['right']} of {score['rows']}" for score in scores))
+    console.print(table)

@@ -1,0 +1,356 @@
+"""What a loss curve says: whether it still falls, and what more steps would gain."""
+
+import itertools
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+RATE = 0.8  # of the intervals: so many of them are to hold what comes
+
+
+WORTH = 0.01  # a gain below this share of the loss is not worth more steps
+
+
+FURTHEST = 4  # times the steps done: real runs left the intervals too often beyond that
+
+
+Z = 1.645  # one-sided 95%, for a change between two validations
+
+
+# The curve: floor + fall * shape + slow * log2(way) + effect * rate, of which the way is the sum of
+# learning rates. Shapes are (1 + (way / time) ** delay / bend) ** -bend: power laws where the time
+# is short, exponentials where the bend is large, falls that set in late with a delay of 2.
+BENDS = (0.25, 0.5, 1.0, 2.0, 8.0, 100.0)
+
+
+TIMES = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)  # in units of the way that is behind
+
+
+DELAYS = (1.0, 2.0)
+
+
+# as shares of the loss, set on the curves that benchmarks/advice.py marks so
+SLOWS = (0.001, 0.05)  # a slow fall beside the shape: hardly any, or some
+
+
+EFFECTS = (0.004, 0.06)  # of the full learning rate: hardly any, or some
+
+
+OFFSET = 0.2  # of the training loss from the validation loss
+
+
+MISFIT = 0.003  # of a curve around its shape
+
+
+FAR_MISFIT = 0.1  # the same, as a share of how far a point lies above the present
+
+
+DRIFT = 0.35  # of a projected change, as a share of it
+
+
+EPOCHS = 4  # as often data teaches nearly as if it were new: Muennighoff et al. (2023)
+
+
+WEAR = 0.1  # what twice as many epochs may add after that
+
+
+POINTS = 24  # of validations, and of log lines: more are averaged in groups
+
+
+DRAWS = 100  # of each shape's coefficients
+
+
+PICKS = 4000  # of all draws, by their weight
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The losses of the held-out conversations at one step.
+
+    Args:
+        step: optimizer updates done.
+        losses: [conversations] float64, nats summed over each one's trained tokens; every
+            validation has the same conversations in the same order.
+        tokens: [conversations] int64, trained tokens of each.
+    """
+
+    step: int
+    losses: np.ndarray
+    tokens: np.ndarray
+
+    @cached_property
+    def loss(self) -> float:
+        """Mean loss a trained token, in nats."""
+        return float(self.losses.sum() / self.tokens.sum())
+
+    @cached_property
+    def error(self) -> float:
+        """Standard error of `loss` over conversations, in nats; infinite if there is only one."""
+        return _ratio_error(self.losses, self.tokens)
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What to do, and what that rests on.
+
+    Args:
+        step: of the validation.
+        says: one line, without the stage's name.
+        falling: whether the validation loss fell over the last quarter of the steps, 95% sure.
+        plateau: whether the steps left would gain less than `WORTH`, 90% sure, or the validation
+            loss rises while the training loss falls.
+        projected: total steps → interval that holds what a run of so many steps ends at, in `RATE`
+            of the cases; nats a token, on the same held-out conversations.
+    """
+
+    step: int
+    says: str
+    falling: bool
+    plateau: bool
+    projected: dict[int, tuple[float, float]] = field(default_factory=dict)
+
+    def as_data(self) -> dict[str, Any]:
+        """The same for JSON, where keys are text."""
+        projected = {str(steps): list(interval) for steps, interval in self.projected.items()}
+        return {
+            "step": self.step,
+            "says": self.says,
+            "falling": self.falling,
+            "plateau": self.plateau,
+            "rate": RATE,
+            "projected": projected,
+        }
+
+
+def advise(
+    validations: list[Validation],
+    train: list[tuple[int, float]],
+    planned_steps: int,
+    epoch_steps: int | None,
+    seconds_per_step: float | None,
+    decay_from: int | None,
+) -> Advice | None:
+    """Say whether the validation loss still falls and what longer runs would end at.
+
+    All but the time in `says` depends on the losses alone, and is the same each time.
+
+    Args:
+        validations: so far, in order of their steps.
+        train: logged (step, mean training loss since the line before).
+        planned_steps: of the run.
+        epoch_steps: of a full epoch; None: the data is a stream.
+        seconds_per_step: of a training step; None: not known.
+        decay_from: the step from which the learning rate falls to 0, which a longer run puts off
+            in proportion; None: it falls from the first step; `planned_steps`: never.
+
+    Returns:
+        The advice; None without a finite latest validation.
+    """
+    if not validations or not math.isfinite(validations[-1].loss):
+        return None
+    finite = [validation for validation in validations if math.isfinite(validation.loss)]
+    last = finite[-1]
+    train = [(step, loss) for step, loss in train if math.isfinite(loss) and step <= last.step]
+    before = [validation for validation in finite if validation.step <= 0.75 * last.step]
+    falling = bool(before) and _change(before[-1], last) < 0
+    says = f"step {last.step}: validation {last.loss:.3f} ± {last.error:.3f}"
+    says += ", still falling" * falling
+
+    finite = [validation for validation in finite if validation.step > 0]
+    best = min(finite, key=lambda validation: validation.loss, default=last)
+    # twice: the best of many is the lucky one, and the optimizer wanders
+    rises = last.loss > best.loss * (1 + 2 * WORTH) and _change(best, last) > 0
+    if rises and _falls(train, best.step):
+        says += f", up from {best.loss:.3f} while the training loss falls"
+        return Advice(last.step, f"{says}: stop, step {best.step} was the best", falling, True)
+
+    longer = {math.ceil(1.5 * planned_steps), 2 * planned_steps, epoch_steps or 0}
+    longer = sorted(n for n in longer if planned_steps < n <= FURTHEST * last.step)
+    ends = _ends(finite, train, planned_steps, longer, epoch_steps, decay_from)
+    if ends is None or planned_steps > FURTHEST * last.step:
+        says += ": what more steps would gain is not known yet"
+        return Advice(last.step, says, falling, False)
+    tail = (1 - RATE) / 2
+    projected = {
+        steps: (float(np.quantile(values, tail)), float(np.quantile(values, 1 - tail)))
+        for steps, values in ends.items()
+        if steps > last.step
+    }
+    least = WORTH * last.loss
+    plateau = planned_steps in projected and projected[planned_steps][0] > last.loss - least
+    aim = planned_steps
+    for steps in longer:
+        if np.quantile(ends[aim] - ends[steps], 1 - RATE) > least:
+            aim = steps
+    named = aim
+    if aim == planned_steps and longer:
+        named = min(2 * planned_steps, longer[-1])
+    says += f"; {named} steps would give {projected[named][0]:.3f}-{projected[named][1]:.3f}"
+    if seconds_per_step is not None and named > planned_steps:
+        says += f" for {_shown_time((named - planned_steps) * seconds_per_step)} more"
+    if plateau:
+        says += f": stop now, the steps up to {planned_steps} would gain less than {WORTH:.0%}"
+    elif aim > planned_steps:
+        says += f": go on to {aim}"
+    elif named == 2 * planned_steps and np.mean(ends[planned_steps] - ends[named]) < least:
+        says += f": stop at {planned_steps}"
+    else:
+        says += ": whether more steps are worth it is not known yet"
+    return Advice(last.step, says, falling, plateau, projected)
+
+
+def _ratio_error(sums: np.ndarray, tokens: np.ndarray) -> float:
+    """Standard error of a ratio of sums over conversations (Cochran, Sampling Techniques, 2.11)."""
+    count = len(sums)
+    if count < 2:
+        return math.inf
+    rest = sums - sums.sum() / tokens.sum() * tokens
+    return float(math.sqrt(count / (count - 1) * (rest**2).sum()) / tokens.sum())
+
+
+def _change(earlier: Validation, later: Validation) -> float:
+    """The change of the loss, 0 where it may be chance; paired, conversation by conversation."""
+    change = later.loss - earlier.loss
+    error = _ratio_error(later.losses - earlier.losses, later.tokens)
+    # Student's quantile from the normal one (Cornish and Fisher): few conversations count less
+    quantile = Z + (Z**3 + Z) / (4 * max(len(later.losses) - 1, 1))
+    return change if abs(change) > quantile * error else 0.0
+
+
+def _falls(train: list[tuple[int, float]], step: int) -> bool:
+    """Whether the logged training loss is lower after a step than before it."""
+    before = [loss for at, loss in train if at <= step][-8:]
+    after = [loss for at, loss in train if at > step][-8:]
+    return bool(before and after) and bool(np.mean(after) < np.mean(before))
+
+
+def _shown_time(seconds: float) -> str:
+    return f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"
+
+
+def _course(steps: np.ndarray, total: int, decay: float) -> tuple[np.ndarray, np.ndarray]:
+    """The way behind each step, as the sum of learning rates, and the rate there; its peak is 1."""
+    into = np.clip(steps - (total - decay), 0, None)
+    return steps - into**2 / (2 * max(decay, 1)), 1 - into / max(decay, 1)
+
+
+def _thin(points: list[tuple[float, float]]) -> np.ndarray:
+    groups = np.array_split(np.array(points, dtype=float), min(len(points), POINTS))
+    return np.array([group.mean(axis=0) for group in groups])
+
+
+def _observed(
+    validations: list[Validation], train: list[tuple[int, float]]
+) -> tuple[np.ndarray, ...] | None:
+    """Steps, losses, noise and whether it is a training loss, [points] each; None: too few."""
+    if len(validations) < 2 or len(validations[-1].losses) < 2 or validations[-1].loss <= 0:
+        return None
+    last = validations[-1]
+    # the first tenth is warm-up and the new optimizer's transient
+    seen = _thin([(one.step, one.loss) for one in validations if one.step >= 0.1 * last.step])
+    mids = [
+        ((earlier + step) / 2, loss)
+        for (earlier, _), (step, loss) in itertools.pairwise([(0, 0.0), *train])
+        if earlier + step >= 0.2 * last.step
+    ]
+    logged = _thin(mids) if len(mids) > 3 else np.empty((0, 2))
+    if len(seen) + min(len(logged), 1) < 3:
+        return None
+    steps, losses = np.concatenate([seen, logged]).T
+    is_train = np.arange(len(steps)) >= len(seen)
+    # what a validation wanders by is taken from the spread of its changes over conversations
+    pairs = itertools.pairwise(validations[-4:])
+    paired = [_ratio_error(later.losses - earlier.losses, later.tokens) for earlier, later in pairs]
+    noise = np.full(len(steps), np.median(paired) / math.sqrt(2))
+    if is_train.any():  # from one log line to the next; 0.954: the median of normal noise's jumps
+        noise[is_train] = np.median(np.abs(np.diff(losses[is_train]))) / 0.954
+    above = losses - np.where(is_train, losses[-1], last.loss)
+    misfit = np.hypot(MISFIT * last.loss, FAR_MISFIT * above)
+    return steps, losses, np.hypot(noise, misfit), is_train
+
+
+def _ends(
+    validations: list[Validation],
+    train: list[tuple[int, float]],
+    planned: int,
+    longer: list[int],
+    epoch_steps: int | None,
+    decay_from: int | None,
+) -> dict[int, np.ndarray] | None:
+    """Draws of the final validation loss of the planned and longer runs; None: too little is known.
+
+    The curve is the scaling law with annealing of Tissue et al. (2024), with an annealing part in
+    proportion to the rate. A longer run decays later: its end is the curve at its own way, rate 0.
+    """
+    first_epoch = [(step, loss) for step, loss in train if step <= (epoch_steps or step)]
+    observed = _observed(validations, first_epoch)
+    if observed is None:
+        return None
+    steps, losses, noise, is_train = observed
+    last = validations[-1]
+    decay = planned if decay_from is None else planned - decay_from
+    way, rate = _course(steps, planned, decay)
+    behind = _course(np.array(last.step), planned, decay)[0]
+    grid = np.meshgrid(BENDS, TIMES, DELAYS, SLOWS, EFFECTS)
+    bend, time, delay, slow, effect = (values.ravel()[:, None] for values in grid)
+
+    def columns(way: np.ndarray, rate: np.ndarray, is_train: np.ndarray) -> np.ndarray:
+        shape = (1 + (way / behind / time) ** delay / bend) ** -bend
+        parts = (1.0, shape / seen_fall, -np.log2(way / behind), rate, is_train)
+        return np.stack(np.broadcast_arrays(*parts), axis=-1)
+
+    seen_fall = 1.0
+    first, now = columns(np.array([way.min(), behind]), 0.0, 0.0)[..., 1].T[..., None]
+    seen_fall = first - now
+    prior = np.concatenate(np.broadcast_arrays(10.0, 2.0, slow, effect, OFFSET), axis=1) * last.loss
+    draws, weights, excess = _coefficients(
+        columns(way, rate, is_train) / noise[:, None], losses / noise, prior
+    )
+    if not weights.any():
+        return None
+    random = np.random.default_rng(1)
+    picks = random.choice(weights.size, PICKS, p=weights.ravel() / weights.sum())
+    drift, own, worn = random.standard_normal((3, PICKS))
+    own *= noise[~is_train][-1] * math.sqrt(excess)  # a run wanders by as much as this one did
+    ends = {}
+    for total in [planned, *longer]:
+        at_end = columns(*_course(np.array([total]), total, decay * total / planned), 0.0)
+        change = (draws * at_end).sum(axis=-1).ravel()[picks] - last.loss
+        doublings = math.log2(total / max(EPOCHS * (epoch_steps or total), last.step))
+        worse = np.clip(worn, 0, None) * WEAR * last.loss * max(0.0, doublings)  # or no worse
+        end = last.loss + change * np.exp(DRIFT * drift) + own + worse
+        ends[total] = np.maximum(end, 0.0)  # no loss is below 0
+    if last.step >= planned:
+        ends[planned] = np.full(PICKS, last.loss)
+    return ends
+
+
+def _coefficients(
+    columns: np.ndarray, losses: np.ndarray, prior: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Draws of each shape's coefficients, weighted by its evidence: Bayesian linear regression.
+
+    Args:
+        columns: [shapes, points, coefficients], over the noise.
+        losses: [points], over the noise.
+        prior: [shapes, coefficients], standard deviations around 0.
+
+    Returns:
+        Draws [shapes, DRAWS, coefficients]; their weights [shapes, DRAWS], 0 where a part of the
+        loss would be negative; how often the noise's variance goes into what the best shape leaves.
+    """
+    precision = np.einsum("kpi,kpj->kij", columns, columns)
+    precision += prior[:, None] ** -2 * np.eye(prior.shape[1])
+    moment = np.einsum("kpi,p->ki", columns, losses)
+    mean = np.linalg.solve(precision, moment[..., None])[..., 0]
+    rest = (losses**2).sum() - np.einsum("ki,ki->k", moment, mean)
+    excess = max(1.0, float(rest.min()) / len(losses))
+    evidence = -0.5 * (rest / excess + np.linalg.slogdet(precision)[1]) - np.log(prior).sum(axis=1)
+    root = np.linalg.cholesky(np.linalg.inv(precision) * excess)
+    normal = np.random.default_rng(0).standard_normal((*prior.shape, DRAWS))
+    draws = mean[:, None] + np.einsum("kij,kjd->kdi", root, normal)
+    possible = (draws[..., :-1] >= 0).all(axis=-1)
+    return draws, np.exp(evidence - evidence.max())[:, None] * possible, excess

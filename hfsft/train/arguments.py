@@ -1,0 +1,108 @@
+"""The trainer's arguments, from a recipe."""
+
+import math
+import os
+from typing import Any
+
+from accelerate import PartialState
+from transformers import TrainingArguments
+from trl import SFTConfig
+
+from hfsft.data.stream import TextStream
+from hfsft.errors import RecipeError
+from hfsft.model.loading import bf16_is_native
+from hfsft.recipe.checks import check_tokens_per_step
+from hfsft.recipe.schema import Stage
+from hfsft.train.schedule import scheduler_settings
+
+# --- arguments ---
+
+
+def precision() -> dict[str, bool]:
+    """Mixed precision as Accelerate was configured, else as the hardware does it well.
+
+    Returns:
+        `bf16` and `fp16` for `TrainingArguments`: bfloat16 where it is native, float16 on older
+        GPUs, neither on a CPU (its bfloat16 products ran 70 times slower than float32 where
+        measured).
+    """
+    chosen = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if chosen not in ("bf16", "fp16"):
+        chosen = "no"
+        if PartialState().device.type == "cuda":
+            chosen = "bf16" if bf16_is_native() else "fp16"
+    return {"bf16": chosen == "bf16", "fp16": chosen == "fp16"}
+
+
+def arguments(stage: Stage, train: Any, examples: int) -> TrainingArguments:
+    """The trainer's arguments: the recipe's, with what hfsft derives from them.
+
+    Args:
+        stage: its `trainer` settings are passed through untouched.
+        train: the training set, for the number of steps where the recipe gives epochs.
+        examples: of an optimizer step, over all devices.
+
+    Returns:
+        `TrainingArguments`, for sft an `SFTConfig`.
+
+    Raises:
+        RecipeError: if upstream refuses the settings.
+    """
+    settings = dict(stage.trainer)
+    config_class = TrainingArguments
+    if stage.name == "sft":
+        config_class = SFTConfig
+        # the rows come encoded, cut and masked
+        settings |= {
+            "dataset_kwargs": {"skip_prepare_dataset": True},
+            "max_length": stage.max_length,
+        }
+    if settings.get("bf16") is None and settings.get("fp16") is None:
+        settings |= precision()
+    else:
+        settings |= {key: bool(settings.get(key)) for key in ("bf16", "fp16")}
+    on_cpu = PartialState().device.type == "cpu"
+    if not stage.validates:
+        settings["eval_strategy"] = "no"
+        settings.pop("eval_steps", None)
+    try:
+        made = config_class(
+            output_dir=str(stage.checkpoints),
+            run_name=f"{stage.folder.parent.name}-{stage.name}",
+            seed=stage.seed,
+            gradient_accumulation_steps=1,  # a step comes whole and is cut up in `training_step`
+            remove_unused_columns=False,
+            disable_tqdm=True,  # ConsoleCallback draws the bar
+            include_num_input_tokens_seen="non_padding",
+            ignore_data_skip=isinstance(train, TextStream),  # it goes on from its own state
+            logging_nan_inf_filter=False,  # it logs a NaN as the mean of the losses before
+            **{"use_cpu": on_cpu, "dataloader_pin_memory": not on_cpu} | settings,
+        )
+    except (ValueError, TypeError, ImportError) as error:
+        raise RecipeError(f"{stage.name}: {' '.join(str(error).split())}") from None
+    if stage.max_steps is not None:
+        made.max_steps = stage.max_steps
+    elif stage.name == "sft":
+        made.max_steps = len(train) // examples  # it holds the examples of the whole run
+    elif isinstance(train, TextStream):
+        raise RecipeError(f"{stage.name}: a stream has no epochs; give max_steps")
+    else:
+        made.max_steps = max(1, math.ceil(len(train) * made.num_train_epochs / examples))
+    made.lr_scheduler_kwargs = scheduler_settings(stage, made.max_steps)
+    return made
+
+
+def rows_per_step(stage: Stage, length: int) -> int:
+    """Packed rows of a base or mid step, over all devices.
+
+    Args:
+        stage: `tokens_per_step`, or without it one batch on each device.
+        length: tokens a row.
+
+    Raises:
+        RecipeError: if the step does not divide over the devices.
+    """
+    processes = PartialState().num_processes
+    if stage.tokens_per_step is None:
+        return stage.trainer["per_device_train_batch_size"] * processes
+    return check_tokens_per_step(stage.name, stage.tokens_per_step, length, processes, "recipe")

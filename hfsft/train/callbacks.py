@@ -1,0 +1,270 @@
+"""What happens beside the steps: signals, the log, a stream's place, and the console."""
+
+import contextlib
+import json
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+from hfsft.errors import Interrupted
+from hfsft.process import unignored
+from hfsft.train.advice import Advice
+
+
+class StopOnSignal(TrainerCallback):
+    """On a signal finish the step, save a checkpoint and stop; told twice, abandon the step.
+
+    A terminal's signal and the one a launcher passes on count as one if they come together. One
+    that the process was started to ignore, as nohup does with SIGHUP, stays ignored.
+    """
+
+    TOGETHER = 1.0  # seconds
+
+    def __init__(self, accelerator: Any):
+        self.accelerator = accelerator
+        self.received = 0  # the first signal's number
+        self.times: list[float] = []
+        self.before: dict[int, Any] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Take the signals over; a thread that is not the main one cannot."""
+        with contextlib.suppress(ValueError):
+            for number in unignored():
+                self.before[number] = signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: Any) -> None:
+        now = time.monotonic()
+        if self.times and now - self.times[-1] < self.TOGETHER:
+            return
+        self.times.append(now)
+        self.received = self.received or number
+        if len(self.times) > 2:
+            raise Interrupted("stopped without saving, after three signals", number)
+
+    @property
+    def impatient(self) -> bool:
+        """Whether it was told twice, and no other process waits for this step."""
+        return len(self.times) > 1 and self.accelerator.num_processes == 1
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Stop at the same step on every process."""
+        if state.global_step < state.max_steps and self.is_told():
+            control.should_save = True
+            control.should_training_stop = True
+
+    def is_told(self) -> bool:
+        """Whether any process was told to stop; all of them must ask, and learn it together."""
+        if self.accelerator.num_processes > 1:
+            flag = torch.tensor([self.received], device=self.accelerator.device)
+            self.received = int(self.accelerator.gather(flag).max())
+        return bool(self.received)
+
+    def give_back(self) -> None:
+        """Put the signals' former handlers back."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+class StepLog:
+    """A file of JSON objects, one a line, each with its `step`."""
+
+    def __init__(self, path: Path, writes: bool):
+        """Read what there is already, but a line that a kill has cut short.
+
+        Args:
+            path: of the file.
+            writes: whether this process is the one that writes it.
+        """
+        self.path, self.writes = path, writes
+        self.lines: list[dict[str, Any]] = []
+        if path.is_file():
+            for line in path.read_text().splitlines():
+                with contextlib.suppress(ValueError):
+                    self.lines.append(json.loads(line))
+
+    def keep(self, step: int) -> None:
+        """Keep the lines up to a step; the file is written anew, whole or not at all."""
+        self.lines = [line for line in self.lines if line["step"] <= step]
+        if not self.writes:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+        partial.replace(self.path)
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Add a line, in the file too."""
+        self.lines.append(line)
+        if self.writes:
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+class MetricsCallback(TrainerCallback):
+    """Write every logged number to `metrics.jsonl`; beside it what validation leaves.
+
+    `validation.jsonl` has the loss of each held-out document, `samples.jsonl` what the model
+    answers to the sample prompts.
+    """
+
+    # of the trainers' own: totals that the lines' own `tokens` and `seconds` say better
+    LEFT_OUT = ("num_tokens", "num_input_tokens_seen", "total_flos", "eval_num_tokens")
+
+    def __init__(self, folder: Path, writes: bool):
+        self.metrics = StepLog(folder / "metrics.jsonl", writes)
+        self.validation = StepLog(folder / "validation.jsonl", writes)
+        self.samples = StepLog(folder / "samples.jsonl", writes)
+        # of the validation that is about to be logged
+        self.advice: Advice | None = None
+        self.sample_seconds = self.began_validation = 0.0
+        self.began = 0.0
+        self.earlier_seconds = 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Keep the lines up to the checkpoint that the run goes on from."""
+        self.began = time.perf_counter()
+        step = state.global_step
+        self.metrics.keep(step or -1)  # without a checkpoint all begins anew
+        self.earlier_seconds = self.lines[-1]["seconds"] if self.lines else 0.0
+        # a validation's own line is its last: without it, it is done again
+        validated = step if self.has_validation(step) else step - 1
+        self.validation.keep(validated)
+        self.samples.keep(validated)
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        """Those of `metrics.jsonl`."""
+        return self.metrics.lines
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Log the last step, whatever `logging_steps`."""
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Append one line."""
+        if "train_loss" in logs:  # the summary at the end
+            return
+        line = {
+            "step": state.global_step,
+            **{
+                key: value
+                for key, value in logs.items()
+                if key not in self.LEFT_OUT
+                and not key.endswith(("_runtime", "_per_second", "epoch"))
+            },
+            "tokens": state.num_input_tokens_seen,
+            "seconds": round(self.seconds(), 3),
+        }
+        if "eval_runtime" in logs:
+            line["eval_seconds"] = round(logs["eval_runtime"], 3)
+            line["sample_seconds"] = round(self.sample_seconds, 3)
+            if self.advice is not None:
+                line["advice"] = self.advice.as_data() | {"max_steps": args.max_steps}
+        if "loss" in logs:
+            line["memory_bytes"] = _memory(args.device)
+        self.metrics.append(line)
+
+    def seconds(self) -> float:
+        """Seconds since the stage's first step, without the time between two commands."""
+        return self.earlier_seconds + time.perf_counter() - self.began
+
+    def has_validation(self, step: int) -> bool:
+        """Whether the log has a validation of this step."""
+        return any(line["step"] == step for line in self.lines if "eval_loss" in line)
+
+    def values(self, key: str) -> list[float]:
+        """Every logged value of one metric, in order."""
+        return [line[key] for line in self.lines if key in line]
+
+
+def _memory(device: torch.device) -> int:
+    """Bytes that the process holds: of the GPU, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.memory_reserved(device)
+    return psutil.Process().memory_info().rss
+
+
+class ConsoleCallback(TrainerCallback):
+    """A progress bar on a terminal; elsewhere one plain line a log."""
+
+    def __init__(self, stage: str, metrics_log: MetricsCallback):
+        self.stage, self.metrics_log = stage, metrics_log
+        self.console = Console()
+        self.progress: Progress | None = None
+        self.task: Any = None
+        self.began = 0.0
+        self.evaluating = 0.0  # seconds of them, left out of tokens/s and the time left
+        self.first_step = self.first_tokens = 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Show the bar."""
+        if not state.is_world_process_zero:
+            return
+        self.began, self.first_step = time.perf_counter(), state.global_step
+        self.first_tokens, self.evaluating = state.num_input_tokens_seen, 0.0
+        if self.console.is_terminal:
+            self.progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[shown]}"),
+                TimeRemainingColumn(compact=True),
+                TextColumn("left"),
+                console=self.console,
+            )
+            self.progress.start()
+            self.task = self.progress.add_task(
+                self.stage, total=state.max_steps, completed=state.global_step, shown=""
+            )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Move the bar."""
+        if self.progress is not None:
+            self.progress.update(self.task, completed=state.global_step)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Say the loss, tokens/s and the time left; or the validation's loss."""
+        if not state.is_world_process_zero:
+            return
+        if "eval_loss" in logs:
+            self.evaluating += logs.get("eval_runtime", 0.0)
+            advice = self.metrics_log.advice
+            said = f"step {state.global_step}: validation loss {logs['eval_loss']:.4f}"
+            self.say(f"{self.stage} {said if advice is None else advice.says}")
+        if "loss" not in logs:
+            return
+        seconds = max(time.perf_counter() - self.began - self.evaluating, 1e-9)
+        speed = (state.num_input_tokens_seen - self.first_tokens) / seconds
+        done = max(state.global_step - self.first_step, 1)
+        left = (state.max_steps - state.global_step) * seconds / done
+        shown = f"loss {logs['loss']:.4f}  {speed:,.0f} tokens/s"
+        if self.progress is not None:
+            self.progress.update(self.task, shown=shown)
+        else:
+            self.say(
+                f"{self.stage} step {state.global_step}/{state.max_steps}: {shown}  "
+                f"{int(left) // 60}:{int(left) % 60:02} left"
+            )
+
+    def say(self, text: str) -> None:
+        """Print a line, above the bar where there is one."""
+        console = self.progress.console if self.progress is not None else self.console
+        console.print(text, highlight=False, soft_wrap=True)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Close the bar."""
+        self.close()
+
+    def close(self) -> None:
+        """Take the bar off the terminal, where it would go on hiding the cursor."""
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None

@@ -1,0 +1,190 @@
+"""A model that answers: batches as one by one, chat or plain, and its calculator."""
+
+import copy
+
+import pytest
+import torch
+from rigged import always_follow, chain, save
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from hfsft.errors import DataError, ModelError
+from hfsft.evaluation.answering import Calculator, Evaluator, load_for_answers, load_its_tokenizer
+
+PROMPTS = ["Hi!", "Who are you, and what can you do for me today?", "What is 3 + 4?", "Why?"]
+
+
+@pytest.fixture
+def folder(tmp_path, make_model, tokenizer):
+    """Makes the folder of a random model, of a given kind, with or without a chat template."""
+
+    def make(model_type: str = "nanochat", chat: bool = True, **settings) -> str:
+        own = copy.deepcopy(tokenizer)
+        if not chat:
+            own.chat_template = None
+        return save(make_model(model_type, **settings), own, tmp_path / f"{model_type}{chat}")
+
+    return make
+
+
+def choices_of(evaluator: Evaluator) -> list[tuple[list[int], list[int]]]:
+    return [
+        evaluator.parted([evaluator.prompt_text(prompt, answer=letter) for letter in "ABCD"])
+        for prompt in PROMPTS
+    ]
+
+
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize("model_type", ["nanochat", "llama"])
+def test_a_batch_answers_as_its_prompts_one_by_one(folder, model_type, chat):
+    made = folder(model_type, chat)
+    together, alone = Evaluator(made, batch_size=4), Evaluator(made, batch_size=1)
+    assert together.is_chat == chat
+    answers = together.answers(PROMPTS, max_new_tokens=12)
+    assert answers == alone.answers(PROMPTS, max_new_tokens=12)
+    assert len(set(answers)) > 1
+    parted = choices_of(together)
+    chosen = together.choose(*zip(*parted, strict=True))
+    assert chosen == [alone.choose([ids], [tokens])[0] for ids, tokens in parted]
+    rows = [{"input_ids": ids} for ids in together.encode(PROMPTS)]
+    for batched, (single,) in zip(
+        together.losses(rows), [alone.losses([row]) for row in rows], strict=True
+    ):
+        assert batched["loss"] == pytest.approx(single["loss"], rel=1e-5)
+        assert batched["tokens"] == single["tokens"]
+
+
+def test_losses_are_those_of_the_model(folder):
+    evaluator = Evaluator(folder())
+    ids = evaluator.encode([evaluator.prompt_text("Hi there!")])[0]
+    labels = [-100] * 4 + ids[4:]
+    (found,) = evaluator.losses([{"input_ids": ids, "labels": labels}])
+    model = load_for_answers(evaluator.folder)
+    with torch.no_grad():
+        log_probs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    losses = [-log_probs[place - 1, ids[place]].item() for place in range(4, len(ids))]
+    assert found["loss"] == pytest.approx(sum(losses), rel=1e-5)
+    assert found["tokens"] == len(losses)
+    # the last two are <|user_end|> and <|assistant_start|>
+    assert found["text_loss"] == pytest.approx(sum(losses[:-2]), rel=1e-5)
+    assert found["bytes"] == len(evaluator.tokenizer.decode(ids[4:-2]))
+
+
+def test_a_model_with_learned_positions_and_no_pad(tmp_path, tokenizer):
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=512, n_embd=32, n_layer=1, n_head=2, n_positions=48)
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = own.pad_token = None
+    made = save(GPT2LMHeadModel(config), own, tmp_path / "gpt2")
+    evaluator = Evaluator(made, batch_size=2)
+    assert evaluator.tokenizer.pad_token == "<|assistant_end|>"
+    prompts = ["Hi!", "word " * 60]  # the second is longer than the model's positions
+    answers = evaluator.answers(prompts, max_new_tokens=512)
+    assert len(answers) == 2
+    assert evaluator.room([[0] * 10], 512) == 38
+    assert evaluator.room([[0] * 60], 512) == 24
+    assert evaluator.room([[0] * 10], 12) == 12
+
+
+def test_the_answers_token_is_that_of_training(folder):
+    chats, plain = Evaluator(folder()), Evaluator(folder(chat=False))
+    for evaluator, written in ((chats, "B"), (plain, " B")):
+        ids, tokens = evaluator.parted(
+            [evaluator.prompt_text("Which?", answer=letter) for letter in "ABC"]
+        )
+        assert evaluator.tokenizer.decode([*ids, tokens[1]]).endswith(written)
+        whole = evaluator.encode([evaluator.prompt_text("Which?", answer="B")])[0]
+        assert whole[: len(ids) + 1] == [*ids, tokens[1]]
+    assert (
+        chats.encode([chats.prompt_text("Which?")])[0]
+        == chats.parted([chats.prompt_text("Which?", answer=letter) for letter in "ABC"])[0]
+    )
+
+
+def test_choices_that_begin_alike_are_refused(folder):
+    evaluator = Evaluator(folder())
+    with pytest.raises(DataError, match="does not tell the choices apart"):
+        evaluator.parted(["Q A", "Q A"])
+
+
+def test_a_base_stage_is_asked_plainly(tmp_path, folder):
+    made = folder()
+    assert Evaluator(made).is_chat
+    (tmp_path / "nanochatTrue" / "stage.json").write_text('{"stage": "base"}')
+    evaluator = Evaluator(made)
+    assert not evaluator.is_chat
+    assert evaluator.prompt_text("Why?") == "Question: Why?\nAnswer:"
+    assert evaluator.encode(["Why?"])[0][0] == evaluator.tokenizer.bos_token_id
+
+
+def rigged_to_say(text: str, make_model, tokenizer, tmp_path, chat: bool = True) -> str:
+    """A model that says one text behind every prompt, then ends."""
+    model = make_model("llama", hidden_size=512, num_hidden_layers=1, tie_word_embeddings=False)
+    start = tokenizer.convert_tokens_to_ids("<|assistant_start|>")
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    end = tokenizer.eos_token_id
+    return save(
+        always_follow(model, chain([start, *ids, end]), end), tokenizer, tmp_path / "rigged"
+    )
+
+
+def test_the_calculator_works_while_it_generates(make_model, tokenizer, tmp_path):
+    # what follows the result of the call goes on from <|output_end|>
+    made = rigged_to_say("<|python_start|>6*7<|python_end|>", make_model, tokenizer, tmp_path)
+    evaluator = Evaluator(made, batch_size=2)
+    assert evaluator.has_calculator
+    # <|output_start|> and <|output_end|> are not its own: only the calculator writes them
+    assert evaluator.answers(PROMPTS[:3]) == ["<<6*7=42>>"] * 3
+    assert Evaluator(made).answers(PROMPTS[:1], max_new_tokens=5) == ["<<6*7>>"]
+
+
+def test_the_calculator_minds_each_row(tokenizer):
+    names = ("<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>")
+    call, end, output, output_end = tokenizer.convert_tokens_to_ids(list(names))
+    five, seven, plus, word = (tokenizer(t)["input_ids"][0] for t in ("5", "7", "+", "a"))
+    rows = [
+        [call, five, plus, seven, end],  # a sum
+        [word, call, word, word, end],  # none
+        [word, word, word, word, end],  # no call at all
+        [call, five, end, five, end],  # ends twice
+        [word, word, call, five, plus],  # not at its end yet
+    ]
+    calculator = Calculator(tokenizer, start=2)
+    prompt = [[call, end]] * len(rows)  # of which nothing is taken for a call
+    scores = torch.zeros(len(rows), 512)
+    assert torch.equal(calculator(torch.tensor(prompt), scores.clone()), scores)
+    ids = torch.tensor([[call, end, *row] for row in rows])
+    written = []
+    for _ in range(6):
+        scores = calculator(ids, torch.zeros(len(rows), 512))
+        free = (scores == 0).all(dim=1)
+        assert free[1:].all()
+        chosen = torch.where(free, torch.full_like(free, 0, dtype=torch.int64), scores.argmax(1))
+        written.append(None if free[0] else int(chosen[0]))
+        ids = torch.cat([ids, torch.where(free, word, chosen)[:, None]], dim=1)
+    twelve = tokenizer("12")["input_ids"]
+    expected = [output, *twelve, output_end]
+    assert written[: len(expected)] == expected
+    assert set(written[len(expected) :]) == {None}
+
+
+def test_a_model_without_the_tokens_has_no_calculator(tmp_path, make_model, tokenizer):
+    made = save(make_model(), tokenizer, tmp_path / "m")
+    text = (tmp_path / "m" / "tokenizer.json").read_text().replace("<|output_start|>", "<|o|>")
+    (tmp_path / "m" / "tokenizer.json").write_text(text)
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        path = tmp_path / "m" / name
+        path.write_text(path.read_text().replace("<|output_start|>", "<|o|>"))
+    assert not Evaluator(made).has_calculator
+
+
+def test_what_is_no_model_is_said(tmp_path):
+    with pytest.raises(ModelError, match="no such folder"):
+        Evaluator("./nothing")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ModelError, match="tokenizer"):
+        load_its_tokenizer(str(tmp_path))
+
+
+def test_the_tokenizer_is_left_as_it_is(folder):
+    made = folder()
+    assert load_its_tokenizer(made).get_vocab() == AutoTokenizer.from_pretrained(made).get_vocab()

@@ -1,0 +1,54 @@
+"""Timed steps: every part of a real step runs; a test says nothing of how long."""
+
+import pytest
+import torch
+import yaml
+
+from hfsft.errors import RecipeError
+from hfsft.plan.choosing import with_settings
+from hfsft.plan.timing import seconds_per_step
+from hfsft.recipe.loading import load_recipe
+
+RECIPE = {
+    "model": {"depth": 2, "vocab_size": 400, "max_position_embeddings": 64},
+    "tokenizer": {"train": True},
+    "base": {"data": ["facts"], "max_steps": 4, "tokens_per_step": 512},
+    "sft": {"model_name_or_path": "base", "data": ["identity"], "max_length": 64},
+}
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(RECIPE | {"output_dir": str(tmp_path)}))
+    return load_recipe(str(path))
+
+
+def test_micro_batches_and_the_update_make_a_step(recipe, monkeypatch):
+    shapes, updates = [], []
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda self, *a: (updates.append(1), step(self, *a))
+    )
+    forward = torch.nn.Embedding.forward
+    monkeypatch.setattr(
+        torch.nn.Embedding,
+        "forward",
+        lambda self, ids: (shapes.append(tuple(ids.shape)), forward(self, ids))[1],
+    )
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr("time.perf_counter", lambda: float(next(clock)))
+    stage = with_settings(recipe.base, per_device_train_batch_size=3)
+    # 8 rows of 64 in three micro-batches, each 10 / 3 s by this clock, and an update of 10 s
+    assert seconds_per_step(recipe, stage) == pytest.approx(3 * 10 / 3 + 10)
+    assert shapes == [(3, 64)] * 4 and len(updates) == 2
+
+
+@pytest.mark.parametrize("settings", [{}, {"lora": {"r": 4}}, {"optim": "adamw_torch"}])
+def test_settings_of_a_stage_are_timed(recipe, settings):
+    assert seconds_per_step(recipe, with_settings(recipe.sft, **settings)) > 0
+
+
+def test_4bit_weights_are_not_timed(recipe):
+    with pytest.raises(RecipeError, match="4-bit weights cannot be timed"):
+        seconds_per_step(recipe, with_settings(recipe.sft, load_in_4bit=True))

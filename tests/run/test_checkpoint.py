@@ -1,0 +1,166 @@
+"""Checkpoints: whole or not there, whatever is missing, cut short or flipped by a bit."""
+
+import json
+import shutil
+
+import pytest
+
+from hfsft.errors import CheckpointError
+from hfsft.run.checkpoint import (
+    DELETED,
+    MANIFEST,
+    PARTIAL,
+    checkpoints,
+    clear,
+    commit,
+    newest_whole,
+    rotate,
+    verify,
+)
+
+
+def write(folder, step, **facts):
+    """A checkpoint of three files, one in a folder of its own."""
+    partial = folder / PARTIAL
+    (partial / "deep").mkdir(parents=True)
+    (partial / "model.safetensors").write_bytes(bytes(range(256)) * 100)
+    (partial / "optimizer.pt").write_bytes(b"o" * 5000)
+    (partial / "deep" / "rng_state.pth").write_bytes(bytes([step]))
+    commit(partial, folder / f"checkpoint-{step}", {"step": step, **facts})
+    return folder / f"checkpoint-{step}"
+
+
+def test_a_committed_folder_verifies(tmp_path):
+    made = write(tmp_path, 3, recipe="abc")
+    manifest = verify(made)
+    assert manifest["step"] == 3 and manifest["recipe"] == "abc"
+    assert {name: facts["bytes"] for name, facts in manifest["files"].items()} == {
+        "model.safetensors": 25600,
+        "optimizer.pt": 5000,
+        "deep/rng_state.pth": 1,
+    }
+    assert not (tmp_path / PARTIAL).exists()
+    assert newest_whole(tmp_path) == (made, [])
+
+
+def flip(path, at):
+    held = bytearray(path.read_bytes())
+    held[at] ^= 1
+    path.write_bytes(held)
+
+
+DAMAGE = {
+    "missing": (lambda c: (c / "optimizer.pt").unlink(), "optimizer.pt is missing"),
+    "empty": (lambda c: (c / "optimizer.pt").write_bytes(b""), "optimizer.pt has 0 of 5,000 bytes"),
+    "cut": (
+        lambda c: (c / "model.safetensors").write_bytes(bytes(99)),
+        "model.safetensors has 99 of 25,600 bytes",
+    ),
+    "first bit": (lambda c: flip(c / "model.safetensors", 0), "model.safetensors is not what was"),
+    "last bit": (lambda c: flip(c / "optimizer.pt", -1), "optimizer.pt is not what was written"),
+    "rng": (lambda c: flip(c / "deep" / "rng_state.pth", 0), "deep/rng_state.pth is not what was"),
+    "folder": (lambda c: shutil.rmtree(c / "deep"), "deep/rng_state.pth is missing"),
+    "no manifest": (lambda c: (c / MANIFEST).unlink(), f"has no {MANIFEST}"),
+    "cut manifest": (
+        lambda c: (c / MANIFEST).write_text((c / MANIFEST).read_text()[:-9]),
+        f"its {MANIFEST} cannot be read",
+    ),
+    "other manifest": (lambda c: (c / MANIFEST).write_text("[]"), "cannot be read"),
+    "odd manifest": (lambda c: (c / MANIFEST).write_text('{"files": {"a": 1}}'), "cannot be read"),
+    "binary manifest": (lambda c: (c / MANIFEST).write_bytes(b"\xff\xfe"), "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_the_one_before_a_damaged_one_is_taken(tmp_path, damage):
+    good, broken = write(tmp_path, 9), write(tmp_path, 10)
+    DAMAGE[damage][0](broken)
+    with pytest.raises(CheckpointError, match=DAMAGE[damage][1]):
+        verify(broken)
+    found, passed_over = newest_whole(tmp_path)
+    assert found == good
+    assert len(passed_over) == 1 and "checkpoint-10: " in passed_over[0]
+    assert broken.exists()
+
+
+def test_none_whole_is_an_error_and_no_fresh_start(tmp_path):
+    for step in (1, 2):
+        (write(tmp_path, step) / "optimizer.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"--restart\n.*-2: optim.*\n.*-1: optim"):
+        newest_whole(tmp_path)
+
+
+def test_no_checkpoint_at_all(tmp_path):
+    assert newest_whole(tmp_path / "nowhere") == (None, [])
+    for name in (PARTIAL, DELETED, "checkpoint-x", "checkpoint-3.broken-1", "other"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-7").write_text("a file")
+    assert checkpoints(tmp_path) == []
+    assert newest_whole(tmp_path) == (None, [])
+
+
+def test_steps_are_numbers(tmp_path):
+    for step in (9, 10, 100):
+        write(tmp_path, step)
+    assert [c.name for c in checkpoints(tmp_path)] == [
+        "checkpoint-100",
+        "checkpoint-10",
+        "checkpoint-9",
+    ]
+
+
+def test_a_broken_one_is_moved_aside_when_its_step_is_reached_again(tmp_path):
+    for _ in range(3):
+        (write(tmp_path, 5) / "optimizer.pt").unlink()
+    whole = write(tmp_path, 5)
+    assert newest_whole(tmp_path) == (whole, [])
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoint-5",
+        "checkpoint-5.broken-1",
+        "checkpoint-5.broken-2",
+        "checkpoint-5.broken-3",
+    ]
+
+
+def test_a_whole_one_stays_as_it_is(tmp_path):
+    made = write(tmp_path, 5)
+    before = (made / MANIFEST).stat().st_mtime_ns
+    write(tmp_path, 5, other=True)
+    assert "other" not in verify(made) and (made / MANIFEST).stat().st_mtime_ns == before
+    clear(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
+
+
+def test_rotation_keeps_the_newest_the_best_and_what_others_wrote(tmp_path):
+    for step in (1, 2, 3, 4, 5):
+        write(tmp_path, step)
+    foreign = tmp_path / "checkpoint-0"
+    foreign.mkdir()
+    rotate(tmp_path, None)
+    assert len(checkpoints(tmp_path)) == 6
+    rotate(tmp_path, 2, {1})
+    assert [c.name for c in checkpoints(tmp_path)] == [
+        "checkpoint-5",
+        "checkpoint-4",
+        "checkpoint-1",
+        "checkpoint-0",
+    ]
+    assert not (tmp_path / DELETED).exists()
+
+
+def test_clear_removes_what_was_broken_off(tmp_path):
+    good = write(tmp_path, 1)
+    for name in (PARTIAL, DELETED):
+        (tmp_path / name / "deep").mkdir(parents=True)
+    clear(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [good.name]
+    clear(tmp_path)
+
+
+def test_a_manifest_is_plain_json(tmp_path):
+    made = write(tmp_path, 1)
+    facts = json.loads((made / MANIFEST).read_text())["files"]["deep/rng_state.pth"]
+    assert facts == {
+        "bytes": 1,
+        "sha256": "4bf5122f344554c53bde2ebb8cd2b7e3d1600ad631c385a5d7cce23c7785459a",
+    }

@@ -1,0 +1,720 @@
+"""Rows of every known format, refusals, and which tokens of a conversation are trained."""
+
+import random
+import re
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from hfsft.errors import DataError
+from hfsft.recipe.schema import FORMATS as RECIPE_FORMATS
+from hfsft.tokens.encoding import (
+    IGNORED,
+    chatml_pieces,
+    encode_conversation,
+    encode_conversations,
+    fit_conversations,
+    nanochat_pieces,
+)
+from hfsft.tokens.formats import (
+    FORMATS,
+    BadRow,
+    check_messages,
+    content_digest,
+    detect_format,
+    to_messages,
+)
+from hfsft.tokens.tokenizer import load_tokenizer
+
+
+def user(content) -> dict:
+    return {"role": "user", "content": content}
+
+
+def assistant(content) -> dict:
+    return {"role": "assistant", "content": content}
+
+
+def system(content) -> dict:
+    return {"role": "system", "content": content}
+
+
+@pytest.fixture(scope="module")
+def chatml(tokenizer, tmp_path_factory):
+    """The shared tokenizer with ChatML's tokens and template."""
+    folder = tmp_path_factory.mktemp("chatml")
+    tokenizer.save_pretrained(folder)
+    return load_tokenizer(str(folder), chat_template="chatml")
+
+
+def tool(content, **names) -> dict:
+    return {"role": "tool", "content": content} | names
+
+
+def call(name, arguments, **number) -> dict:
+    return number | {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def calling(*calls, content="") -> dict:
+    return {"role": "assistant", "content": content, "tool_calls": list(calls)}
+
+
+# --- formats ---
+
+HELLO = [user("Hi"), assistant("Hello")]
+MULTIPLE_CHOICE = (
+    "Multiple Choice question: Which is a fruit?\n"
+    "- Stone=A\n"
+    "- Apple=B\n"
+    "- Chair=C\n"
+    "\n"
+    "Respond only with the letter of the correct answer."
+)
+GSM8K = (
+    "In May she sold 48/2 = <<48/2=24>>24 clips.\n"
+    "In all <<48+24=72>>72.\n"
+    "#### 72"
+)  # fmt: skip
+READ = {
+    "messages": (
+        "messages",
+        {"messages": [system("Be kind."), *HELLO, user("And?"), assistant("Fine.")]},
+        [system("Be kind."), *HELLO, user("And?"), assistant("Fine.")],
+    ),
+    "messages of text parts": (
+        "messages",
+        {"messages": [user([{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]),
+                      assistant([{"type": "text", "text": "Hello"}])]},
+        HELLO,
+    ),
+    "messages with other roles' names": (
+        "messages",
+        {"messages": [{"role": "human", "content": "Hi"}, {"role": "model", "content": "Hello"}]},
+        HELLO,
+    ),
+    "sharegpt": (
+        "sharegpt",
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}],
+         "system": "Be kind."},
+        [system("Be kind."), *HELLO],
+    ),
+    "sharegpt with role and content": (
+        "sharegpt",
+        {"conversations": [*HELLO], "system": None},
+        HELLO,
+    ),
+    "prompt and completion as text": (
+        "prompt_completion",
+        {"prompt": "Hi", "completion": " Hello\n"},
+        HELLO,
+    ),
+    "prompt and completion as messages": (
+        "prompt_completion",
+        {"prompt": [system("Be kind."), user("Hi")], "completion": [assistant("Hello")]},
+        [system("Be kind."), *HELLO],
+    ),
+    "alpaca": (
+        "alpaca",
+        {"instruction": "Greet.", "input": "Hi", "output": "Hello", "system": "Be kind."},
+        [system("Be kind."), user("Greet.\n\nHi"), assistant("Hello")],
+    ),
+    "alpaca without input": (
+        "alpaca",
+        {"instruction": "Hi", "input": "", "output": "Hello"},
+        HELLO,
+    ),
+    "multiple choice as in ARC": (
+        "multiple_choice",
+        {"question": "Which is a fruit?",
+         "choices": {"text": ["Stone", "Apple", "Chair"], "label": ["A", "B", "C"]},
+         "answerKey": "B"},
+        [user(MULTIPLE_CHOICE), assistant("B")],
+    ),
+    "multiple choice as in MMLU": (
+        "multiple_choice",
+        {"question": "Which is a fruit?", "subject": "food",
+         "choices": ["Stone", "Apple", "Chair"], "answer": 1},
+        [user(MULTIPLE_CHOICE), assistant("B")],
+    ),
+    "gsm8k": (
+        "gsm8k",
+        {"question": "How many?", "answer": GSM8K},
+        [
+            user("How many?"),
+            assistant([
+                {"type": "text", "text": "In May she sold 48/2 = "},
+                {"type": "python", "text": "48/2"},
+                {"type": "python_output", "text": "24"},
+                {"type": "text", "text": "24 clips.\nIn all "},
+                {"type": "python", "text": "48+24"},
+                {"type": "python_output", "text": "72"},
+                {"type": "text", "text": "72.\n#### 72"},
+            ]),
+        ],
+    ),
+    "messages with several system turns at the beginning": (
+        "messages",
+        {"messages": [system("Be kind."), system("Be brief."), *HELLO, system("Now be rude."),
+                      *HELLO], "tools": None},
+        [system("Be kind.\n\nBe brief."), *HELLO, system("Now be rude."), *HELLO],
+    ),
+    "messages with tool calls": (
+        "messages",
+        {"messages": [
+            user("Add 1 and 2, and 3 and 4."),
+            calling(call("add", '{"a": 1, "b": 2}', id="x"), call("add", {"a": 3, "b": 4}, id="y"),
+                    content=None),
+            tool("3", tool_call_id="x"),
+            tool("", tool_call_id="y", name=None),
+            {"role": "assistant", "content": "3 and nothing.", "tool_calls": None},
+            user("And?"),
+            calling({"function": {"name": "stop", "arguments": ""}}, content=" \n"),
+        ], "tools": "[]"},
+        [
+            user("Add 1 and 2, and 3 and 4."),
+            calling(call("add", {"a": 1, "b": 2}, id="x"), call("add", {"a": 3, "b": 4}, id="y")),
+            tool("3", tool_call_id="x"),
+            tool("", tool_call_id="y"),
+            assistant("3 and nothing."),
+            user("And?"),
+            calling(call("stop", {})),
+        ],
+    ),
+    "sharegpt with tool calls": (
+        "sharegpt",
+        {"conversations": [
+            {"from": "human", "value": "Add 1 and 2."},
+            {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1, "b": 2}}'},
+            {"from": "observation", "value": "3"},
+            {"from": "gpt", "value": "It is 3."},
+        ], "tools": ""},
+        [user("Add 1 and 2."), calling(call("add", {"a": 1, "b": 2})), tool("3"),
+         assistant("It is 3.")],
+    ),
+    "gsm8k without a calculation": (
+        "gsm8k",
+        {"question": "Hi", "answer": "Hello"},
+        HELLO,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", READ)
+def test_format_is_told_and_read(case):
+    name, row, messages = READ[case]
+    assert detect_format(list(row), "x") == name
+    assert to_messages(row, name) == messages
+
+
+def test_the_recipe_names_every_format():
+    assert set(RECIPE_FORMATS) == {*FORMATS, "text"}
+
+
+def test_undetected_format_lists_columns_and_formats():
+    with pytest.raises(DataError) as error:
+        detect_format(["chat", "id"], "rows.jsonl")
+    assert str(error.value) == (
+        "rows.jsonl: cannot tell the format from its columns chat, id\n"
+        "  Known: messages (messages); sharegpt (conversations); "
+        "prompt_completion (prompt, completion); alpaca (instruction, output); "
+        "multiple_choice (question, choices); gsm8k (question, answer). "
+        "Rename with `columns: {messages: YOUR_COLUMN}`"
+    )
+    with pytest.raises(DataError, match=r"columns \(none\)"):
+        detect_format([], "rows.jsonl")
+
+
+IMAGE = [{"type": "image", "url": "x"}]
+REFUSED = [
+    # rows that are not of their format
+    ("messages", {}, "not a row of format messages"),
+    ("sharegpt", {"conversations": "Hi"}, "no messages"),
+    ("sharegpt", {"conversations": [{"from": "human", "value": "Hi"}, "x"]},
+     "a message that is not a mapping"),
+    ("prompt_completion", {"prompt": 5, "completion": "Hello"}, "content that is not text"),
+    ("alpaca", {"instruction": None, "input": None, "output": "Hello"}, "empty content"),
+    ("multiple_choice", {"question": "?", "choices": ["x", "y"], "answer": 2},
+     "the answer is none of the choices"),
+    ("multiple_choice", {"question": "?", "choices": "['x', 'y']", "answer": 0},
+     "choices that are no list"),
+    ("multiple_choice", {"question": None, "choices": ["x", "y"], "answer": 0}, "empty content"),
+    ("multiple_choice", {"question": "?", "choices": ["x", None], "answer": 0}, "empty content"),
+    ("multiple_choice",
+     {"question": "?", "choices": {"text": ["x"], "label": ["A", "B"]}, "answerKey": "A"},
+     "not a row of format multiple_choice"),
+    ("gsm8k", {"question": "?", "answer": 5}, "not a row of format gsm8k"),
+    ("gsm8k", {"question": "?", "answer": "<<5>>5"}, "a calculation without a result"),
+    ("gsm8k", {"question": "?", "answer": ""}, "empty content"),
+    # messages that are no conversation
+    ("messages", {"messages": None}, "no messages"),
+    ("messages", {"messages": []}, "no messages"),
+    ("messages", {"messages": "Hi"}, "no messages"),
+    ("messages", {"messages": ["Hi", "Hello"]}, "a message that is not a mapping"),
+    ("messages", {"messages": [user("Hi"), {"role": "critic", "content": "5"}]}, "unknown role"),
+    ("messages", {"messages": [user("Hi"), {"content": "Hello"}]}, "unknown role"),
+    ("messages", {"messages": [{"role": ["user"], "content": "Hi"}]}, "unknown role"),
+    ("messages", {"messages": [assistant("Hello"), user("Hi")]}, "roles out of order"),
+    ("messages", {"messages": [user("Hi"), user("Hi"), assistant("x")]}, "roles out of order"),
+    ("messages", {"messages": [*HELLO, system("Be kind.")]}, "roles out of order"),
+    ("messages", {"messages": [user("Hi")]}, "no assistant turn"),
+    ("messages", {"messages": [system("Be kind.")]}, "no assistant turn"),
+    ("messages", {"messages": [user("Hi"), assistant(None)]}, "empty content"),
+    ("messages", {"messages": [user(" \n"), assistant("Hello")]}, "empty content"),
+    ("messages", {"messages": [system(""), *HELLO]}, "empty content"),
+    ("messages", {"messages": [user("Hi"), assistant([])]}, "empty content"),
+    ("messages", {"messages": [user("Hi"), assistant(5)]}, "content that is not text"),
+    ("messages", {"messages": [user(IMAGE), assistant("Hello")]}, "content that is not text"),
+    ("messages", {"messages": [user("Hi"), assistant(IMAGE)]}, "content that is not text"),
+    ("messages", {"messages": [user([{"type": "python", "text": "1"}]), assistant("x")]},
+     "content that is not text"),
+    ("messages", {"messages": [user("Hi"), assistant([{"type": "python", "text": 1}])]},
+     "content that is not text"),
+    ("messages", {"messages": [user("Hi"), assistant("a\ud800b")]}, "invalid Unicode"),
+    ("messages", {"messages": [user("Hi"), system("Be kind."), system("Be kind.")]},
+     "no assistant turn"),
+    # tool calls
+    ("messages", {"messages": [user("Hi"), tool("5")]}, "a tool result without its call"),
+    ("messages", {"messages": [*HELLO, tool("5")]}, "a tool result without its call"),
+    ("messages", {"messages": [user("Hi"), calling(call("f", {})), user("Hi")]},
+     "a tool call without its result"),
+    ("messages", {"messages": [user("Hi"), calling(call("f", {})), system("x"), tool("5")]},
+     "a tool call without its result"),
+    ("messages", {"messages": [user("Hi"), calling(call("f", {})), tool("5")]},
+     "roles out of order"),
+    ("messages", {"messages": [user("Hi"), calling(call("f", {})), tool("5"), tool("6")]},
+     "more tool results than calls"),
+    ("messages", {"messages": [user("Hi"), calling(call("f", "{"))]},
+     "tool call arguments that are not JSON"),
+    ("messages", {"messages": [user("Hi"), calling(call("f", "[1]"))]},
+     "tool call arguments that are no mapping"),
+    ("messages", {"messages": [user("Hi"), calling(call("f", {"a": "\ud800"}))]},
+     "invalid Unicode"),
+    ("messages", {"messages": [user("Hi"), calling(call(None, {}))]},
+     "a tool call without a name"),
+    ("messages", {"messages": [user("Hi"), calling("f")]}, "a tool call without a name"),
+    ("messages", {"messages": [user("Hi"), calling(call("f", {})), tool({"a": 1})]},
+     "content that is not text"),
+    ("sharegpt", {"conversations": [{"from": "human", "value": "Hi"},
+                                    {"from": "function_call", "value": "f(x)"}]},
+     "a tool call that is not JSON"),
+    ("sharegpt", {"conversations": [{"from": "human", "value": "Hi"},
+                                    {"from": "function_call", "value": "[]"}]},
+     "a tool call without a name"),
+    ("messages", {"messages": HELLO, "tools": '[{"name": "f"}]'}, "brings its own tools"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "row", "reason"), REFUSED)
+def test_refusal_says_why(name, row, reason):
+    with pytest.raises(BadRow) as error:
+        to_messages(row, name)
+    assert str(error.value) == reason
+
+
+# --- encoding ---
+
+TOOL = [
+    system("Be brief."),
+    user("What is 48/2?"),
+    assistant(
+        [
+            {"type": "text", "text": "Let me see: "},
+            {"type": "python", "text": "48/2"},
+            {"type": "python_output", "text": "24"},
+            {"type": "text", "text": "It is 24."},
+        ]
+    ),
+    user("Thanks"),
+    assistant("Bye"),
+]
+# written out by hand: each piece, and whether it is trained with assistant_only
+BY_HAND = [
+    ("<|bos|>", False),
+    ("<|user_start|>", False),
+    ("Be brief.\n\nWhat is 48/2?", False),
+    ("<|user_end|>", False),
+    ("<|assistant_start|>", False),
+    ("Let me see: ", True),
+    ("<|python_start|>", True),
+    ("48/2", True),
+    ("<|python_end|>", True),
+    ("<|output_start|>", False),
+    ("24", False),
+    ("<|output_end|>", False),
+    ("It is 24.", True),
+    ("<|assistant_end|>", True),
+    ("<|user_start|>", False),
+    ("Thanks", False),
+    ("<|user_end|>", False),
+    ("<|assistant_start|>", False),
+    ("Bye", True),
+    ("<|assistant_end|>", True),
+]
+
+
+def encoded_by_hand(tokenizer, trained_of) -> tuple[list[int], list[int]]:
+    ids, labels = [], []
+    for text, trained in BY_HAND:
+        piece = tokenizer.encode(text, add_special_tokens=False)
+        ids += piece
+        labels += piece if trained_of(text, trained) else [IGNORED] * len(piece)
+    return ids, labels
+
+
+def test_trained_tokens_are_those_marked_by_hand(tokenizer):
+    expected = encoded_by_hand(tokenizer, lambda text, trained: trained)
+    assert encode_conversation(TOOL, tokenizer) == expected
+    assert sum(label != IGNORED for label in expected[1]) == 27
+
+
+def test_without_assistant_only_all_but_tool_outputs_is_trained(tokenizer):
+    untrained = ("<|output_start|>", "24", "<|output_end|>")
+    expected = encoded_by_hand(tokenizer, lambda text, trained: text not in untrained)
+    assert encode_conversation(TOOL, tokenizer, assistant_only=False) == expected
+
+
+CALLS = [
+    user("Add 1 and 2, and look up ä."),
+    calling(call("add", {"a": 1, "b": 2}), call("look_up", {"q": "ä"}), content="Let me see."),
+    tool("3"),
+    tool("nothing"),
+    calling(call("look_up", {"q": "a"})),
+    tool(""),
+    assistant("It is 3."),
+    user("Thanks"),
+    assistant("Bye"),
+]
+ADD = '{"name": "add", "arguments": {"a": 1, "b": 2}}'
+LOOK_UP = '{"name": "look_up", "arguments": {"q": "ä"}}'
+AGAIN = '{"name": "look_up", "arguments": {"q": "a"}}'
+
+
+def text_and_trained(messages, tokenizer, **settings) -> tuple[str, str]:
+    ids, labels = encode_conversation(check_messages(messages), tokenizer, **settings)
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == tokenizer.decode(ids)
+    return tokenizer.decode(ids), tokenizer.decode([i for i in labels if i != IGNORED])
+
+
+def test_nanochat_writes_tool_calls_within_the_assistant_s_turn(tokenizer):
+    asked = "<|bos|><|user_start|>Add 1 and 2, and look up ä.<|user_end|><|assistant_start|>"
+    first = f"Let me see.<|python_start|>{ADD}<|python_end|><|python_start|>{LOOK_UP}<|python_end|>"
+    results = "<|output_start|>3<|output_end|><|output_start|>nothing<|output_end|>"
+    second = f"<|python_start|>{AGAIN}<|python_end|>"
+    answer = "It is 3.<|assistant_end|>"
+    thanks = "<|user_start|>Thanks<|user_end|><|assistant_start|>"
+    bye = "Bye<|assistant_end|>"
+    text, trained = text_and_trained(CALLS, tokenizer)
+    empty = "<|output_start|><|output_end|>"
+    assert text == asked + first + results + second + empty + answer + thanks + bye
+    assert trained == first + second + answer + bye
+    _, all_but_results = text_and_trained(CALLS, tokenizer, assistant_only=False)
+    assert all_but_results == asked + first + second + answer + thanks + bye
+    # a prompt that ends in a result, or a row in a call, leaves the turn open
+    prompt = tokenizer.apply_chat_template(CALLS[:6], tokenize=False, add_generation_prompt=True)
+    assert prompt == asked + first + results + second + empty
+    text, trained = text_and_trained(CALLS[:2], tokenizer)
+    assert (text, trained) == (asked + first, first)
+
+
+def test_chatml_writes_tool_calls_as_hermes_does(chatml):
+    asked = "<|im_start|>user\nAdd 1 and 2, and look up ä.<|im_end|>\n"
+    begin, tools = "<|im_start|>assistant\n", "<|im_start|>tool\n<tool_response>\n"
+    calls = [f"<tool_call>\n{one}\n</tool_call>" for one in (ADD, LOOK_UP, AGAIN)]
+    first = f"Let me see.\n{calls[0]}\n{calls[1]}<|im_end|>"
+    results = [f"{tools}{one}\n</tool_response><|im_end|>\n" for one in ("3", "nothing", "")]
+    thanks = "<|im_start|>user\nThanks<|im_end|>\n"
+    text, trained = text_and_trained(CALLS, chatml)
+    assert text == (
+        f"{asked}{begin}{first}\n{results[0]}{results[1]}{begin}{calls[2]}<|im_end|>\n{results[2]}"
+        f"{begin}It is 3.<|im_end|>\n{thanks}{begin}Bye<|im_end|>\n"
+    )
+    assert trained == f"{first}{calls[2]}<|im_end|>It is 3.<|im_end|>Bye<|im_end|>"
+    _, all_but_results = text_and_trained(CALLS, chatml, assistant_only=False)
+    assert all_but_results == text.replace(results[0] + results[1], "").replace(results[2], "")
+
+
+def test_templates_take_arguments_as_json_text_too(tokenizer, chatml):
+    for made in (tokenizer, chatml):
+        as_text = [user("Hi"), calling(call("add", '{"a": 1, "b": 2}'), content=None)]
+        as_mapping = [user("Hi"), calling(call("add", {"a": 1, "b": 2}))]
+        assert made.apply_chat_template(as_text, tokenize=False) == made.apply_chat_template(
+            as_mapping, tokenize=False
+        )
+
+
+def test_a_system_turn_in_the_middle(tokenizer, chatml):
+    messages = [system("Be kind."), *HELLO, system("Now be rude."), *HELLO]
+    reason = "^a system turn in the middle, which the chat template cannot write$"
+    with pytest.raises(BadRow, match=reason):
+        nanochat_pieces(messages)
+    with pytest.raises(Exception, match="has no role system here"):
+        tokenizer.apply_chat_template(messages, tokenize=False)
+    text, trained = text_and_trained(messages, chatml)
+    assert "<|im_start|>system\nNow be rude.<|im_end|>\n<|im_start|>user\nHi<|im_end|>" in text
+    assert trained == "Hello<|im_end|>" * 2
+
+
+def test_a_digest_is_of_what_is_said():
+    one = [user("Hi"), calling(call("f", {"a": 1, "b": 2}, id="x")), tool("5", tool_call_id="x")]
+    same = [user("Hi"), calling(call("f", {"b": 2, "a": 1}, id="y")), tool("5", tool_call_id="y")]
+    assert content_digest(one) == content_digest(same)
+    others = [
+        [user("Hi"), calling(call("f", {"a": 1, "b": 3})), tool("5")],
+        [user("Hi"), calling(call("f", {"a": 1, "b": 2})), tool("6")],
+        [system("Hi"), *one],
+        [user("Hi"), assistant(""), tool("5")],
+        [user("Hi"), assistant([{"type": "python", "text": "5"}])],
+        [user("Hi"), assistant([{"type": "python_output", "text": "5"}])],
+    ]
+    assert len({content_digest(messages) for messages in [one, *others]}) == 7
+
+
+def test_a_batch_is_each_conversation_by_itself(tokenizer):
+    made = odd_conversations(50)
+    made.insert(7, [*HELLO, system("Be kind."), *HELLO])  # nanochat cannot write it
+    found = encode_conversations(made, tokenizer)
+    assert isinstance(found[7], BadRow)
+    for place, (messages, encoded) in enumerate(zip(made, found, strict=True)):
+        if place != 7:
+            alone = encode_conversation(messages, tokenizer)
+            assert (encoded.ids.tolist(), encoded.labels.tolist()) == alone
+    assert encode_conversations([], tokenizer) == []
+
+
+def test_chatml_writes_no_python_parts(chatml):
+    ids, labels = encode_conversation(TOOL, chatml)
+    assert chatml.decode(ids) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n"
+        "<|im_start|>user\nWhat is 48/2?<|im_end|>\n"
+        "<|im_start|>assistant\nLet me see: It is 24.<|im_end|>\n"
+        "<|im_start|>user\nThanks<|im_end|>\n"
+        "<|im_start|>assistant\nBye<|im_end|>\n"
+    )
+    trained = chatml.decode([label for label in labels if label != IGNORED])
+    assert trained == "Let me see: It is 24.<|im_end|>Bye<|im_end|>"
+    assert chatml.apply_chat_template(TOOL, tokenize=False) == chatml.decode(ids)
+    with pytest.raises(BadRow, match="tool calls alone"):
+        chatml_pieces([user("Hi"), assistant([{"type": "python", "text": "48/2"}])])
+
+
+ODD = (
+    "plain", " leading", "   three", "trailing \n", "\nnewline first", "two\n\nlines", "\ttab",
+    "🇩🇪👩‍👩‍👧🙂", "שלום עולם", "مرحبا \u202e rtl", "中文，没有空格", "e\u0301", "a\u00a0b",  # noqa: RUF001
+    "12345 6", "don't", "<b>{{ x }}</b>", "{% if %}", "|>", "<|", "\r\n", "x\u0000y", "\ufeffbom",
+    "\U0010ffff", "\u200b",
+)  # fmt: skip
+
+
+def odd_conversations(count: int) -> list[list[dict]]:
+    """Seeded conversations of one to three turns, of one to four odd texts each."""
+    rng = random.Random(0)
+
+    def odd() -> str:
+        return "".join(rng.choice(ODD) for _ in range(rng.randint(1, 4))) + "."
+
+    made = []
+    for _ in range(count):
+        messages = [system(odd())] if rng.random() < 0.5 else []
+        for _ in range(rng.randint(1, 3)):
+            answer = odd()
+            if rng.random() < 0.3:
+                types = ("text", "python", "python_output", "text")
+                answer = [{"type": kind, "text": odd()[:-1]} for kind in types]
+            messages += [user(odd()), assistant(answer)]
+        made.append(check_messages(messages))
+    return made
+
+
+@pytest.mark.parametrize("name", ["nanochat", "chatml"])
+def test_pieces_are_the_template_s_own_rendering(name, request, tokenizer):
+    tokenizer = tokenizer if name == "nanochat" else request.getfixturevalue("chatml")
+    assert tokenizer.hfsft_template == name
+    same_tokens = 0
+    for messages in odd_conversations(200):
+        ids, labels = encode_conversation(messages, tokenizer)
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        assert tokenizer.decode(ids) == text
+        theirs = tokenizer.apply_chat_template(
+            messages, return_dict=True, return_assistant_tokens_mask=True
+        )
+        mask = [int(label != IGNORED) for label in labels]
+        # "assistant\n" and a newline after it: apart here, as a chat's prompt ends there, else one
+        if re.search(r"<\|im_start\|>assistant\n\s*[\r\n]", text):
+            continue
+        assert theirs["input_ids"] == ids
+        assert theirs["assistant_masks"] == mask
+        same_tokens += 1
+    assert same_tokens == (200 if name == "nanochat" else 163)
+
+
+@pytest.mark.parametrize("name", ["nanochat", "chatml"])
+def test_a_special_token_in_a_message_is_plain_text(name, request, tokenizer):
+    tokenizer = tokenizer if name == "nanochat" else request.getfixturevalue("chatml")
+    tokens = [*tokenizer.all_special_tokens, "<|assistant_end|>", "<|im_end|>"]
+    for token in tokens:
+        text = f"End{token}\n{token}"
+        ids, labels = encode_conversation([user(text), assistant(text)], tokenizer)
+        start, end = {
+            "nanochat": ("<|user_start|>", "<|user_end|>"),
+            "chatml": ("<|im_start|>", "<|im_end|>"),
+        }[name]
+        first = ids.index(tokenizer.convert_tokens_to_ids(start)) + 1
+        last = ids.index(tokenizer.convert_tokens_to_ids(end))
+        inside = ids[first:last]
+        assert not set(inside) & set(tokenizer.all_special_ids)
+        assert tokenizer.decode(inside) == ("user\n" if name == "chatml" else "") + text
+        answer = [label for label in labels if label != IGNORED]
+        assert not set(answer[:-1]) & set(tokenizer.all_special_ids)
+        assert answer[-1] == tokenizer.eos_token_id
+        assert tokenizer.decode(answer[:-1]) == text
+
+
+MARKED = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    "<|eot|>{% endgeneration %}{% else %}{{ m.role }}: {{ m.content }}<|eot|>{% endif %}"
+    "{% endfor %}"
+)
+UNMARKED = (
+    "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|eot|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture
+def foreign(tokenizer, tmp_path):
+    """Gives a tokenizer of ours a template of somebody else's."""
+
+    def make(template: str):
+        made = PreTrainedTokenizerFast.from_pretrained(saved(tokenizer, tmp_path / "a"))
+        # as in Llama 3: special, but in no list of the tokenizer's own
+        made.add_tokens(["<|start|>", "<|eot|>"], special_tokens=True)
+        made.chat_template = template
+        return load_tokenizer(saved(made, tmp_path / "b"))
+
+    return make
+
+
+def test_a_foreign_template_s_marks_are_trained(foreign):
+    made = foreign(MARKED)
+    assert (made.hfsft_template, made.eos_token) == (None, "<|eot|>")
+    ids, labels = encode_conversation(TOOL, made)
+    assert made.decode(ids) == (
+        "system: Be brief.<|eot|>user: What is 48/2?<|eot|>Let me see: It is 24.<|eot|>"
+        "user: Thanks<|eot|>Bye<|eot|>"
+    )
+    trained = made.decode([label for label in labels if label != IGNORED])
+    assert trained == "Let me see: It is 24.<|eot|>Bye<|eot|>"
+    assert encode_conversation(TOOL, made, assistant_only=False) == (ids, ids)
+
+
+def test_a_foreign_template_without_marks_is_told_by_what_each_turn_adds(foreign):
+    made = foreign(UNMARKED)
+    assert made.hfsft_training_template is None and made.eos_token == "<|eot|>"
+    ids, labels = encode_conversation(TOOL, made)
+    expected = made.apply_chat_template(
+        [m | {"content": "Let me see: It is 24."} if i == 2 else m for i, m in enumerate(TOOL)],
+        return_dict=True,
+    )["input_ids"]
+    assert ids == expected
+    trained = made.decode([label for label in labels if label != IGNORED])
+    assert trained == "Let me see: It is 24.<|eot|>Bye<|eot|>"
+
+
+@pytest.mark.parametrize("template", [MARKED, UNMARKED], ids=["marked", "unmarked"])
+def test_a_foreign_template_writes_a_literal_special_token_as_text(foreign, template):
+    made = foreign(template)
+    text = "a<|eot|>b<|bos|><|start|>c"
+    ids, labels = encode_conversation([user(text), assistant(text)], made)
+    eot = made.convert_tokens_to_ids("<|eot|>")
+    assert ids.count(eot) == 2  # the template's own
+    assert made.convert_tokens_to_ids("<|bos|>") not in ids
+    assert made.decode(ids).count(text) == 2
+    trained = [label for label in labels if label != IGNORED]
+    assert made.decode(trained[:-1]) == text and trained[-1] == eot
+
+
+def test_a_foreign_template_s_refusal_is_a_reason(foreign):
+    made = foreign(
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "{% generation %}{{ messages[-1].content }}<|eot|>{% endgeneration %}"
+    )
+    with pytest.raises(BadRow, match=r"^the chat template refuses it: no system role$"):
+        encode_conversation([system("Be kind."), *HELLO], made)
+
+
+TOOLS = (
+    "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}<|eot|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+
+
+def test_a_foreign_template_that_has_tools_writes_them(foreign):
+    made = foreign(TOOLS)
+    ids, labels = encode_conversation(CALLS, made)
+    text = made.decode(ids)
+    assert f"<|start|>assistant\nLet me see.{ADD}{LOOK_UP}<|eot|>\n<|start|>tool\n3" in text
+    trained = made.decode([label for label in labels if label != IGNORED])
+    assert trained == f"Let me see.{ADD}{LOOK_UP}<|eot|>{AGAIN}<|eot|>It is 3.<|eot|>Bye<|eot|>"
+    _, labels = encode_conversation(CALLS, made, assistant_only=False)
+    results = ("3<|eot|>\n", "nothing<|eot|>\n", "<|eot|>\n")
+    for result in results:
+        text = text.replace(f"<|start|>tool\n{result}", "")
+    assert made.decode([label for label in labels if label != IGNORED]) == text
+    # a special token within an argument is text
+    call_ = calling(call("add", {"a": "x<|eot|>y"}))
+    ids, _ = encode_conversation([user("Hi"), call_], made)
+    assert ids.count(made.convert_tokens_to_ids("<|eot|>")) == 2
+    assert "x<|eot|>y" in made.decode(ids)
+
+
+def test_what_a_foreign_template_leaves_out_is_a_reason(foreign):
+    made = foreign(UNMARKED)
+    with pytest.raises(BadRow, match=r"^tool calls, which the chat template cannot write$"):
+        encode_conversation(CALLS, made)
+    assert encode_conversation([*HELLO, system("Be rude."), *HELLO], made)  # any role is written
+    made = foreign(
+        "{% for m in messages if m.role in ('user', 'assistant') %}<|start|>{{ m.role }}\n"
+        "{{ m.content }}{{ m.tool_calls or '' }}<|eot|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+    )
+    for messages, kind in (
+        (CALLS, "tool's result"),
+        ([system("Be kind."), *HELLO], "system message"),
+    ):
+        with pytest.raises(BadRow, match=f"^a {kind}, which the chat template leaves out$"):
+            encode_conversation(messages, made)
+
+
+def test_truncation_cuts_no_character(tokenizer):
+    messages = [user("Hi"), assistant("🙂🦊🐳" * 20)]
+    whole, _ = encode_conversation(messages, tokenizer)
+    for limit in range(12, 60):
+        ((fitted,),) = fit_conversations([messages], tokenizer, limit)
+        ids = fitted.ids.tolist()
+        assert fitted.cut and limit - 4 < len(ids) <= limit
+        assert ids == whole[: len(ids)] and len(fitted.labels) == len(ids)
+        assert "\ufffd" not in tokenizer.decode(ids)
+
+
+def test_a_split_keeps_exchanges_with_tools_whole(tokenizer):
+    messages = [system("Be brief."), *CALLS, *CALLS]
+    whole, _ = encode_conversation(messages, tokenizer)
+    (parts,) = fit_conversations([messages], tokenizer, len(whole) - 1, "split")
+    assert len(parts) == 2 and not any(part.cut for part in parts)
+    # of four exchanges the last begins anew, behind the system message
+    first, last = messages[:-2], [messages[0], *messages[-2:]]
+    assert [part.ids.tolist() for part in parts] == [
+        encode_conversation(part, tokenizer)[0] for part in (first, last)
+    ]
+
+
+@pytest.mark.parametrize("column", ["tools", "chat_template", "chat_template_kwargs"])
+def test_a_row_cannot_bring_its_own_template(column):
+    with pytest.raises(BadRow, match=f"^brings its own {column}$"):
+        to_messages({"messages": HELLO, column: {"a": 1}}, "messages")
+
+
+def saved(tokenizer, folder) -> str:
+    tokenizer.save_pretrained(folder)
+    return str(folder)

@@ -1,0 +1,305 @@
+"""A tokenizer trained on the spot, and the kinds of tokenizers that a run may start from."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import trl
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from hfsft.data.tasks import facts
+from hfsft.errors import ModelError, RecipeError
+from hfsft.recipe.loading import load_recipe
+from hfsft.tokens.tokenizer import (
+    SPECIAL_TOKENS,
+    base_tokenizer,
+    load_tokenizer,
+    template,
+    train_tokenizer,
+)
+
+MARKED = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|end|>"
+    "{% endgeneration %}{% else %}{{ m.role }}: {{ m.content }}<|end|>{% endif %}{% endfor %}"
+)
+UNMARKED = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|end|>{% endfor %}"
+ODD = [
+    "", " ", "\n", "\r\n \t", "   three", "12345", "1,234.5", "don't WON'T", "a  b .  , n't",
+    "🇩🇪👩‍👩‍👧🙂", "שלום", "\u202eabc", "مرحبا", "中文", "नमस्ते", "e\u0301", "a\u00a0b\u3000c",
+    "\u0000\u0001\u007f", "\ufeffbom", "\ufffd\uffff", "\ud7ff\ue000", "\U0010ffff", "\u200b\u200d",
+    "<|bos|>", "<|assistant_end|><|pad|>", "<|", "١٢٣٤", "²³½", "ǅ ß İ",
+]  # fmt: skip
+
+
+def encode(tokenizer, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+
+def plain_bpe(*special: str, **named: str) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of 300 tokens without a chat template, `special` among them."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=list(special),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(facts()[:300], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, **named)
+
+
+@pytest.fixture
+def save(tmp_path):
+    """Saves a tokenizer, with a chat template if one is given; returns the folder."""
+
+    def save(tokenizer, chat_template=None) -> str:
+        if chat_template is not None:
+            tokenizer.chat_template = chat_template
+        tokenizer.save_pretrained(tmp_path / "saved")
+        return str(tmp_path / "saved")
+
+    return save
+
+
+# --- trained ---
+
+
+def test_trained_tokenizer_has_its_size_and_special_tokens(tokenizer):
+    assert len(tokenizer) == tokenizer.vocab_size == 512
+    assert max(tokenizer.get_vocab().values()) == 511
+    assert len(SPECIAL_TOKENS) == 10
+    assert tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)) == list(range(10))
+    assert sorted(tokenizer.all_special_ids) == list(range(10))
+    assert tokenizer.bos_token == "<|bos|>"
+    assert tokenizer.eos_token == "<|assistant_end|>"
+    assert tokenizer.pad_token == "<|pad|>"
+    assert tokenizer.chat_template == template("nanochat")
+    assert tokenizer.hfsft_template == "nanochat"
+
+
+def test_numbers_are_split_in_ones_and_twos():
+    # a text of one number over and over: without the split it would be one token
+    tokenizer = train_tokenizer(["12345 67890 "] * 5000 + facts(), 400)
+    vocabulary = tokenizer.get_vocab()
+    assert not any(len(token) > 2 for token in vocabulary if token.isdigit())
+    assert [tokenizer.decode(i) for i in encode(tokenizer, "12345")] == ["12", "34", "5"]
+    assert [tokenizer.decode(i) for i in encode(tokenizer, "a123b")] == ["a", "12", "3", "b"]
+
+
+@pytest.mark.parametrize("text", ODD)
+def test_any_text_comes_back(tokenizer, text):
+    ids = encode(tokenizer, text)
+    assert tokenizer.decode(ids) == text
+    assert not set(ids) & set(range(10))
+    assert (
+        tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        == tokenizer([text], add_special_tokens=False, split_special_tokens=True)["input_ids"][0]
+        == ids
+    )
+
+
+def test_special_tokens_are_read_only_when_asked(tokenizer):
+    assert tokenizer.encode("<|assistant_end|>", add_special_tokens=False) == [4]
+    assert 4 not in encode(tokenizer, "<|assistant_end|>")
+
+
+def test_too_little_text_is_an_error():
+    with pytest.raises(RecipeError) as error:
+        train_tokenizer(["one two two"], 400)
+    assert str(error.value) == (
+        "tokenizer: the base text yields 271 tokens only, not vocab_size: 400; "
+        "ask for fewer or give it more text"
+    )
+
+
+def test_trained_tokenizer_survives_saving(tokenizer, save):
+    loaded = load_tokenizer(save(tokenizer))
+    assert loaded.hfsft_template == "nanochat"
+    assert loaded.get_vocab() == tokenizer.get_vocab()
+    for text in [*ODD, *facts()[:50]]:
+        assert encode(loaded, text) == encode(tokenizer, text)
+    assert (loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id) == (0, 4, 9)
+    assert sorted(loaded.all_special_ids) == list(range(10))
+    # whoever loads it without hfsft gets the same
+    stock = AutoTokenizer.from_pretrained(loaded.name_or_path)
+    messages = [{"role": "user", "content": "Hi"}]
+    assert stock.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == (
+        "<|bos|><|user_start|>Hi<|user_end|><|assistant_start|>"
+    )
+
+
+def test_base_trains_on_so_many_characters_and_goes_on_with_the_same(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        f"output_dir: {tmp_path}\nmodel: {{depth: 2, vocab_size: 300}}\n"
+        "tokenizer: {train: true, max_chars: 3000}\nbase: {data: [{path: facts}], max_steps: 1}\n"
+    )
+    recipe = load_recipe(str(path))
+    read = []
+
+    def texts():
+        for text in facts():
+            read.append(text)
+            yield text
+
+    tokenizer = base_tokenizer(recipe, texts(), resuming=False)
+    # one more is asked for before the limit is seen
+    assert sum(map(len, read[:-2])) < 3000 <= sum(map(len, read))
+    assert len(tokenizer) == 300
+    assert Path(tokenizer.name_or_path) == tmp_path / "r" / "tokenizer"
+    again = base_tokenizer(recipe, iter(()), resuming=True)
+    assert again.get_vocab() == tokenizer.get_vocab()
+
+
+# --- loaded ---
+
+
+def test_chatml_tokens_without_a_template_get_chatml(save):
+    plain = plain_bpe("<|endoftext|>", "<|im_start|>", "<|im_end|>", eos_token="<|endoftext|>")
+    tokenizer = load_tokenizer(save(plain))
+    assert tokenizer.hfsft_template == "chatml"
+    assert len(tokenizer) == 300
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert tokenizer.pad_token == "<|endoftext|>"
+    # no special token of the tokenizer, but now it is one
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") not in encode(tokenizer, "<|im_end|>")
+
+
+def test_chatml_tokens_of_the_plain_vocabulary_become_special(save):
+    plain = plain_bpe("<|im_start|>", "<|im_end|>")
+    folder = save(plain)
+    path = Path(folder) / "tokenizer.json"
+    held = json.loads(path.read_text())
+    held["added_tokens"] = []  # what remains are two words of the vocabulary
+    path.write_text(json.dumps(held))
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.hfsft_template == "chatml"
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert tokenizer.encode("a<|im_end|>", add_special_tokens=False)[-1] == end
+    assert end not in encode(tokenizer, "a<|im_end|>")
+    assert tokenizer.pad_token == "<|pad|>" and tokenizer.pad_token_id == 300
+
+
+def test_plain_bpe_gets_nanochat_tokens(save):
+    tokenizer = load_tokenizer(save(plain_bpe("<|endoftext|>", eos_token="<|endoftext|>")))
+    assert tokenizer.hfsft_template == "nanochat"
+    assert len(tokenizer) == 310
+    assert tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)) == list(range(300, 310))
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
+        "<|bos|>",
+        "<|assistant_end|>",
+        "<|pad|>",
+    )
+
+
+def test_another_template_can_be_chosen(save, tokenizer, tmp_path):
+    plain = plain_bpe("<|im_start|>", "<|im_end|>", "<|other|>", "<|end|>", eos_token="<|im_end|>")
+    plain.add_special_tokens({"extra_special_tokens": ["<|other|>"]})
+    folder = save(plain)
+    assert load_tokenizer(folder).hfsft_template == "chatml"
+    chosen = load_tokenizer(folder, "nanochat")
+    assert chosen.hfsft_template == "nanochat"
+    assert set(chosen.all_special_tokens) == {*SPECIAL_TOKENS, "<|other|>"}
+    file = tmp_path / "mine.jinja"
+    file.write_text(MARKED)
+    own = load_tokenizer(folder, str(file))
+    assert (own.hfsft_template, own.hfsft_training_template) == (None, MARKED)
+    with pytest.raises(RecipeError, match=r"chatlm is neither nanochat, chatml nor a file"):
+        load_tokenizer(folder, "chatlm")
+
+
+def test_foreign_template_with_marks_is_its_own_training_template(save):
+    tokenizer = load_tokenizer(save(plain_bpe("<|end|>", eos_token="<|end|>"), MARKED))
+    assert tokenizer.hfsft_template is None
+    assert tokenizer.hfsft_training_template == tokenizer.chat_template == MARKED
+    assert tokenizer.pad_token == "<|pad|>" != tokenizer.eos_token
+
+
+def test_foreign_template_known_to_trl_is_trained_with_its_marked_copy(save):
+    folder = Path(trl.__file__).parent / "chat_templates"
+    qwen = (folder / "qwen2_5.jinja").read_text()
+    plain = plain_bpe(
+        "<|endoftext|>",
+        "<|im_start|>",
+        "<|im_end|>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+    )
+    tokenizer = load_tokenizer(save(plain, qwen))
+    assert tokenizer.hfsft_template is None
+    assert tokenizer.chat_template == qwen
+    assert (
+        tokenizer.hfsft_training_template == (folder / "qwen2_5_training.jinja").read_text() != qwen
+    )
+    assert tokenizer.pad_token == "<|endoftext|>"
+
+
+def test_unknown_template_without_marks_is_told_by_its_turns(save):
+    tokenizer = load_tokenizer(save(plain_bpe("<|end|>", eos_token="<|end|>"), UNMARKED))
+    assert (tokenizer.hfsft_template, tokenizer.hfsft_training_template) == (None, None)
+    assert tokenizer.eos_token == "<|end|>"
+
+
+@pytest.mark.parametrize(
+    ("template", "problem"),
+    [
+        ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "end in no special token"),
+        ("{{ messages[-1].content }}<|end|>", "rewrites earlier turns"),
+        ("{{ raise_exception('never') }}", "the chat template refuses it: never"),
+    ],
+)
+def test_a_template_that_cannot_be_trained_with(save, template, problem):
+    folder = save(plain_bpe("<|end|>", eos_token="<|end|>"), template)
+    with pytest.raises(ModelError) as error:
+        load_tokenizer(folder)
+    first, second = str(error.value).splitlines()
+    assert first.startswith(f"{folder}: cannot train with its chat template: ") and problem in first
+    assert second.strip().startswith("Give another: tokenizer: {chat_template: FILE}")
+    assert load_tokenizer(folder, "chatml").hfsft_template == "chatml"
+
+
+def test_several_named_templates_are_an_error(save):
+    folder = save(plain_bpe("<|end|>"), {"default": MARKED, "tool_use": MARKED})
+    with pytest.raises(ModelError) as error:
+        load_tokenizer(folder)
+    assert str(error.value) == (
+        f"{folder}: has several chat templates; choose one with tokenizer: {{chat_template: FILE}}"
+    )
+    assert load_tokenizer(folder, "nanochat").hfsft_template == "nanochat"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        ("tokenizer.json", "{", "cannot load its tokenizer"),
+        ("tokenizer.json", "{}", "cannot load its tokenizer"),
+        ("tokenizer.json", '{"model": {"type": "Nonsense"}, "added_tokens": []}', "cannot load"),
+        ("tokenizer.json", None, "holds no model"),
+        ("tokenizer_config.json", "{", "cannot load its tokenizer"),
+    ],
+)
+def test_broken_tokenizer_is_an_error_that_names_it(save, file, content, says):
+    folder = save(plain_bpe())
+    if content is None:
+        (Path(folder) / file).unlink()
+    else:
+        (Path(folder) / file).write_text(content)
+    with pytest.raises(ModelError, match=says) as error:
+        load_tokenizer(folder)
+    assert str(error.value).startswith(folder)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_missing_tokenizer_is_an_error(save, tmp_path):
+    with pytest.raises(ModelError, match="no such folder"):
+        load_tokenizer(str(tmp_path / "nowhere"))
+    folder = save(plain_bpe())
+    shutil.rmtree(folder)
+    Path(folder).mkdir()
+    (Path(folder) / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ModelError, match="cannot load its tokenizer"):
+        load_tokenizer(folder)

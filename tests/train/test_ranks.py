@@ -1,0 +1,188 @@
+"""Two processes: one that dies or is stopped is named, signals stop both at the same step."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from faults import RECIPE, bits
+from test_faults import harness
+
+from hfsft import base
+
+BIN = Path(sys.executable).parent
+CONFIG = {
+    "compute_environment": "LOCAL_MACHINE",
+    "distributed_type": "MULTI_GPU",  # on the CPU by ACCELERATE_USE_CPU
+    "mixed_precision": "no",
+    "num_machines": 1,
+    "num_processes": 2,
+    "gpu_ids": "all",
+    "use_cpu": False,
+}
+# what a rank does that waits in C for another; argv: the rank, the store's port, beats
+WAITS = """
+import sys, time
+from pathlib import Path
+from torch.distributed import TCPStore
+from hfsft.train import ranks
+rank, port, ranks.SILENT = map(int, sys.argv[1:])
+store = TCPStore("127.0.0.1", port, is_master=False)
+ranks.Watchdog(Path("checkpoints"), store.clone(), rank, 2).start()
+print("watches", flush=True)
+store.wait(["what never comes"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "how"),
+    [(signal.SIGSTOP, "is stopped, and was killed"), (signal.SIGKILL, "is dead")],
+)
+def test_the_rank_that_is_left_names_the_other_and_ends(tmp_path, number, how):
+    from torch.distributed import TCPStore
+
+    (tmp_path / "checkpoints" / "checkpoint-7").mkdir(parents=True)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", WAITS, str(rank), str(store.port), "4"],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "TORCHELASTIC_USE_AGENT_STORE": "True"},
+        )
+        for rank in range(2)
+    ]
+    for rank in ranks:
+        assert rank.stdout.readline() == "watches\n"
+    time.sleep(3)  # they have seen each other
+    ranks[1].send_signal(number)
+    said = ranks[0].communicate(timeout=60)[1]
+    assert ranks[0].returncode == 2
+    assert re.search(
+        rf"^hfsft: rank 1 \(process {ranks[1].pid} on \S+\) {how}; the last good checkpoint is "
+        r"checkpoints/checkpoint-7\n  The same command goes on from there$",
+        said,
+        re.M,
+    )
+    assert ranks[1].wait(timeout=60) == -signal.SIGKILL
+
+
+def test_killed_at_a_random_moment_two_ranks_and_a_stream_end_with_the_same_bits(tmp_path):
+    said = harness(tmp_path, "--rounds", "1", "--configs", "ranks,stream")
+    assert said.count(" 0 other statuses, 0 mismatches\n") == 2
+
+
+# --- under the launchers ---
+
+
+class Launched:
+    """`hfsft sft` or `accelerate launch` with two ranks."""
+
+    def __init__(self, folder: Path, launcher: str, name: str = "two"):
+        argv = ("faults.yaml", "--name", name, "--max_steps", "400")
+        argv += ("--model_name_or_path", "runs/start/base")
+        two = ["--config_file", "two.yaml"]
+        commands = {
+            "hfsft": [str(BIN / "hfsft"), "sft", *argv, *two],
+            "accelerate": [str(BIN / "accelerate"), "launch", *two, "-m", "hfsft.sft", *argv],
+        }
+        self.process = subprocess.Popen(
+            commands[launcher],
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=(folder / "stderr").open("w"),
+            text=True,
+            env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        )
+        self.stderr = folder / "stderr"
+        self.ranks: list[psutil.Process] = []
+
+    def reach(self, words: str) -> None:
+        """Read what it says up to these words, and find its ranks."""
+        assert any(words in line for line in self.process.stdout), self.stderr.read_text()
+        ranks = {}
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            ranks.setdefault(child.environ()["RANK"], child)
+        self.ranks = [ranks["0"], ranks["1"]]
+
+    def end(self) -> tuple[int, str]:
+        """Wait for all processes; the exit status, and what was said on standard error."""
+        self.process.stdout.read()
+        status = self.process.wait(timeout=90)
+        assert psutil.wait_procs(self.ranks, timeout=10)[1] == []
+        return status, self.stderr.read_text()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A folder with the harness's recipe, its base, and Accelerate's config."""
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "two.yaml").write_text(yaml.safe_dump(CONFIG))
+    data = RECIPE | {"sft": RECIPE["sft"] | {"save_steps": 50, "eval_steps": 200}}
+    (folder / "faults.yaml").write_text(yaml.safe_dump(data | {"output_dir": "runs"}))
+    base.main(str(folder / "faults.yaml"), "--output_dir", str(folder / "runs"), "--quiet")
+    return folder
+
+
+@pytest.fixture
+def folder(trained, tmp_path) -> Path:
+    """A copy for one test."""
+    return Path(shutil.copytree(trained, tmp_path / "copy"))
+
+
+def test_a_rank_is_killed_under_hfsft(folder):
+    run = Launched(folder, "hfsft")
+    run.reach("step 60/")
+    run.ranks[1].kill()
+    status, said = run.end()
+    assert status == 2
+    assert re.search(rf"hfsft: rank 1 \(process {run.ranks[1].pid} on .* is dead; .*-50\n", said)
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["hfsft", "accelerate"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_is_stopped(folder, launcher, rank):
+    run = Launched(folder, launcher)
+    run.reach("step 60/")
+    run.ranks[rank].suspend()
+    began = time.monotonic()
+    status, said = run.end()
+    assert time.monotonic() - began < 60
+    assert status == (2 if launcher == "hfsft" else 1)
+    assert re.search(rf"hfsft: rank {rank} \(process .* is stopped, and was killed; .*-50\n", said)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["hfsft", "accelerate"])
+@pytest.mark.parametrize("name", ["TERM", "INT", "HUP"])
+@pytest.mark.parametrize("told", ["launcher", "0", "1", "both"])
+def test_signals_stop_both_at_the_same_step(folder, launcher, name, told):
+    number = signal.Signals[f"SIG{name}"]
+    run = Launched(folder, launcher)
+    run.reach("step 60/")
+    targets = {"launcher": [run.process], "0": run.ranks[:1], "1": run.ranks[1:], "both": run.ranks}
+    for process in targets[told]:
+        process.send_signal(number)
+        time.sleep(0.6)
+    status, said = run.end()
+    assert status == (128 + number if launcher == "hfsft" else 1), said
+    assert len(re.findall(rf"sft stopped by SIG{name} at step \d+ of 400, saved in", said)) == 1
+    sft = folder / "runs/two/sft"
+    assert json.loads((sft / "stage.json").read_text())["status"] == "interrupted"
+    again = Launched(folder, launcher)
+    assert again.end()[0] == 0
+    whole = Launched(folder, launcher, "whole")
+    assert whole.end()[0] == 0
+    assert bits(sft, 400) == bits(folder / "runs/whole/sft", 400)
