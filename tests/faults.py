@@ -273,5 +273,18 @@ def main() -> None:
     sys.exit(bool(failed))
 
 
+def harness(folder: Path, *arguments: str) -> str:
+    """Run this file as a command, which must succeed; returns what it printed."""
+    done = subprocess.run(
+        [sys.executable, __file__, str(folder), *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 if __name__ == "__main__":
     main()

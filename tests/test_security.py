@@ -12,7 +12,7 @@ import pytest
 import yaml
 from faults import EVERY_STEP
 from hub_server import HubServer
-from test_tokenizer import MARKED, plain_bpe
+from plain_tokenizers import MARKED, plain_bpe
 
 from hfsft import sft
 from hfsft.errors import ModelError

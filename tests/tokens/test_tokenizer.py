@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import trl
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from plain_tokenizers import MARKED, plain_bpe
+from transformers import AutoTokenizer
 
 from hfsft.data.tasks import facts
 from hfsft.errors import ModelError, RecipeError
@@ -20,10 +20,6 @@ from hfsft.tokens.tokenizer import (
     train_tokenizer,
 )
 
-MARKED = (
-    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|end|>"
-    "{% endgeneration %}{% else %}{{ m.role }}: {{ m.content }}<|end|>{% endif %}{% endfor %}"
-)
 UNMARKED = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|end|>{% endfor %}"
 ODD = [
     "", " ", "\n", "\r\n \t", "   three", "12345", "1,234.5", "don't WON'T", "a  b .  , n't",
@@ -35,21 +31,6 @@ ODD = [
 
 def encode(tokenizer, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-
-
-def plain_bpe(*special: str, **named: str) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of 300 tokens without a chat template, `special` among them."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=list(special),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(facts()[:300], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, **named)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from faults import CONFIGS, RECIPE, STEPS, bits
+from faults import CONFIGS, RECIPE, STEPS, bits, harness
 from filelock import FileLock
 from transformers import TrainerCallback
 
@@ -23,20 +23,6 @@ from hfsft.errors import CheckpointError, Interrupted, RecipeError, TrainingErro
 from hfsft.process import Stopped
 from hfsft.run.checkpoint import checkpoints
 from hfsft.train.trainer import SFTStageTrainer
-
-HARNESS = Path(__file__).parents[1] / "faults.py"
-
-
-def harness(folder: Path, *arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, str(HARNESS), str(folder), *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    print(done.stdout)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path):

@@ -13,8 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from faults import RECIPE, bits
-from test_faults import harness
+from faults import RECIPE, bits, harness
 
 from hfsft import base
 
