@@ -416,14 +416,14 @@ def judged(runs: Iterable[dict[str, Any]]) -> tuple[dict[str, list], dict[str, l
                 low, high = advice.projected[steps]
                 intervals[f"{share:g} → {steps / plan:g}"].append((low, high, ends[steps], now))
             verdict = advice.says.rpartition(": ")[2]
-            kinds = ("stop now", "stop,", "stop at", "go on to")
+            kinds = ("stop now", "stop,", "stop at", "continue to")
             kind = next((kind for kind in kinds if verdict.startswith(kind)), "not known")
-            named = int(verdict.split()[-1]) if kind == "go on to" else 2 * plan
+            named = int(verdict.split()[-1]) if kind == "continue to" else 2 * plan
             gain = 1 - ends.get(named, ends.get(2 * plan, math.nan)) / ends[plan]
             if kind in ("stop now", "stop,"):
                 gain = 1 - ends[plan] / now
             if not math.isnan(gain):
-                right = (gain >= WORTH) == (kind == "go on to")
+                right = (gain >= WORTH) == (kind == "continue to")
                 verdicts[kind.rstrip(",").removesuffix(" at").removesuffix(" to")].append(right)
     return intervals, verdicts
 

@@ -3,7 +3,6 @@
 accelerate launch hfsft/base.py recipes/demo.yaml
 """
 
-import gc
 import sys
 
 from hfsft.process import run_main
@@ -15,9 +14,7 @@ def main(*argv: str) -> None:
     recipe = load_recipe(*argv, stage="base")
     stage = recipe.base
 
-    # torch, transformers and trl take 4 s to import: a recipe's mistakes are answered before, and
-    # 0.7 s of it would go into looking for garbage, which `open_stage` takes up again
-    gc.disable()
+    # torch, transformers and trl take 4 s to import: a mistake in the recipe is reported before
     from hfsft.data.text import base_texts, load_text, text_length
     from hfsft.model.loading import build_model
     from hfsft.run.checkpoint import checkpoints

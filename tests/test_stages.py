@@ -392,5 +392,5 @@ def test_wandb_logs_offline_where_it_has_no_key(make_stage, tmp_path, monkeypatc
     prepare_wandb(stage)
     assert os.environ["WANDB_MODE"] == "offline"
     assert capsys.readouterr().out == (
-        "W&B has no key (`wandb login`): it logs offline; `wandb sync` sends it later\n"
+        "W&B has no API key (`wandb login`): logging offline; `wandb sync` uploads later\n"
     )

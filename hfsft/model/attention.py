@@ -1,7 +1,7 @@
-"""Attention of packed documents, each to itself alone, at a cost that is linear in their number.
+"""Attention within the documents of a packed row, without a mask.
 
-A mask of a packed row grows with the square of the row, and most of it hides something. Registered
-with transformers.AttentionInterface; transformers builds no mask for a name that has no mask entry.
+A mask grows with the square of the row, and most of it is masked out. Both implementations are
+registered with transformers.AttentionInterface, which builds no mask for them.
 """
 
 from typing import Any
@@ -27,7 +27,7 @@ def document_attention(
     cu_seq_lens_q: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention document by document.
+    """Causal attention, one `scaled_dot_product_attention` call a document.
 
     Args:
         module: the attention layer.
@@ -37,16 +37,16 @@ def document_attention(
         attention_mask: None.
         scaling: of the scores.
         dropout: of the attention's weights.
-        cu_seq_lens_q: int32 on the CPU, where each document begins and the last one ends in the
-            flattened rows; no document is in two rows.
-        kwargs: what else transformers passes on.
+        cu_seq_lens_q: int32 on the CPU, the cumulative document lengths in the flattened rows; no
+            document spans two rows.
+        kwargs: further arguments of transformers, unused.
 
     Returns:
         [rows, length, heads, width], and None for the weights.
     """
     rows, heads, length, _ = query.shape
     sizes = cu_seq_lens_q.diff().tolist()
-    # split's gradient is one concatenation; slicing's is a row of zeros for each document
+    # the gradient of split is one concatenation, that of slicing a zero-filled row a document
     pieces = [_flat(tensor).split(sizes, dim=1) for tensor in (query, key, value)]
     outputs = [
         scaled_dot_product_attention(
@@ -80,7 +80,7 @@ def varlen_attention(
     max_length_q: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention of every document in one call: `torch.nn.attention.varlen`, on CUDA.
+    """Causal attention of all documents in one call: `torch.nn.attention.varlen`, on CUDA.
 
     Args and returns as `document_attention`, but `cu_seq_lens_q` is on the device, and
     `max_length_q` is the longest document's length.
@@ -92,7 +92,7 @@ def varlen_attention(
         query.dtype if query.dtype != torch.float32 else torch.get_autocast_dtype(query.device.type)
     )
     out = varlen_attn(
-        # norms in float32 hand float32 over; the kernel takes half precision alone
+        # norms in float32 return float32; the kernel takes half precision only
         *(_flat(tensor).transpose(0, 1).to(half) for tensor in (query, key, value)),
         cu_seq_lens_q,
         cu_seq_lens_q,
@@ -112,17 +112,17 @@ AttentionInterface.register(VARLEN, varlen_attention)
 
 
 def packed_attention(model: Any, device: torch.device, half: bool, longest: int | None) -> str:
-    """The fastest implementation that keeps a model's packed documents apart.
+    """The fastest attention that keeps the documents of a packed row separate.
 
     Args:
-        model: a `PreTrainedModel` with its own implementation set.
+        model: a `PreTrainedModel` with its original implementation.
         device: where it trains.
         half: whether it computes in bfloat16 or float16.
-        longest: tokens of the longest row, if known.
+        longest: tokens of the longest row; None: not known.
 
     Returns:
-        A name for `set_attn_implementation`; the model's own where it asks for another than sdpa,
-        or where a window or a dropout needs what ours have not.
+        A name for `set_attn_implementation`; the model's own where that is not sdpa, or where it
+        needs a sliding window or dropout that ours lack.
     """
     own = model.config._attn_implementation
     config = model.config.get_text_config()

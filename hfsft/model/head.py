@@ -1,7 +1,7 @@
-"""The loss of a step, from the hidden states of the trained positions alone, in chunks.
+"""The fused head: cross-entropy from the hidden states of trained positions alone, in chunks.
 
-The logits of 2 x 1,024 tokens and a vocabulary of 65,536 fill 1.8 GiB with their loss and gradient;
-most positions of a chat are not trained on at all.
+The logits of 2 x 1,024 tokens and a vocabulary of 65,536 fill 1.8 GiB with their loss and gradient,
+and most positions of a chat are not trained on at all.
 """
 
 import types
@@ -18,10 +18,10 @@ CHUNK_BYTES = 64 * 2**20
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Sum of the cross-entropies of `linear(hidden, weight, bias)`, its gradient made on the way.
+    """Summed cross-entropy of `linear(hidden, weight, bias)`; forward also computes the gradient.
 
-    As in linkedin/Liger-Kernel (Hsu et al. 2024) each chunk's logits turn into their own gradient
-    in place, so that they are computed once and never all held; here in plain PyTorch.
+    As in linkedin/Liger-Kernel (Hsu et al. 2024), each chunk's logits are overwritten by their own
+    gradient, so that they are computed once and never all in memory; here in plain PyTorch.
     """
 
     @staticmethod
@@ -38,10 +38,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             part, target = hidden[start : start + rows], targets[start : start + rows, None]
             logits = _logits(part, weight, bias, softcap, scale)
             chosen = logits.gather(1, target)
-            # of several likeliest ones the first: logits that are all 0 hit nothing by being equal
+            # argmax breaks ties by first index: an all-zero head does not get every target right
             correct += (logits.argmax(1, keepdim=True) == target).sum()
             log_probs = chosen - logits.logsumexp(1, keepdim=True)
-            share = log_probs.exp() if dft else None  # Wu et al. 2025: weigh by the probability
+            share = log_probs.exp() if dft else None  # Wu et al. 2025: weight by probability
             total -= (log_probs * share if dft else log_probs).sum()
             if not any(needs):
                 continue
@@ -77,7 +77,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_total, _):
-        # in place: a copy would be one more gradient of the whole vocabulary at the peak
+        # in place: a copy would add another gradient of the whole vocabulary to the peak
         grads = [grad if grad is None else grad.mul_(grad_total) for grad in ctx.saved_tensors]
         return (*grads, None, None, None, None)
 
@@ -96,19 +96,19 @@ def linear_cross_entropy(
     scale: float = 1.0,
     dft: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The summed cross-entropy of a linear head, without ever holding all of its logits.
+    """The summed cross-entropy of a linear head, without materialising all of its logits.
 
     Args:
         hidden: [positions, width].
         weight: [vocabulary, width].
         bias: [vocabulary], or None.
         targets: [positions] int64, the token that each position predicts.
-        softcap: logits are `softcap * tanh(logits / softcap)`; None: as they are.
+        softcap: logits become `softcap * tanh(logits / softcap)`; None: unchanged.
         scale: multiplies the logits before that.
-        dft: weigh each token's loss by its probability, detached (trl's `loss_type: dft`).
+        dft: weight each token's loss by its detached probability (trl's `loss_type: dft`).
 
     Returns:
-        The sum of the losses (differentiable), and how many targets were the likeliest token.
+        The sum of the losses (differentiable), and how many targets are the top-1 token.
     """
     return _LinearCrossEntropy.apply(hidden, weight, bias, targets, softcap, scale, dft)
 
@@ -122,19 +122,19 @@ def token_losses(
     softcap: float | None = None,
     scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The cross-entropy of each target by itself, for validation; arguments as above.
+    """The cross-entropy of each target, for validation; arguments as `linear_cross_entropy`.
 
     Returns:
-        float32 [positions], and bool [positions]: whether the target was the likeliest token.
+        float32 [positions], and bool [positions]: whether the target is the top-1 token.
     """
-    losses, hits = [], []
+    losses, correct = [], []
     rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
     for part, target in zip(hidden.split(rows), targets[:, None].split(rows), strict=True):
         logits = _logits(part, weight, bias, softcap, scale)
         chosen = logits.gather(1, target)
-        hits.append((logits.argmax(1, keepdim=True) == target).flatten())
+        correct.append((logits.argmax(1, keepdim=True) == target).flatten())
         losses.append((logits.logsumexp(1, keepdim=True) - chosen).flatten())
-    return torch.cat(losses), torch.cat(hits)
+    return torch.cat(losses), torch.cat(correct)
 
 
 def _logits(
@@ -153,18 +153,18 @@ def _logits(
 
 
 def fuse_head(model: Any, dft: bool = False) -> bool:
-    """Teach a causal language model's forward to return the loss of chosen positions.
+    """Patch a causal language model's forward to return the loss of chosen positions.
 
     With `targets` (int64 [positions]) and `target_positions` (int64 [positions], into the flattened
-    batch) it returns what `linear_cross_entropy` does, with `each=True` what `token_losses` does;
-    without, what it always did. It stays one forward of the whole model, as DDP and FSDP need it.
+    batch) it returns what `linear_cross_entropy` returns, with `each=True` what `token_losses`
+    returns; without them it is unchanged. DDP and FSDP need it to be one forward of the model.
 
     Args:
-        model: a `PreTrainedModel`, or the one inside a `PeftModel`; patched in place.
+        model: a `PreTrainedModel`, or the one inside a `PeftModel`; changed in place.
         dft: see `linear_cross_entropy`.
 
     Returns:
-        False, and the model as it was, if its head is no plain linear layer.
+        False, and the model is unchanged, if its head is not a plain linear layer.
     """
     from peft.utils.other import ModulesToSaveWrapper
 
@@ -180,7 +180,7 @@ def fuse_head(model: Any, dft: bool = False) -> bool:
         if targets is None:
             return original(*args, **kwargs)
         hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
-        # looked up anew: peft and FSDP replace it after this
+        # looked up at each call: peft and FSDP replace it later
         head = self.get_output_embeddings()
         weight, bias = head.weight, head.bias
         if isinstance(weight, DTensor):  # FSDP2
@@ -196,7 +196,7 @@ def fuse_head(model: Any, dft: bool = False) -> bool:
 
 
 def _gathered(weight: torch.Tensor) -> Any:
-    """DeepSpeed's ZeRO-3 keeps a parameter in parts; elsewhere it is whole."""
+    """Gather a parameter that DeepSpeed's ZeRO-3 has partitioned; elsewhere do nothing."""
     if not hasattr(weight, "ds_id"):
         return nullcontext()
     import deepspeed
@@ -205,7 +205,7 @@ def _gathered(weight: torch.Tensor) -> Any:
 
 
 def _logit_scale(config: Any) -> float:
-    """What a model multiplies its logits by; the names are those of transformers' configs."""
+    """The factor of a model's logits, under the names that transformers' configs have for it."""
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         if getattr(config, name, None) is not None:
             return getattr(config, name)

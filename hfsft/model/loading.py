@@ -1,4 +1,4 @@
-"""The model: a fresh one from a depth or a model_type, or a loaded one; LoRA and QLoRA."""
+"""The model: built from a depth or a model_type, or loaded; LoRA and QLoRA."""
 
 import json
 import math
@@ -17,12 +17,12 @@ from hfsft.errors import ModelError, RecipeError, first_line
 from hfsft.hub.client import NOT_LOADED, require_model, why_not_loaded
 from hfsft.recipe.schema import Recipe, Stage
 
-# where a model has pickles alone, transformers would have a bot convert it and take its answer
+# without it, transformers has a bot convert a model that has pickles alone, and loads the result
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "true")
 
 
 def build_model(recipe: Recipe, tokenizer: Any) -> Any:
-    """Build the fresh model that the base stage trains.
+    """Build the randomly initialised model that the base stage trains.
 
     Args:
         recipe: `model` holds `depth` (a NanoChat model) or `model_type` and its config's keys.
@@ -32,7 +32,7 @@ def build_model(recipe: Recipe, tokenizer: Any) -> Any:
         A model in float32 on the CPU, seeded by the recipe's `seed`.
 
     Raises:
-        RecipeError: if the vocabulary does not hold the tokenizer, or the sizes do not fit.
+        RecipeError: if the vocabulary is smaller than the tokenizer's, or the sizes do not fit.
     """
     vocab_size = recipe.model.get("vocab_size", len(tokenizer))
     if vocab_size < len(tokenizer):
@@ -92,10 +92,10 @@ def fresh_config(recipe: Recipe, vocab_size: int, **special: int | None) -> Any:
 
 
 def _check_heads(config: Any, recipe: Recipe) -> None:
-    """Refuse heads that would fail in the first forward pass only."""
+    """Refuse attention heads that would fail only in the first forward pass."""
     heads = getattr(config, "num_attention_heads", None)
     groups = getattr(config, "num_key_value_heads", None)
-    if not heads or not groups:  # such as gpt2, whose modules check it themselves
+    if not heads or not groups:  # such as GPT-2, whose modules check it themselves
         return
     if heads % groups:
         raise RecipeError(
@@ -103,7 +103,7 @@ def _check_heads(config: Any, recipe: Recipe) -> None:
             "attention heads"
         )
     width = getattr(config, "head_dim", None) or config.hidden_size / heads
-    if width % 2:  # rotary positions turn pairs
+    if width % 2:  # rotary embeddings rotate pairs
         raise RecipeError(
             f"{recipe.path}: model.num_attention_heads: {heads} heads share a hidden_size of "
             f"{config.hidden_size}, {width:g} each; it must be an even number"
@@ -111,7 +111,7 @@ def _check_heads(config: Any, recipe: Recipe) -> None:
 
 
 def nanochat_config(depth: int, **settings: Any) -> NanoChatConfig:
-    """karpathy/nanochat's shape of a given depth: 64 of width a layer, heads of 128.
+    """The shape that karpathy/nanochat gives a depth: width 64 a layer, heads of 128.
 
     Args:
         depth: layers; 8 with a vocabulary of 65,536 makes 92,274,688 parameters.
@@ -122,7 +122,7 @@ def nanochat_config(depth: int, **settings: Any) -> NanoChatConfig:
         hidden_size=width,
         intermediate_size=4 * width,
         num_hidden_layers=depth,
-        num_attention_heads=depth // 2 if depth % 2 == 0 else depth,  # an odd depth: heads of 64
+        num_attention_heads=depth // 2 if depth % 2 == 0 else depth,  # odd depths: heads of 64
         **settings,
     )
 
@@ -148,18 +148,18 @@ def init_nanochat_weights(model: NanoChatForCausalLM) -> None:
 
 
 def load_model(stage: Stage, tokenizer: Any) -> Any:
-    """Load the model that a stage starts from, and put LoRA or QLoRA on it if the recipe says so.
+    """Load the model that a stage starts from, with LoRA or QLoRA if the recipe has it.
 
     Args:
         stage: `model_name_or_path` is a folder or a Hub id.
-        tokenizer: tokens that the model lacks are added to its embeddings, at their mean.
+        tokenizer: tokens that the model lacks are added to its embeddings, around their mean.
 
     Returns:
         A model in the recipe's `dtype`, by default float32: the master weights of mixed precision.
         With `lora`, a `PeftModel`.
 
     Raises:
-        ModelError: if it cannot be loaded, or cannot learn what the stage asks of it.
+        ModelError: if it cannot be loaded, or lacks positions or tokens that the stage needs.
     """
     start = stage.model_name_or_path
     quantization = _quantization(stage)
@@ -171,14 +171,14 @@ def load_model(stage: Stage, tokenizer: Any) -> Any:
     )
     size = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > size:
-        # the pad is never predicted nor attended to: it needs no learning
+        # the pad token is never predicted nor attended to, so it need not be trained
         lacking = [t for t in range(size, len(tokenizer)) if t != tokenizer.pad_token_id]
         if lacking and stage.lora is not None and not stage.lora.get("modules_to_save"):
             raise ModelError(
                 f"{start} lacks {len(lacking)} chat tokens, which LoRA alone cannot learn\n"
                 "  Add lora: {modules_to_save: [embed_tokens, lm_head]}, or start from a chat model"
             )
-        torch.manual_seed(stage.seed)  # new rows are drawn around the old ones' mean
+        torch.manual_seed(stage.seed)  # new embeddings are drawn around the mean of the old ones
         model.resize_token_embeddings(len(tokenizer))
     positions = getattr(model.config, "max_position_embeddings", None)
     if stage.max_length and positions and stage.max_length > positions:
@@ -194,8 +194,13 @@ def load_model(stage: Stage, tokenizer: Any) -> Any:
     return with_lora(model, stage, quantized=quantization is not None)
 
 
+def plain_model(model: Any) -> Any:
+    """The `PreTrainedModel`, without the `PeftModel` around it if there is one."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
 def load_plain_model(start: str, stage: Stage, **kwargs: Any) -> Any:
-    """Load a causal language model from a folder or the Hub, with errors that a user can read."""
+    """Load a causal language model from a folder or the Hub, from safetensors alone."""
     require_model(start, stage.revision)
     _require_safe_weights(start, stage.revision)
     try:
@@ -204,7 +209,7 @@ def load_plain_model(start: str, stage: Stage, **kwargs: Any) -> Any:
             revision=stage.revision,
             attn_implementation=stage.attn_implementation,
             trust_remote_code=stage.trust_remote_code,
-            use_safetensors=True,  # nothing that came over the network is unpickled
+            use_safetensors=True,  # nothing downloaded is unpickled
             output_loading_info=True,
             **{key: value for key, value in kwargs.items() if value is not None},
         )
@@ -218,7 +223,9 @@ def load_plain_model(start: str, stage: Stage, **kwargs: Any) -> Any:
         if "ignore_mismatched_sizes" not in str(error):
             raise
         raise ModelError(f"{start}: its weights have other shapes than its config.json") from None
-    if missing := sorted(loaded["missing_keys"]):  # transformers draws them at random, and warns
+    if missing := sorted(
+        loaded["missing_keys"]
+    ):  # transformers would initialise them at random and warn
         raise ModelError(
             f"{start}: its weights lack {len(missing)} tensors that its config.json asks for, such "
             f"as {missing[0]}"
@@ -227,7 +234,7 @@ def load_plain_model(start: str, stage: Stage, **kwargs: Any) -> Any:
 
 
 def _require_safe_weights(start: str, revision: str | None) -> None:
-    """Refuse what makes transformers read other files than the safetensors of this very model.
+    """Refuse what would make transformers read other files than this model's safetensors.
 
     Raises:
         ModelError: if it is an adapter, or its index names pickles or files elsewhere.
@@ -246,7 +253,9 @@ def _require_safe_weights(start: str, revision: str | None) -> None:
         except ValueError:
             raise ModelError(f"{start}: its {name} is not JSON") from None
 
-    if read("adapter_config.json") is not None:  # its base is pulled from wherever it says
+    if (
+        read("adapter_config.json") is not None
+    ):  # its base model would be loaded from wherever it says
         raise ModelError(
             f"{start} is a LoRA adapter; start from the model that it was merged into, or from its "
             "base"
@@ -259,7 +268,7 @@ def _require_safe_weights(start: str, revision: str | None) -> None:
 
 
 def _quantization(stage: Stage) -> Any:
-    """4-bit NormalFloat with nested constants (QLoRA, Dettmers et al. 2023), or None."""
+    """4-bit NormalFloat with double quantisation (QLoRA, Dettmers et al. 2023), or None."""
     if not stage.load_in_4bit:
         return None
     if not torch.cuda.is_available():
@@ -278,17 +287,17 @@ def _quantization(stage: Stage) -> Any:
 
 
 def bf16_is_native() -> bool:
-    """Whether the GPU computes in bfloat16 itself; a T4 says it supports it and emulates it."""
+    """Whether the GPU has bfloat16 arithmetic; a T4 reports support and emulates it."""
     return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def with_lora(model: Any, stage: Stage, quantized: bool = False) -> Any:
-    """Put the recipe's LoRA adapter around a model.
+    """Wrap a model in the recipe's LoRA adapter.
 
     Args:
         model: a `PreTrainedModel`.
         stage: `lora` holds fields of `peft.LoraConfig`.
-        quantized: its weights are in 4 bits.
+        quantized: whether its weights are in 4 bits.
 
     Raises:
         RecipeError: if peft refuses the settings.
@@ -308,13 +317,13 @@ def with_lora(model: Any, stage: Stage, quantized: bool = False) -> Any:
 
 
 def name_base(adapter: Path, stage: Stage) -> None:
-    """Have a saved adapter say what it is for without a path of this machine: it may be pushed.
+    """Name a saved adapter's base model without a path of this machine, since it may be pushed.
 
     Args:
         adapter: its folder.
-        stage: a start on the Hub keeps its name; an earlier stage of the same run is named as seen
-            from the adapter's folder, any other folder by its name behind "./", where peft finds
-            none and asks no Hub for it.
+        stage: a base on the Hub keeps its id; an earlier stage of the same run is named relative to
+            the adapter, any other folder by its name after "./", which peft does not look up on
+            the Hub.
     """
     start = Path(stage.model_name_or_path)
     if not start.is_dir():
@@ -329,13 +338,13 @@ def name_base(adapter: Path, stage: Stage) -> None:
 
 
 def merged_model(adapter: Path, stage: Stage, model: Any) -> Any:
-    """The plain model that a LoRA run leaves: the adapter merged into the weights it trained on.
+    """The plain model of a LoRA run: the adapter merged into its base model.
 
     Args:
         adapter: the saved adapter's folder.
         stage: names the weights it started from.
-        model: the trained `PeftModel`; 4-bit weights are loaded anew in 16 bits, since merging into
-            the rounded ones would round the adapter as well.
+        model: the trained `PeftModel`; a 4-bit base is reloaded in 16 bits, since merging into
+            quantised weights would quantise the adapter as well.
     """
     if not stage.load_in_4bit:
         return model.merge_and_unload()

@@ -1,7 +1,6 @@
 """Settings that fit: what `auto` becomes, and what to change where a stage does not fit."""
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -10,7 +9,7 @@ from hfsft.errors import MemoryShortage
 from hfsft.plan.plan import (
     UTILISATION,
     Plan,
-    examples_of_step,
+    examples_per_rank,
     gigabytes,
     has_gpu,
     limit_of,
@@ -21,23 +20,14 @@ from hfsft.plan.plan import (
 from hfsft.plan.step_memory import KINDS
 from hfsft.recipe.schema import AUTO, RENAMED, STAGE_FIELDS, Recipe, Stage
 
-BUSY_TOKENS = 4096  # assumed: below so many a micro-batch leaves a GPU waiting for its launches
-
-
-MARGIN = 0.95  # of the limit is what `auto` may plan to take: the plan is good to some percent
-
-
+BUSY_TOKENS = 4096  # assumed: a smaller micro-batch is bound by kernel launches, not arithmetic
+MARGIN = 0.95  # the share of the limit that `auto` plans for: a plan is off by a few percent
 OPTIMIZERS = ("adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_8bit")  # by bytes a parameter
-
-
 LORA = {"r": 16}  # what is proposed
 
 
-# --- settings that fit ---
-
-
 def with_settings(stage: Stage, **changes: Any) -> Stage:
-    """A stage with other settings, by the keys of a recipe."""
+    """A copy of a stage with other settings, by the keys of a recipe."""
     own = {key: value for key, value in changes.items() if key in STAGE_FIELDS}
     upstream = {RENAMED.get(key, key): changes[key] for key in changes.keys() - own.keys()}
     return replace(stage, trainer=stage.trainer | upstream, **own)
@@ -49,14 +39,14 @@ def nearest_settings(
     limit_bytes: int | None = None,
     device_type: str | None = None,
 ) -> list[tuple[dict[str, Any], Plan]]:
-    """The nearest settings that fit where a stage does not.
+    """The nearest settings that fit, for a stage that does not.
 
     Args:
         recipe: as `plan_stage` takes it; and the rest.
 
     Returns:
-        Changed settings by the recipe's keys, each with its own plan: those that suffice alone, or
-        else the fewest together, or nothing.
+        Changed settings by the recipe's keys, each with its plan: every change that suffices alone,
+        else the smallest combination that does, else nothing.
     """
 
     def plan(changes: dict[str, Any]) -> Plan:
@@ -96,12 +86,12 @@ def _smaller_optimizers(plan: Plan) -> tuple[str, ...]:
 
 
 def _may_cut_rows(stage: Stage) -> bool:
-    """Whether a smaller micro-batch leaves the step as it is."""
+    """Whether a smaller micro-batch leaves the step unchanged."""
     return stage.name == "sft" or stage.tokens_per_step is not None
 
 
 def _largest(values: list[int], fits: Callable[[int], bool]) -> int | None:
-    """The largest of ascending values that fits, or None; larger ones need more."""
+    """The largest of ascending values that fits, by bisection; None if none does."""
     if not values or not fits(values[0]):
         return None
     low, high = 1, len(values)
@@ -117,17 +107,18 @@ def choose(
     limit_bytes: int | None = None,
     device_type: str | None = None,
 ) -> tuple[Stage, str]:
-    """Settle a stage's `auto` values: the largest micro-batch and the cheapest settings that fit.
+    """Choose a stage's `auto` values: the largest micro-batch and the fastest settings that fit.
 
-    What costs no time is given up first: 32-bit optimizer states, then stored activations, and only
-    then a micro-batch of `BUSY_TOKENS`. The step's examples, and so its result, stay as they are.
+    Memory is saved first where it costs no time: 8-bit optimizer states, then activation
+    checkpointing, and only then micro-batches below `BUSY_TOKENS`. The step's examples, and so its
+    result, do not change.
 
     Args:
         recipe: as `plan_stage` takes it; and the rest.
 
     Returns:
-        The stage with values in their place, and one sentence of what was chosen and why; an empty
-        one where nothing was `auto`.
+        The stage with the values, and a sentence of what was chosen and why; "" if nothing was
+        `auto`.
     """
     keys = ("per_device_train_batch_size", "activation_checkpointing", "optim")
     if AUTO not in [stage.trainer.get(key) for key in keys]:
@@ -142,11 +133,11 @@ def choose(
         for optim in (optims if given_optim == AUTO else (None,))
     ]
     settings = [{k: v for k, v in item.items() if v is not None} for item in settings]
-    settings.sort(key=lambda item: item.get("optim") == OPTIMIZERS[2])  # it may wait for the bus
+    # paged states may stall on PCIe transfers, so try them last
+    settings.sort(key=lambda item: item.get("optim") == OPTIMIZERS[2])
     rows = [given_rows]
     if given_rows == AUTO:
-        processes = int(os.environ.get("WORLD_SIZE", 1))
-        rows = list(range(1, -(-examples_of_step(recipe, stage) // processes) + 1))
+        rows = list(range(1, examples_per_rank(recipe, stage) + 1))
 
     def plan(item: dict[str, Any], count: int) -> Plan:
         changed = with_settings(stage, per_device_train_batch_size=count, **item)
@@ -174,7 +165,7 @@ def _refused(
     rows: list[int],
     enough: int,
 ) -> str:
-    """The end of a sentence: the cheaper or larger choice that would not fit."""
+    """The end of a sentence: the faster or larger choice that would not fit."""
     before = settings.index(chosen) - 1
     if before >= 0:
         peak = plan(settings[before], enough).peak
@@ -185,7 +176,7 @@ def _refused(
 
 
 def as_flags(changes: dict[str, Any]) -> str:
-    """Settings as the command line takes them."""
+    """Settings as command-line flags."""
     words = []
     for key, value in changes.items():
         key = {new: old for old, new in RENAMED.items()}.get(key, key)
@@ -233,7 +224,7 @@ def plan_run(
     memory: int | None = None,
     time_step: Callable[[Recipe, Stage], float] | None = None,
 ) -> dict[str, Any]:
-    """Plan every stage of a run, one after the other.
+    """Plan every stage of a run.
 
     Args:
         recipe: whose stages, `auto` values included.

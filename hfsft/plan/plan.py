@@ -1,4 +1,4 @@
-"""What a stage will need: memory, disk and steps, before it runs and without its weights."""
+"""What a stage will need, memory, disk and time, before it runs and without its weights."""
 
 import json
 import os
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import AttentionInterface, AutoConfig
 
 from hfsft.errors import ModelError, first_line
@@ -28,23 +29,23 @@ from hfsft.plan.step_memory import (
 from hfsft.recipe.checks import check_tokens_per_step
 from hfsft.recipe.schema import Recipe, Stage
 
-# assumed, not measured: the context, kernels, cuBLAS workspaces and fragmentation of a CUDA card
+# assumed, not measured: CUDA context, kernels, cuBLAS workspaces and fragmentation
 CUDA_OVERHEAD = 600 * 2**20
 
 
-# measured here: what a process holds after importing torch, transformers, trl, peft, bitsandbytes
+# measured: resident memory after importing torch, transformers, trl, peft, bitsandbytes
 CPU_OVERHEAD = 480 * 2**20
 
 
-RTX_4060 = 30e12  # its dense bf16 operations a second
+RTX_4060 = 30e12  # dense bf16 FLOP/s
 
 
-UTILISATION = 0.35  # assumed: the part of that rate which a training step reaches
+UTILISATION = 0.35  # assumed: the share of that rate which a training step reaches
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a stage needs; sizes in bytes, the six kinds at the moment of the peak."""
+    """What a stage needs; sizes in bytes, the six kinds of memory at the moment of the peak."""
 
     stage: str
     device: str  # cuda or cpu
@@ -61,11 +62,11 @@ class Plan:
     activations: int
     attention: int
     head: int
-    overhead: int  # stated, not traced
-    phase: str  # of the step, where its peak is
-    phases: dict[str, int]  # the peak of each
+    overhead: int  # a constant, not traced
+    phase: str  # of the step, in which the peak is
+    phases: dict[str, int]  # the peak in each
     limit: int | None
-    steps: int | None  # None: an epoch's, which the data decides
+    steps: int | None  # None: given by num_train_epochs and the data
     tokens_per_step: int  # at most
     flops_per_step: int  # of these
     disk: int
@@ -73,12 +74,12 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        """All kinds and the overhead together."""
+        """The sum of all kinds and the overhead."""
         return sum(getattr(self, kind) for kind in KINDS) + self.overhead
 
     @property
     def headroom(self) -> int | None:
-        """What is left below the limit; negative where it does not fit."""
+        """Bytes between peak and limit; negative where it does not fit."""
         return None if self.limit is None else self.limit - self.peak
 
     @property
@@ -87,7 +88,7 @@ class Plan:
         return self.limit is None or self.peak <= self.limit
 
     def as_data(self) -> dict[str, Any]:
-        """The plan for a program."""
+        """The plan as plain data."""
         return asdict(self) | {"peak": self.peak, "headroom": self.headroom, "fits": self.fits}
 
 
@@ -97,7 +98,7 @@ def plan_stage(
     limit_bytes: int | None = None,
     device_type: str | None = None,
 ) -> Plan:
-    """What a stage will need.
+    """Plan a stage.
 
     Args:
         recipe: whose stage.
@@ -146,7 +147,7 @@ def has_gpu(stage: Stage) -> bool:
 
 
 def limit_of(stage: Stage, device: str) -> int | None:
-    """`memory_limit`, or the device's memory where that is less; None for a card elsewhere."""
+    """`memory_limit`, or the device's memory if less; None for a card that is not here."""
     own = [stage.memory_limit_bytes] if stage.memory_limit is not None else []
     if device == "cpu":
         own.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
@@ -156,12 +157,14 @@ def limit_of(stage: Stage, device: str) -> int | None:
 
 
 def planned_step(recipe: Recipe, stage: Stage, cuda: bool) -> TracedStep:
-    """The step that a stage makes on a device."""
+    """The step of a stage on a device."""
     length = row_length(recipe, stage)
     rows = stage.trainer["per_device_train_batch_size"]
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    share = -(-examples_of_step(recipe, stage) // processes)
+    processes = PartialState().num_processes
+    share = examples_per_rank(recipe, stage)
     config = planned_config(recipe, stage)
+    builds = stage.name == "base"
+    attention = (recipe.model if builds else vars(stage)).get("attn_implementation")
     half = None
     if stage.trainer.get("fp16"):
         half = "float16"
@@ -174,7 +177,7 @@ def planned_step(recipe: Recipe, stage: Stage, cuda: bool) -> TracedStep:
     settings = [
         config.to_json_string(),
         [stage.trainer.get(key) for key in keys],
-        [stage.lora, stage.load_in_4bit, stage.dtype, stage.attn_implementation],
+        [stage.lora, stage.load_in_4bit, stage.dtype, attention],
         [processes, uses_checkpointing(stage)],
     ]
     eval_rows = stage.trainer.get("per_device_eval_batch_size", 8)
@@ -187,6 +190,7 @@ def planned_step(recipe: Recipe, stage: Stage, cuda: bool) -> TracedStep:
         cuda=cuda,
         half=half,
         accumulates=share > rows,
+        attention=attention,
         settings=json.dumps(settings),
     )
 
@@ -197,17 +201,22 @@ def row_length(recipe: Recipe, stage: Stage) -> int:
 
 
 def examples_of_step(recipe: Recipe, stage: Stage) -> int:
-    """Rows of an optimizer step on all devices; of sft, each conversation in one of its own."""
+    """Rows of an optimizer step on all ranks; of sft at most, a conversation a row."""
     if stage.name == "sft":
         return stage.examples_per_step
     if stage.tokens_per_step is None:
-        return stage.trainer["per_device_train_batch_size"] * int(os.environ.get("WORLD_SIZE", 1))
+        return stage.trainer["per_device_train_batch_size"] * PartialState().num_processes
     length = row_length(recipe, stage)
     return check_tokens_per_step(stage.name, stage.tokens_per_step, length, 1, recipe.path)
 
 
+def examples_per_rank(recipe: Recipe, stage: Stage) -> int:
+    """`examples_of_step` of one rank, rounded up."""
+    return -(-examples_of_step(recipe, stage) // PartialState().num_processes)
+
+
 def planned_config(recipe: Recipe, stage: Stage) -> Any:
-    """The configuration of the model that a stage trains, also where it is not trained yet.
+    """The configuration of the model that a stage trains, also of one that is still to be trained.
 
     Raises:
         RecipeError: if base's model cannot be built.
@@ -237,30 +246,30 @@ def _vocab_size(recipe: Recipe) -> int:
     return len(new_tokenizer(recipe, ()))
 
 
-AttentionInterface.register(PLANNED, document_attention)  # for a model that only counts
+AttentionInterface.register(PLANNED, document_attention)  # for models that only count
 
 
 @cache
 def _token_flops(step: TracedStep) -> int:
-    """Operations of forward and backward on one token of a full row (Kaplan et al. 2020)."""
+    """FLOPs of forward and backward on one token of a full row (Kaplan et al. 2020)."""
     text = step.config.get_text_config()
     parameters, trained = count_parameters(step)
     looked_up = 0 if text.tie_word_embeddings else text.vocab_size * text.hidden_size
     forward = 2 * (parameters - looked_up)
-    attention = 2 * text.num_hidden_layers * text.hidden_size * step.length  # half of it is masked
-    again = forward + attention if uses_checkpointing(step.stage) else 0
-    return 2 * forward + 2 * min(trained, parameters - looked_up) + 3 * attention + again
+    attention = 2 * text.num_hidden_layers * text.hidden_size * step.length  # causal: half
+    recomputed = forward + attention if uses_checkpointing(step.stage) else 0
+    return 2 * forward + 2 * min(trained, parameters - looked_up) + 3 * attention + recomputed
 
 
 @cache
 def matmul_rate(device: str, precision: str) -> float:
-    """Operations a second of a large product: an RTX 4060's where no such device is here."""
+    """FLOP/s of a large matmul, measured; an RTX 4060's for a card that is not here."""
     if device == "cuda" and not torch.cuda.is_available():
         return RTX_4060
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
     size = 4096 if device == "cuda" else 512
     matrix = torch.ones(size, size, dtype=dtype, device=device)
-    matrix @ matrix  # the first one sets the library up
+    matrix @ matrix  # the first one initialises the library
     count, began, seconds = 0, time.perf_counter(), 0.0
     while seconds < 0.2:
         matrix @ matrix
@@ -271,7 +280,7 @@ def matmul_rate(device: str, precision: str) -> float:
 
 
 def _disk(stage: Stage, update: dict[str, int], parameters: int, trained: int) -> int:
-    """Bytes of a stage's checkpoints, the one being written too, and of its finished model."""
+    """Bytes of a stage's checkpoints, with the one being written, and of its finished model."""
     settings = stage.trainer
     count = most_checkpoints(settings, stage.max_steps)
     saved = trained if stage.lora is not None else parameters
@@ -290,7 +299,7 @@ def _notes(step: TracedStep) -> Iterator[str]:
     if step.stage.load_in_4bit:
         yield "4-bit weights are by formula, not traced"
     if str(step.stage.trainer.get("optim")).startswith("paged"):
-        yield "paged optimizer states are counted in main memory"
+        yield "paged optimizer states are counted as main memory"
 
 
 def gigabytes(size: float) -> str:

@@ -7,10 +7,10 @@ from torch import nn
 
 
 def checkpoint_bytes(model: Any, optimizer: Any) -> int:
-    """Bytes that a checkpoint takes: the weights it saves and the optimizer's states, as they are.
+    """Bytes of a checkpoint: the weights it saves and the optimizer's states as they are.
 
     Args:
-        model: a module; of one with an adapter, the trained parameters are saved.
+        model: of one with an adapter, only the trained parameters are saved.
         optimizer: as Accelerate wraps it, after its first step.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -25,22 +25,18 @@ def _tensors(held: Any) -> list[Any]:
     return [held] if hasattr(held, "element_size") else []
 
 
-# states of an optimizer for each trained parameter, by a part of its name; of any other two
+# states of an optimizer for each trained parameter, by a part of its name; any other has two
 STATES = {"sgd": 0, "lomo": 0, "lion": 1, "adagrad": 1, "rmsprop": 1, "ademamix": 3}
-
-
-SMALL_8BIT = 4096  # elements; below, bitsandbytes keeps 32 bits
-
-
+SMALL_8BIT = 4096  # elements; bitsandbytes keeps the states of smaller tensors in 32 bits
 SMALL_FILES = 2**16  # bytes of a checkpoint's schedule, random states, log and manifest
 
 
 def optimizer_bytes(model: nn.Module, optim: str) -> int:
-    """Bytes of an optimizer's states on the disk.
+    """Bytes of an optimizer's states on disk.
 
     Args:
-        model: whose parameters are trained as far as they ask for gradients.
-        optim: transformers' name; of one that is not known, two 32-bit states are assumed.
+        model: those of its parameters that require gradients have states.
+        optim: transformers' name; an unknown one is assumed to have two 32-bit states.
     """
     count = next((count for part, count in STATES.items() if part in optim), 2)
     embeddings = {
@@ -52,7 +48,7 @@ def optimizer_bytes(model: nn.Module, optim: str) -> int:
             continue
         size, width = weight.numel(), weight.element_size()
         if "8bit" in optim and size >= SMALL_8BIT and id(weight) not in embeddings:
-            width = 1 + 4 / 256  # and a scale a block
+            width = 1 + 4 / 256  # and one scale for each block
         elif "bit" in optim:
             width = 4
         if optim == "adafactor" and weight.ndim > 1:
@@ -88,19 +84,24 @@ def model_size(model: nn.Module) -> int:
     return whole + adapter
 
 
+def steps_of(share: float, max_steps: int) -> int:
+    """A setting such as `eval_steps` in steps: below 1 it is a share of `max_steps`, rounded up."""
+    return ceil(share * max_steps) if share < 1 else int(share)
+
+
 def most_checkpoints(settings: dict[str, Any], max_steps: int | None) -> int:
-    """How many checkpoints lie beside each other at most, the one being written too.
+    """How many checkpoints exist at a time at most, with the one being written.
 
     Args:
         settings: of the trainer.
-        max_steps: of the stage; None: not known yet. Without `save_total_limit` the checkpoints of
-            other strategies than steps are not counted ahead.
+        max_steps: of the stage; None: not known yet. Without `save_total_limit`, only those of
+            `save_strategy: steps` can be counted ahead.
     """
     if settings.get("save_strategy") == "no":
         return 0
     every, steps = settings.get("save_steps", 500), max_steps or 0
     by_steps = settings.get("save_strategy", "steps") == "steps" and steps
-    saves = ceil(steps / (every * steps if every < 1 else every)) if by_steps else None
+    saves = ceil(steps / steps_of(every, steps)) if by_steps else None
     kept = min((n for n in (settings.get("save_total_limit"), saves) if n is not None), default=1)
     extra = (settings.get("metric_for_best_model") is not None) + (
         settings.get("lr_scheduler_type") == "warmup_stable_decay"

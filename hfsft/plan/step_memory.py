@@ -1,12 +1,11 @@
-"""A training step on fake tensors: every allocation happens, none takes memory.
+"""The memory of a training step, traced on fake tensors: every allocation is seen, none is made.
 
-Two depths are traced and the rest is a straight line, so that a plan takes seconds.
+Two depths are traced and deeper models extrapolated linearly, so that a plan takes seconds.
 """
 
 import contextlib
 import copy
 import inspect
-import os
 import warnings
 import weakref
 from collections import Counter
@@ -16,6 +15,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -23,33 +23,33 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 
 from hfsft.model.attention import DOCUMENTS, document_attention, packed_attention, varlen_attention
 from hfsft.model.head import CHUNK_BYTES, fuse_head
-from hfsft.model.loading import with_lora
+from hfsft.model.loading import plain_model, with_lora
 from hfsft.recipe.schema import AUTO, Stage
 
 KINDS = ("weights", "gradients", "optimizer", "activations", "attention", "head")
 
 
-DEPTHS = (2, 3)  # layers that are traced; more are a straight line from there
+DEPTHS = (2, 3)  # layers that are traced; more are extrapolated
 
 
-TRACED_CHUNKS = 8  # of the head; more rows are a straight line as well
+TRACED_CHUNKS = 8  # of the head; more rows are extrapolated as well
 
 
 PLANNED = "hfsft_planned"  # the attention of a traced step
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of every storage that lives, by what it is for.
+    """Counts the bytes of every live storage, by kind (weights, gradients, activations, ...).
 
-    torch's own `MemTracker` knows no phases, and hooks every module. A storage belongs to the kind
-    that was current when it was made.
+    torch's own `MemTracker` knows no phases, and hooks every module. A storage counts as the kind
+    that was current when it was allocated.
     """
 
     def __init__(self, unit: int):
-        """Begin with nothing.
+        """Start with no storage.
 
         Args:
-            unit: bytes to which the allocator rounds up.
+            unit: bytes to which the allocator rounds sizes up.
         """
         super().__init__()
         self.unit = unit
@@ -62,38 +62,38 @@ class _LiveBytes(TorchDispatchMode):
         made = func(*args, **kwargs or {})
         for tensor in tree_leaves(made):
             if isinstance(tensor, torch.Tensor):
-                self._note(tensor.untyped_storage())
-        if func is torch.ops.aten.logsumexp.default:  # it makes exp(logits - max) within itself
-            self._look(args[0].nbytes)
+                self._add(tensor.untyped_storage())
+        if func is torch.ops.aten.logsumexp.default:  # it allocates exp(logits - max) internally
+            self._update_peak(args[0].nbytes)
         return made
 
-    def _note(self, storage: torch.UntypedStorage) -> None:
+    def _add(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
         if key in self.owners:
             return
         size = -(-storage.nbytes() // self.unit) * self.unit
         self.owners[key] = self.kind, size
         self.live[self.kind] += size
-        weakref.finalize(storage, self._forget, key)
-        self._look()
+        weakref.finalize(storage, self._remove, key)
+        self._update_peak()
 
-    def _forget(self, key: int) -> None:
+    def _remove(self, key: int) -> None:
         kind, size = self.owners.pop(key)
         self.live[kind] -= size
 
-    def _look(self, unseen: int = 0) -> None:
+    def _update_peak(self, internal: int = 0) -> None:
         highest = self.peaks.get(self.phase)
-        if highest is None or sum(self.live.values()) + unseen > sum(highest.values()):
+        if highest is None or sum(self.live.values()) + internal > sum(highest.values()):
             self.peaks[self.phase] = {kind: self.live[kind] for kind in KINDS}
-            self.peaks[self.phase][self.kind] += unseen
+            self.peaks[self.phase][self.kind] += internal
 
     def begin(self, phase: str, kind: str) -> None:
-        """Go over to another part of the step; what is made from here on is of that kind."""
+        """Enter another phase of the step; storages from here on count as `kind`."""
         self.phase, self.kind = phase, kind
-        self._look()
+        self._update_peak()
 
-    def call_it(self, tensor: torch.Tensor, kind: str) -> None:
-        """Count a tensor that was made as something else."""
+    def recount(self, tensor: torch.Tensor, kind: str) -> None:
+        """Count a tensor as another kind than it was allocated as."""
         key = tensor.untyped_storage()._cdata
         old, size = self.owners[key]
         self.owners[key] = kind, size
@@ -102,7 +102,7 @@ class _LiveBytes(TorchDispatchMode):
 
 
 class _Ends(list):
-    """`cu_seq_lens_q` as `document_attention` reads it; a fake tensor has no values to read."""
+    """A stand-in for `cu_seq_lens_q` in `document_attention`: a fake tensor has no values."""
 
     def diff(self) -> "_Ends":
         return self
@@ -118,16 +118,17 @@ class TracedStep:
     stage: Stage = field(compare=False)
     config: Any = field(compare=False)
     rows: int
-    eval_rows: int  # 0: no validation
+    eval_rows: int  # of a validation's micro-batch; 0: no validation
     length: int
     cuda: bool
     half: str | None  # bfloat16 or float16: of autocast
-    accumulates: bool  # gradients of an earlier micro-batch are there
-    settings: str = ""  # the rest as JSON, to compare
+    accumulates: bool  # the gradients of an earlier micro-batch are allocated already
+    attention: str | None = None  # the recipe's attn_implementation
+    settings: str = ""  # the rest as JSON, for equality
 
     @property
     def layers(self) -> int:
-        """Of the whole model."""
+        """Layers of the whole model."""
         return self.config.get_text_config().num_hidden_layers
 
 
@@ -136,17 +137,17 @@ Peaks = dict[str, dict[str, int]]  # phase → kind → bytes
 
 @cache
 def _trace(step: TracedStep, layers: int) -> Peaks:
-    """The peaks of one step of a model of so many layers."""
+    """The peaks of one step of a model with `layers` layers."""
     stage = step.stage
     live = _LiveBytes(512 if step.cuda else 1)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     AttentionInterface.register(PLANNED, _attention(step, live))
-    with unnoticed():
+    with isolated():
         model, fused, saved = empty_model(step, layers)
         with fake, live:
-            _make_storages(model)
+            _allocate(model)
             trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = make_optimizer(step, model)  # its tables are real
+        optimizer = make_optimizer(step, model)  # its lookup tables are real tensors
         with fake, live:
             live.begin("optimizer step", "gradients")
             for parameter in trained:
@@ -155,10 +156,10 @@ def _trace(step: TracedStep, layers: int) -> Peaks:
             torch.nn.utils.clip_grad_norm_(trained, stage.trainer.get("max_grad_norm") or 1.0)
             states = _first_update(optimizer, trained)
             if not step.accumulates:
-                _forget_gradients(trained)
+                _drop_gradients(trained)
             for parameter in trained:
                 parameter.register_post_accumulate_grad_hook(
-                    lambda p: live.call_it(p.grad, "gradients")
+                    lambda p: live.recount(p.grad, "gradients")
                 )
             _mark_phases(model, live)
             model.train()
@@ -168,7 +169,7 @@ def _trace(step: TracedStep, layers: int) -> Peaks:
             loss.backward()
             del loss
             if step.eval_rows:
-                _forget_gradients(trained)
+                _drop_gradients(trained)
                 live.begin("validation", "activations")
                 model.eval()
                 with torch.no_grad():
@@ -180,50 +181,65 @@ def _trace(step: TracedStep, layers: int) -> Peaks:
 
 
 @contextlib.contextmanager
-def unnoticed() -> Iterator[None]:
-    """Leave the random state alone, and say nothing of what a CPU cannot do."""
+def isolated() -> Iterator[None]:
+    """Keep the random state, and ignore warnings about what a CPU cannot do."""
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def empty_model(step: TracedStep, layers: int) -> tuple[Any, bool, tuple[int, int]]:
-    """The model as the stage has it, without storages.
+    """The model of a step with `layers` layers, on the meta device.
 
     Returns:
-        The model; whether its head is fused; bytes that its 4-bit weights save, and those of the
+        The model; whether its head is fused; the bytes that 4-bit weights save, and those of the
         largest unpacked one.
+    """
+    # every attention but eager is linear in memory, and so is what replaces sdpa
+    own = "eager" if step.attention == "eager" else "sdpa"
+    with torch.device("meta"):
+        model, fused = model_of(step, layers, own)
+        if packed_attention(model, torch.device("cpu"), True, step.length) == DOCUMENTS:
+            model.set_attn_implementation(PLANNED)
+        saved = _pack_in_4bit(model) if step.stage.load_in_4bit else (0, 0)
+        if step.stage.lora is not None:
+            model = with_lora(model, step.stage)
+    return model, fused, saved
+
+
+def model_of(step: TracedStep, layers: int, attention: str | None) -> tuple[Any, bool]:
+    """A model as the stage trains it, from its configuration, on the current default device.
+
+    Args:
+        step: whose model; its LoRA adapter is not put on it yet.
+        layers: how many of its layers.
+        attention: its `attn_implementation`; None: transformers' default.
+
+    Returns:
+        The model, with activation checkpointing if the stage has it, and whether its head is fused.
     """
     config, stage = copy.deepcopy(step.config), step.stage
     text = config.get_text_config()
     text.num_hidden_layers = layers
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:layers]
-    own = _own_attention(step)
-    dtype = torch.bfloat16 if stage.load_in_4bit else _dtype(step)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config,
-            dtype=dtype,
-            attn_implementation=own,
-            trust_remote_code=stage.trust_remote_code,
-        )
-    fused = fuse_head(model)
-    if packed_attention(model, torch.device("cpu"), True, step.length) == DOCUMENTS:
-        model.set_attn_implementation(PLANNED)
+    name = stage.dtype or "float32"  # the master weights of mixed precision
+    dtype = step.config.dtype or torch.float32 if name == AUTO else getattr(torch, name)
+    model = AutoModelForCausalLM.from_config(
+        config,
+        dtype=torch.bfloat16 if stage.load_in_4bit else dtype,
+        attn_implementation=attention,
+        trust_remote_code=stage.trust_remote_code,
+    )
     if uses_checkpointing(stage):
         model.activation_checkpointing_enable(
             stage.trainer.get("activation_checkpointing_kwargs") or None
         )
-    saved = _pack_in_4bit(model) if stage.load_in_4bit else (0, 0)
-    if stage.lora is not None:
-        with torch.device("meta"):
-            model = with_lora(model, stage)
-    return model, fused, saved
+    return model, fuse_head(model, stage.trainer.get("loss_type") == "dft")
 
 
-def _make_storages(model: Any) -> None:
-    """Put tensors of the current mode in place of a model's meta tensors; tied ones stay tied."""
+def _allocate(model: Any) -> None:
+    """Replace a model's meta tensors by tensors of the current mode; tied ones stay tied."""
     made: dict[int, Any] = {}
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
@@ -239,7 +255,7 @@ def _make_storages(model: Any) -> None:
 
 
 def _attention(step: TracedStep, live: _LiveBytes) -> Callable:
-    """The attention that the device will have; one document takes what many do."""
+    """The attention of the device; one document a row needs the memory of many."""
 
     def attention(module: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         before, live.kind = live.kind, "attention"
@@ -257,21 +273,11 @@ def _attention(step: TracedStep, live: _LiveBytes) -> Callable:
     return attention
 
 
-def _own_attention(step: TracedStep) -> str:
-    """Eager attention is traced as it is; every other is linear, and so is what replaces sdpa."""
-    return "eager" if step.stage.attn_implementation == "eager" else "sdpa"
-
-
-def _dtype(step: TracedStep) -> torch.dtype:
-    name = step.stage.dtype or "float32"
-    return step.config.dtype or torch.float32 if name == AUTO else getattr(torch, name)
-
-
 def _pack_in_4bit(model: Any) -> tuple[int, int]:
-    """Bring a 16-bit model to the types of QLoRA; by formula, since 4 bits cannot be traced here.
+    """Convert a 16-bit model to the dtypes of QLoRA; 4-bit weights by formula, as they need CUDA.
 
     NormalFloat with nested constants takes 4.127 bits a weight (Dettmers et al. 2023); peft keeps
-    all else in 32 bits.
+    all other weights in 32 bits.
     """
     packed = {
         id(module.weight): module.weight.numel()
@@ -286,7 +292,7 @@ def _pack_in_4bit(model: Any) -> tuple[int, int]:
 
 
 def make_optimizer(step: TracedStep, model: Any) -> torch.optim.Optimizer | None:
-    """The stage's optimizer, or None for one that cannot be made from settings alone."""
+    """The stage's optimizer, or None for one that cannot be built from its settings alone."""
     from transformers import Trainer, TrainingArguments
 
     keys = ("optim", "optim_args", "optim_target_modules")
@@ -296,7 +302,7 @@ def make_optimizer(step: TracedStep, model: Any) -> torch.optim.Optimizer | None
     try:
         kind, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
         if step.cuda and "fused" not in kwargs and "foreach" in inspect.signature(kind).parameters:
-            kwargs["foreach"] = True  # torch's choice on a GPU
+            kwargs["foreach"] = True  # torch's default on a GPU
         optimizer = kind(parameters, **kwargs)
     except (ValueError, TypeError, ImportError, RuntimeError):
         return None
@@ -309,7 +315,7 @@ def make_optimizer(step: TracedStep, model: Any) -> torch.optim.Optimizer | None
 
 
 def _first_update(optimizer: Any, trained: list[torch.nn.Parameter]) -> list[torch.Tensor]:
-    """The update that makes the optimizer's states; Adam's two where it cannot be traced."""
+    """Allocate the optimizer's states by a first update; Adam's two where it cannot be traced."""
     try:
         optimizer.step()
     except Exception:  # any of 40 optimizers, or None, on fake tensors
@@ -317,18 +323,18 @@ def _first_update(optimizer: Any, trained: list[torch.nn.Parameter]) -> list[tor
     return []
 
 
-def _forget_gradients(trained: list[torch.nn.Parameter]) -> None:
+def _drop_gradients(trained: list[torch.nn.Parameter]) -> None:
     for parameter in trained:
         parameter.grad = None
 
 
 def _mark_phases(model: Any, live: _LiveBytes) -> None:
-    """Let the model's parts say when they begin: each grows along a line of its own.
+    """Hook the model's parts to begin a phase each, since each grows linearly by itself.
 
-    Where a step makes its first gradients, backward begins with most of the activations and ends
-    with most of the gradients: two lines.
+    Backward starts with most of the activations and ends with most of the gradients, which are two
+    different lines.
     """
-    plain = model.get_base_model() if hasattr(model, "peft_config") else model
+    plain = plain_model(model)
 
     def head_begins(module: Any, args: Any, output: Any) -> None:
         if live.phase == "forward":
@@ -355,13 +361,13 @@ def _mark_phases(model: Any, live: _LiveBytes) -> None:
 
 
 def _loss(step: TracedStep, model: Any, fused: bool, rows: int) -> torch.Tensor:
-    """Forward of a micro-batch whose rows are full and whose every token is trained on."""
+    """The loss of a micro-batch of full rows, every token of which is trained on."""
     length = step.length
     half = getattr(torch, step.half) if step.half else None
-    plain = model.get_base_model() if hasattr(model, "peft_config") else model
+    plain = plain_model(model)
     ids = torch.zeros(rows, length, dtype=torch.int64)
     inputs = {"input_ids": ids, "position_ids": torch.zeros_like(ids)}
-    if plain.config._attn_implementation != PLANNED:  # it hides other documents with a mask
+    if plain.config._attn_implementation != PLANNED:  # it separates documents by a mask
         shape = (rows, 1, length, length)
         eager = plain.config._attn_implementation == "eager"
         inputs["attention_mask"] = torch.zeros(shape, dtype=torch.float if eager else torch.bool)
@@ -375,19 +381,18 @@ def _loss(step: TracedStep, model: Any, fused: bool, rows: int) -> torch.Tensor:
 def _correct(
     peaks: Peaks, step: TracedStep, optimizer: Any, trained: list[Any], saved: tuple[int, int]
 ) -> None:
-    """What a trace on the CPU cannot show: 4-bit weights, paged states, buckets of DDP."""
+    """Add what a trace on the CPU cannot show: 4-bit weights, paged states, DDP's buckets."""
     paged = 0
     if step.cuda and getattr(optimizer, "is_paged", False):
         paged = sum(
             value.nbytes
             for parameter, state in optimizer.state.items()
             for value in state.values()
-            # bitsandbytes pages no smaller one
+            # bitsandbytes pages no smaller ones
             if isinstance(value, torch.Tensor) and value.shape == parameter.shape
             if parameter.numel() >= 1e5
         )
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    buckets = sum(p.numel() * 4 for p in trained) if processes > 1 else 0
+    buckets = sum(p.numel() * 4 for p in trained) if PartialState().num_processes > 1 else 0
     for phase, kinds in peaks.items():
         kinds["weights"] -= saved[0]
         kinds["optimizer"] -= paged
@@ -397,7 +402,7 @@ def _correct(
 
 
 def _line(low: Peaks, high: Peaks, share: float) -> Peaks:
-    """Go on from `low` by `share` times the way to `high`."""
+    """Interpolate from `low` (share 0) to `high` (share 1), or extrapolate beyond it."""
     return {
         phase: {
             kind: round(low[phase][kind] + share * (high[phase][kind] - low[phase][kind]))
@@ -408,7 +413,7 @@ def _line(low: Peaks, high: Peaks, share: float) -> Peaks:
 
 
 def peaks_of(step: TracedStep) -> Peaks:
-    """The peaks of a step, those of many layers along a straight line."""
+    """The peaks of a step, extrapolated over the number of layers."""
     if step.layers <= DEPTHS[1]:
         return _peaks_of_rows(step, step.layers)
     low, high = (_peaks_of_rows(step, layers) for layers in DEPTHS)
@@ -416,7 +421,7 @@ def peaks_of(step: TracedStep) -> Peaks:
 
 
 def _peaks_of_rows(step: TracedStep, layers: int) -> Peaks:
-    """The peaks at some depth, those of many rows along a straight line."""
+    """The peaks with `layers` layers, extrapolated over the number of rows."""
     chunk = max(1, CHUNK_BYTES // (4 * step.config.get_text_config().vocab_size))  # tokens
     most = max(2, TRACED_CHUNKS * chunk // step.length)
     if step.rows <= most:
@@ -426,13 +431,13 @@ def _peaks_of_rows(step: TracedStep, layers: int) -> Peaks:
 
 
 def uses_checkpointing(stage: Stage) -> bool:
-    """Whether the stage's activations are computed again in the backward pass."""
+    """Whether activations are recomputed in the backward pass."""
     return bool(stage.trainer.get("activation_checkpointing", stage.name == "sft"))  # trl's default
 
 
 def count_parameters(step: TracedStep) -> tuple[int, int]:
-    """How many the model has, and how many of them are trained."""
-    with unnoticed():
+    """The number of parameters of the model, and of those that are trained."""
+    with isolated():
         model, _, _ = empty_model(step, step.layers)
     counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return sum(n for n, _ in counts), sum(n for n, is_trained in counts if is_trained)

@@ -1,4 +1,4 @@
-"""What a loss curve says: whether it still falls, and what more steps would gain."""
+"""Advice from a loss curve: whether it still falls, and what more steps would gain."""
 
 import itertools
 import math
@@ -8,67 +8,67 @@ from typing import Any
 
 import numpy as np
 
-RATE = 0.8  # of the intervals: so many of them are to hold what comes
+RATE = 0.8  # the coverage that the intervals aim at
 
 
-WORTH = 0.01  # a gain below this share of the loss is not worth more steps
+WORTH = 0.01  # a smaller gain, as a share of the loss, is not worth more steps
 
 
-FURTHEST = 4  # times the steps done: real runs left the intervals too often beyond that
+FURTHEST = 4  # times the steps done: beyond, real runs left the intervals too often
 
 
 Z = 1.645  # one-sided 95%, for a change between two validations
 
 
-# The curve: floor + fall * shape + slow * log2(way) + effect * rate, of which the way is the sum of
-# learning rates. Shapes are (1 + (way / time) ** delay / bend) ** -bend: power laws where the time
-# is short, exponentials where the bend is large, falls that set in late with a delay of 2.
+# The curve: floor + fall * shape + slow * log2(way) + effect * rate, where the way is the sum of
+# learning rates so far. Shapes are (1 + (way / time) ** delay / bend) ** -bend: power laws for a
+# short time, exponentials for a large bend, and a late onset for a delay of 2.
 BENDS = (0.25, 0.5, 1.0, 2.0, 8.0, 100.0)
 
 
-TIMES = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)  # in units of the way that is behind
+TIMES = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)  # in units of the way so far
 
 
 DELAYS = (1.0, 2.0)
 
 
-# as shares of the loss, set on the curves that benchmarks/advice.py marks so
-SLOWS = (0.001, 0.05)  # a slow fall beside the shape: hardly any, or some
+# as shares of the loss; fitted on the curves that benchmarks/advice.py marks for tuning
+SLOWS = (0.001, 0.05)  # prior scale of a slow fall beside the shape: hardly any, or some
 
 
-EFFECTS = (0.004, 0.06)  # of the full learning rate: hardly any, or some
+EFFECTS = (0.004, 0.06)  # prior scale of what the full learning rate adds
 
 
-OFFSET = 0.2  # of the training loss from the validation loss
+OFFSET = 0.2  # prior scale of training loss minus validation loss
 
 
-MISFIT = 0.003  # of a curve around its shape
+MISFIT = 0.003  # of a real curve around the fitted one
 
 
-FAR_MISFIT = 0.1  # the same, as a share of how far a point lies above the present
+FAR_MISFIT = 0.1  # the same for early points, as a share of their height above the last
 
 
-DRIFT = 0.35  # of a projected change, as a share of it
+DRIFT = 0.35  # log-standard deviation of a projected change
 
 
-EPOCHS = 4  # as often data teaches nearly as if it were new: Muennighoff et al. (2023)
+EPOCHS = 4  # repeated up to so often, data is nearly as good as new (Muennighoff et al. 2023)
 
 
-WEAR = 0.1  # what twice as many epochs may add after that
+WEAR = 0.1  # share of the loss that each doubling of the epochs may add after that
 
 
-POINTS = 24  # of validations, and of log lines: more are averaged in groups
+POINTS = 24  # validations, and log lines, that are fitted; more are averaged in groups
 
 
-DRAWS = 100  # of each shape's coefficients
+DRAWS = 100  # of the coefficients of each shape
 
 
-PICKS = 4000  # of all draws, by their weight
+PICKS = 4000  # resampled from all draws by weight
 
 
 @dataclass(frozen=True)
 class Validation:
-    """The losses of the held-out conversations at one step.
+    """The losses of the held-out documents at one step.
 
     Args:
         step: optimizer updates done.
@@ -94,7 +94,7 @@ class Validation:
 
 @dataclass(frozen=True)
 class Advice:
-    """What to do, and what that rests on.
+    """What to do, and the evidence for it.
 
     Args:
         step: of the validation.
@@ -113,7 +113,7 @@ class Advice:
     projected: dict[int, tuple[float, float]] = field(default_factory=dict)
 
     def as_data(self) -> dict[str, Any]:
-        """The same for JSON, where keys are text."""
+        """The same as plain data for JSON, whose keys are strings."""
         projected = {str(steps): list(interval) for steps, interval in self.projected.items()}
         return {
             "step": self.step,
@@ -133,9 +133,9 @@ def advise(
     seconds_per_step: float | None,
     decay_from: int | None,
 ) -> Advice | None:
-    """Say whether the validation loss still falls and what longer runs would end at.
+    """Say whether the validation loss still falls, and at what loss longer runs would end.
 
-    All but the time in `says` depends on the losses alone, and is the same each time.
+    Everything but the time in `says` is a function of the losses alone.
 
     Args:
         validations: so far, in order of their steps.
@@ -143,8 +143,8 @@ def advise(
         planned_steps: of the run.
         epoch_steps: of a full epoch; None: the data is a stream.
         seconds_per_step: of a training step; None: not known.
-        decay_from: the step from which the learning rate falls to 0, which a longer run puts off
-            in proportion; None: it falls from the first step; `planned_steps`: never.
+        decay_from: the step from which the learning rate decays to 0, which a longer run postpones
+            in proportion; None: it decays from the first step; `planned_steps`: never.
 
     Returns:
         The advice; None without a finite latest validation.
@@ -161,7 +161,7 @@ def advise(
 
     finite = [validation for validation in finite if validation.step > 0]
     best = min(finite, key=lambda validation: validation.loss, default=last)
-    # twice: the best of many is the lucky one, and the optimizer wanders
+    # twice WORTH: the best of many validations is partly luck, and the loss wanders
     rises = last.loss > best.loss * (1 + 2 * WORTH) and _change(best, last) > 0
     if rises and _falls(train, best.step):
         says += f", up from {best.loss:.3f} while the training loss falls"
@@ -173,33 +173,52 @@ def advise(
     if ends is None or planned_steps > FURTHEST * last.step:
         says += ": what more steps would gain is not known yet"
         return Advice(last.step, says, falling, False)
-    tail = (1 - RATE) / 2
-    projected = {
-        steps: (float(np.quantile(values, tail)), float(np.quantile(values, 1 - tail)))
-        for steps, values in ends.items()
-        if steps > last.step
-    }
+    projected = _intervals(ends, last.step)
     least = WORTH * last.loss
     plateau = planned_steps in projected and projected[planned_steps][0] > last.loss - least
-    aim = planned_steps
+    says += _recommendation(
+        ends, projected, planned_steps, longer, least, seconds_per_step, plateau
+    )
+    return Advice(last.step, says, falling, plateau, projected)
+
+
+def _intervals(ends: dict[int, np.ndarray], step: int) -> dict[int, tuple[float, float]]:
+    """Total steps → the interval that holds `RATE` of the draws, of runs beyond `step`."""
+    tail = (1 - RATE) / 2
+    return {
+        steps: (float(np.quantile(values, tail)), float(np.quantile(values, 1 - tail)))
+        for steps, values in ends.items()
+        if steps > step
+    }
+
+
+def _recommendation(
+    ends: dict[int, np.ndarray],
+    projected: dict[int, tuple[float, float]],
+    planned: int,
+    longer: list[int],
+    least: float,
+    seconds_per_step: float | None,
+    plateau: bool,
+) -> str:
+    """The end of the line: what some number of steps would give, and what to do."""
+    aim = planned
     for steps in longer:
         if np.quantile(ends[aim] - ends[steps], 1 - RATE) > least:
             aim = steps
     named = aim
-    if aim == planned_steps and longer:
-        named = min(2 * planned_steps, longer[-1])
-    says += f"; {named} steps would give {projected[named][0]:.3f}-{projected[named][1]:.3f}"
-    if seconds_per_step is not None and named > planned_steps:
-        says += f" for {_shown_time((named - planned_steps) * seconds_per_step)} more"
+    if aim == planned and longer:
+        named = min(2 * planned, longer[-1])
+    says = f"; {named} steps would give {projected[named][0]:.3f}-{projected[named][1]:.3f}"
+    if seconds_per_step is not None and named > planned:
+        says += f" for {_shown_time((named - planned) * seconds_per_step)} more"
     if plateau:
-        says += f": stop now, the steps up to {planned_steps} would gain less than {WORTH:.0%}"
-    elif aim > planned_steps:
-        says += f": go on to {aim}"
-    elif named == 2 * planned_steps and np.mean(ends[planned_steps] - ends[named]) < least:
-        says += f": stop at {planned_steps}"
-    else:
-        says += ": whether more steps are worth it is not known yet"
-    return Advice(last.step, says, falling, plateau, projected)
+        return f"{says}: stop now, the steps up to {planned} would gain less than {WORTH:.0%}"
+    if aim > planned:
+        return f"{says}: continue to {aim}"
+    if named == 2 * planned and np.mean(ends[planned] - ends[named]) < least:
+        return f"{says}: stop at {planned}"
+    return f"{says}: whether more steps are worth it is not known yet"
 
 
 def _ratio_error(sums: np.ndarray, tokens: np.ndarray) -> float:
@@ -212,16 +231,16 @@ def _ratio_error(sums: np.ndarray, tokens: np.ndarray) -> float:
 
 
 def _change(earlier: Validation, later: Validation) -> float:
-    """The change of the loss, 0 where it may be chance; paired, conversation by conversation."""
+    """The change of the loss over paired documents; 0 if it is not significant."""
     change = later.loss - earlier.loss
     error = _ratio_error(later.losses - earlier.losses, later.tokens)
-    # Student's quantile from the normal one (Cornish and Fisher): few conversations count less
+    # Student's t quantile from the normal one (Cornish-Fisher expansion), for few documents
     quantile = Z + (Z**3 + Z) / (4 * max(len(later.losses) - 1, 1))
     return change if abs(change) > quantile * error else 0.0
 
 
 def _falls(train: list[tuple[int, float]], step: int) -> bool:
-    """Whether the logged training loss is lower after a step than before it."""
+    """Whether the logged training loss is lower after `step` than before it."""
     before = [loss for at, loss in train if at <= step][-8:]
     after = [loss for at, loss in train if at > step][-8:]
     return bool(before and after) and bool(np.mean(after) < np.mean(before))
@@ -232,7 +251,7 @@ def _shown_time(seconds: float) -> str:
 
 
 def _course(steps: np.ndarray, total: int, decay: float) -> tuple[np.ndarray, np.ndarray]:
-    """The way behind each step, as the sum of learning rates, and the rate there; its peak is 1."""
+    """The sum of learning rates up to each step, and the rate there, in units of its peak."""
     into = np.clip(steps - (total - decay), 0, None)
     return steps - into**2 / (2 * max(decay, 1)), 1 - into / max(decay, 1)
 
@@ -245,11 +264,11 @@ def _thin(points: list[tuple[float, float]]) -> np.ndarray:
 def _observed(
     validations: list[Validation], train: list[tuple[int, float]]
 ) -> tuple[np.ndarray, ...] | None:
-    """Steps, losses, noise and whether it is a training loss, [points] each; None: too few."""
+    """Steps, losses, noise, and whether it is a training loss, [points] each; None: too few."""
     if len(validations) < 2 or len(validations[-1].losses) < 2 or validations[-1].loss <= 0:
         return None
     last = validations[-1]
-    # the first tenth is warm-up and the new optimizer's transient
+    # the first tenth is warm-up, and the transient of a fresh optimizer
     seen = _thin([(one.step, one.loss) for one in validations if one.step >= 0.1 * last.step])
     mids = [
         ((earlier + step) / 2, loss)
@@ -261,11 +280,11 @@ def _observed(
         return None
     steps, losses = np.concatenate([seen, logged]).T
     is_train = np.arange(len(steps)) >= len(seen)
-    # what a validation wanders by is taken from the spread of its changes over conversations
+    # the noise of a validation, from the spread of its changes over documents
     pairs = itertools.pairwise(validations[-4:])
     paired = [_ratio_error(later.losses - earlier.losses, later.tokens) for earlier, later in pairs]
     noise = np.full(len(steps), np.median(paired) / math.sqrt(2))
-    if is_train.any():  # from one log line to the next; 0.954: the median of normal noise's jumps
+    if is_train.any():  # 0.954: the median absolute difference of two standard normal draws
         noise[is_train] = np.median(np.abs(np.diff(losses[is_train]))) / 0.954
     above = losses - np.where(is_train, losses[-1], last.loss)
     misfit = np.hypot(MISFIT * last.loss, FAR_MISFIT * above)
@@ -280,10 +299,11 @@ def _ends(
     epoch_steps: int | None,
     decay_from: int | None,
 ) -> dict[int, np.ndarray] | None:
-    """Draws of the final validation loss of the planned and longer runs; None: too little is known.
+    """Draws of the final validation loss of the planned and longer runs; None: too few points.
 
-    The curve is the scaling law with annealing of Tissue et al. (2024), with an annealing part in
-    proportion to the rate. A longer run decays later: its end is the curve at its own way, rate 0.
+    The curve is the scaling law with annealing of Tissue et al. (2024), its annealing part
+    proportional to the rate. A longer run decays later: its final loss is the curve at its own sum
+    of rates, at rate 0.
     """
     first_epoch = [(step, loss) for step, loss in train if step <= (epoch_steps or step)]
     observed = _observed(validations, first_epoch)
@@ -314,13 +334,13 @@ def _ends(
     random = np.random.default_rng(1)
     picks = random.choice(weights.size, PICKS, p=weights.ravel() / weights.sum())
     drift, own, worn = random.standard_normal((3, PICKS))
-    own *= noise[~is_train][-1] * math.sqrt(excess)  # a run wanders by as much as this one did
+    own *= noise[~is_train][-1] * math.sqrt(excess)  # another run has as much noise as this one
     ends = {}
     for total in [planned, *longer]:
         at_end = columns(*_course(np.array([total]), total, decay * total / planned), 0.0)
         change = (draws * at_end).sum(axis=-1).ravel()[picks] - last.loss
         doublings = math.log2(total / max(EPOCHS * (epoch_steps or total), last.step))
-        worse = np.clip(worn, 0, None) * WEAR * last.loss * max(0.0, doublings)  # or no worse
+        worse = np.clip(worn, 0, None) * WEAR * last.loss * max(0.0, doublings)  # never a gain
         end = last.loss + change * np.exp(DRIFT * drift) + own + worse
         ends[total] = np.maximum(end, 0.0)  # no loss is below 0
     if last.step >= planned:
@@ -340,7 +360,7 @@ def _coefficients(
 
     Returns:
         Draws [shapes, DRAWS, coefficients]; their weights [shapes, DRAWS], 0 where a part of the
-        loss would be negative; how often the noise's variance goes into what the best shape leaves.
+        loss would be negative; and the best shape's residual variance, in units of the noise's.
     """
     precision = np.einsum("kpi,kpj->kij", columns, columns)
     precision += prior[:, None] ** -2 * np.eye(prior.shape[1])

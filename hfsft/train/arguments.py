@@ -15,16 +15,13 @@ from hfsft.recipe.checks import check_tokens_per_step
 from hfsft.recipe.schema import Stage
 from hfsft.train.schedule import scheduler_settings
 
-# --- arguments ---
-
 
 def precision() -> dict[str, bool]:
-    """Mixed precision as Accelerate was configured, else as the hardware does it well.
+    """Mixed precision as Accelerate is configured, else what the hardware is fast at.
 
     Returns:
         `bf16` and `fp16` for `TrainingArguments`: bfloat16 where it is native, float16 on older
-        GPUs, neither on a CPU (its bfloat16 products ran 70 times slower than float32 where
-        measured).
+        GPUs, neither on a CPU, where bfloat16 matmul was measured 70 times slower than float32.
     """
     chosen = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if chosen not in ("bf16", "fp16"):
@@ -35,7 +32,7 @@ def precision() -> dict[str, bool]:
 
 
 def arguments(stage: Stage, train: Any, examples: int) -> TrainingArguments:
-    """The trainer's arguments: the recipe's, with what hfsft derives from them.
+    """The trainer's arguments: the recipe's own, and what hfsft derives from them.
 
     Args:
         stage: its `trainer` settings are passed through untouched.
@@ -52,7 +49,7 @@ def arguments(stage: Stage, train: Any, examples: int) -> TrainingArguments:
     config_class = TrainingArguments
     if stage.name == "sft":
         config_class = SFTConfig
-        # the rows come encoded, cut and masked
+        # the rows are encoded, truncated and masked already
         settings |= {
             "dataset_kwargs": {"skip_prepare_dataset": True},
             "max_length": stage.max_length,
@@ -70,12 +67,12 @@ def arguments(stage: Stage, train: Any, examples: int) -> TrainingArguments:
             output_dir=str(stage.checkpoints),
             run_name=f"{stage.folder.parent.name}-{stage.name}",
             seed=stage.seed,
-            gradient_accumulation_steps=1,  # a step comes whole and is cut up in `training_step`
+            gradient_accumulation_steps=1,  # `training_step` cuts a step into micro-batches
             remove_unused_columns=False,
             disable_tqdm=True,  # ConsoleCallback draws the bar
             include_num_input_tokens_seen="non_padding",
-            ignore_data_skip=isinstance(train, TextStream),  # it goes on from its own state
-            logging_nan_inf_filter=False,  # it logs a NaN as the mean of the losses before
+            ignore_data_skip=isinstance(train, TextStream),  # a stream resumes from its own state
+            logging_nan_inf_filter=False,  # it would log a NaN as the mean of earlier losses
             **{"use_cpu": on_cpu, "dataloader_pin_memory": not on_cpu} | settings,
         )
     except (ValueError, TypeError, ImportError) as error:
@@ -83,7 +80,7 @@ def arguments(stage: Stage, train: Any, examples: int) -> TrainingArguments:
     if stage.max_steps is not None:
         made.max_steps = stage.max_steps
     elif stage.name == "sft":
-        made.max_steps = len(train) // examples  # it holds the examples of the whole run
+        made.max_steps = len(train) // examples  # the examples of the whole run
     elif isinstance(train, TextStream):
         raise RecipeError(f"{stage.name}: a stream has no epochs; give max_steps")
     else:

@@ -1,9 +1,11 @@
-"""What happens beside the steps: signals, the log, a stream's place, and the console."""
+"""Callbacks: signals, the log files, the console, and trackers that may fail."""
 
 import contextlib
 import json
 import signal
 import time
+from collections.abc import Callable
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +15,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-from hfsft.errors import Interrupted
+from hfsft.errors import Interrupted, first_line
 from hfsft.process import unignored
 from hfsft.train.advice import Advice
 
 
 class StopOnSignal(TrainerCallback):
-    """On a signal finish the step, save a checkpoint and stop; told twice, abandon the step.
+    """On a signal finish the step, save a checkpoint and stop; on a second one abandon the step.
 
-    A terminal's signal and the one a launcher passes on count as one if they come together. One
-    that the process was started to ignore, as nohup does with SIGHUP, stays ignored.
+    A terminal's signal and the copy that a launcher forwards count as one if they arrive together.
+    Signals that the process was started to ignore stay ignored, as SIGHUP under nohup.
     """
 
     TOGETHER = 1.0  # seconds
@@ -34,7 +36,7 @@ class StopOnSignal(TrainerCallback):
         self.before: dict[int, Any] = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Take the signals over; a thread that is not the main one cannot."""
+        """Install the handlers, which only the main thread can."""
         with contextlib.suppress(ValueError):
             for number in unignored():
                 self.before[number] = signal.signal(number, self._receive)
@@ -50,24 +52,24 @@ class StopOnSignal(TrainerCallback):
 
     @property
     def impatient(self) -> bool:
-        """Whether it was told twice, and no other process waits for this step."""
+        """Whether a second signal came, and no other rank waits for this step."""
         return len(self.times) > 1 and self.accelerator.num_processes == 1
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Stop at the same step on every process."""
+        """Stop at the same step on every rank."""
         if state.global_step < state.max_steps and self.is_told():
             control.should_save = True
             control.should_training_stop = True
 
     def is_told(self) -> bool:
-        """Whether any process was told to stop; all of them must ask, and learn it together."""
+        """Whether any rank received a signal; a collective, so every rank must call it."""
         if self.accelerator.num_processes > 1:
             flag = torch.tensor([self.received], device=self.accelerator.device)
             self.received = int(self.accelerator.gather(flag).max())
         return bool(self.received)
 
     def give_back(self) -> None:
-        """Put the signals' former handlers back."""
+        """Restore the previous signal handlers."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
@@ -108,13 +110,13 @@ class StepLog:
 
 
 class MetricsCallback(TrainerCallback):
-    """Write every logged number to `metrics.jsonl`; beside it what validation leaves.
+    """Writes every logged number to `metrics.jsonl`, and owns the files of validation.
 
-    `validation.jsonl` has the loss of each held-out document, `samples.jsonl` what the model
-    answers to the sample prompts.
+    `validation.jsonl` has the loss of each held-out document, `samples.jsonl` the answers to the
+    sample prompts.
     """
 
-    # of the trainers' own: totals that the lines' own `tokens` and `seconds` say better
+    # totals of the trainers, which each line's own `tokens` and `seconds` replace
     LEFT_OUT = ("num_tokens", "num_input_tokens_seen", "total_flos", "eval_num_tokens")
 
     def __init__(self, folder: Path, writes: bool):
@@ -128,19 +130,19 @@ class MetricsCallback(TrainerCallback):
         self.earlier_seconds = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Keep the lines up to the checkpoint that the run goes on from."""
+        """Keep the lines up to the checkpoint that the run resumes from."""
         self.began = time.perf_counter()
         step = state.global_step
-        self.metrics.keep(step or -1)  # without a checkpoint all begins anew
+        self.metrics.keep(step or -1)  # without a checkpoint none
         self.earlier_seconds = self.lines[-1]["seconds"] if self.lines else 0.0
-        # a validation's own line is its last: without it, it is done again
+        # a validation ends with its line in metrics.jsonl: without that it is redone
         validated = step if self.has_validation(step) else step - 1
         self.validation.keep(validated)
         self.samples.keep(validated)
 
     @property
     def lines(self) -> list[dict[str, Any]]:
-        """Those of `metrics.jsonl`."""
+        """The lines of `metrics.jsonl`."""
         return self.metrics.lines
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -150,7 +152,7 @@ class MetricsCallback(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Append one line."""
-        if "train_loss" in logs:  # the summary at the end
+        if "train_loss" in logs:  # Trainer's summary at the end
             return
         line = {
             "step": state.global_step,
@@ -173,7 +175,7 @@ class MetricsCallback(TrainerCallback):
         self.metrics.append(line)
 
     def seconds(self) -> float:
-        """Seconds since the stage's first step, without the time between two commands."""
+        """Seconds since the first step, without the time between an interrupt and a resume."""
         return self.earlier_seconds + time.perf_counter() - self.began
 
     def has_validation(self, step: int) -> bool:
@@ -193,7 +195,7 @@ def _memory(device: torch.device) -> int:
 
 
 class ConsoleCallback(TrainerCallback):
-    """A progress bar on a terminal; elsewhere one plain line a log."""
+    """A progress bar on a terminal; elsewhere a plain line for each log."""
 
     def __init__(self, stage: str, metrics_log: MetricsCallback):
         self.stage, self.metrics_log = stage, metrics_log
@@ -201,7 +203,7 @@ class ConsoleCallback(TrainerCallback):
         self.progress: Progress | None = None
         self.task: Any = None
         self.began = 0.0
-        self.evaluating = 0.0  # seconds of them, left out of tokens/s and the time left
+        self.evaluating = 0.0  # seconds of validation, left out of throughput and time left
         self.first_step = self.first_tokens = 0
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -231,7 +233,7 @@ class ConsoleCallback(TrainerCallback):
             self.progress.update(self.task, completed=state.global_step)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        """Say the loss, tokens/s and the time left; or the validation's loss."""
+        """Print the loss, throughput and time left, or the validation's loss and advice."""
         if not state.is_world_process_zero:
             return
         if "eval_loss" in logs:
@@ -264,7 +266,44 @@ class ConsoleCallback(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """Take the bar off the terminal, where it would go on hiding the cursor."""
+        """Remove the bar, which would otherwise leave the cursor hidden."""
         if self.progress is not None:
             self.progress.stop()
             self.progress = None
+
+
+class GuardedTracker(TrainerCallback):
+    """A tracker (TensorBoard, trackio, W&B) whose failure ends its logging, not the training."""
+
+    def __init__(self, tracker: TrainerCallback, say: Callable[[str], None]):
+        self.tracker, self.say = tracker, say
+
+    def pass_on(self, event: str, *args: Any, **kwargs: Any) -> None:
+        """Call the tracker's own method, unless it has failed before."""
+        if self.tracker is None:
+            return
+        try:
+            getattr(self.tracker, event)(*args, **kwargs)
+        except Exception as error:  # of a tracker's own code, its files or its server
+            name = type(self.tracker).__name__.removesuffix("Callback")
+            self.tracker = None
+            self.say(f"{name} failed and logs no more: {first_line(error)}")
+
+
+for _event in [name for name in vars(TrainerCallback) if name.startswith("on_")]:
+    setattr(GuardedTracker, _event, partialmethod(GuardedTracker.pass_on, _event))
+
+
+def guard_trackers(handler: Any, say: Callable[[str], None]) -> None:
+    """Put a `GuardedTracker` around every tracker of a trainer.
+
+    Args:
+        handler: the trainer's `CallbackHandler`, changed in place.
+        say: prints the failure.
+    """
+    handler.callbacks = [
+        GuardedTracker(callback, say)
+        if type(callback).__module__.startswith("transformers.integrations")
+        else callback
+        for callback in handler.callbacks
+    ]

@@ -1,26 +1,59 @@
-"""From which checkpoint a stage can go on to another `max_steps` than it was begun with."""
+"""Extending a stage: resume from a checkpoint that a run with another `max_steps` shares."""
 
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+
 from hfsft.errors import CheckpointError, RecipeError
 from hfsft.recipe.schema import Recipe, Stage
 from hfsft.run.checkpoint import checkpoints, newest_whole, step_of, verify
 from hfsft.run.record import LOGS, settings_of, write_record
+from hfsft.train.folder import lock_stage, move_aside
 from hfsft.train.schedule import STABLE, shared_steps
 
 
-def go_on_to(stage: Stage, record: dict[str, Any]) -> Path | None:
-    """Find the checkpoint from which a stage goes on to another `max_steps`.
+def extend(recipe: Recipe, stage: Stage, record: dict[str, Any]) -> None:
+    """Make a stage ready to resume with another `max_steps`; every rank calls it.
+
+    Newer checkpoints and a finished model are moved aside with the old folder, not deleted.
+
+    Args:
+        recipe: whose stage.
+        stage: with the new `max_steps`.
+        record: its `stage.json`, with the old one.
+
+    Raises:
+        RecipeError: if no checkpoint can be resumed from, with the reason.
+    """
+    state = PartialState()
+    checkpoint = checkpoint_to_extend(stage, record)
+    state.wait_for_everyone()
+    if checkpoint is not None:
+        lock_stage(stage).release()  # a collective
+    if checkpoint is not None and state.is_main_process:
+        # the record of a stage that was killed has no steps
+        reached = record.get("steps", step_of(checkpoints(stage.checkpoints)[0]))
+        aside = begin_from(recipe, stage, record, checkpoint)
+        if not stage.quiet:
+            print(
+                f"{stage.name}: resuming from step {step_of(checkpoint)}, up to {stage.max_steps}; "
+                f"the model of step {reached} is now in {aside}"
+            )
+    state.wait_for_everyone()
+
+
+def checkpoint_to_extend(stage: Stage, record: dict[str, Any]) -> Path | None:
+    """Find the checkpoint from which a stage can resume with another `max_steps`.
 
     Args:
         stage: with the new `max_steps`.
-        record: its `stage.json`, with the former.
+        record: its `stage.json`, with the old one.
 
     Returns:
-        A checkpoint that newer ones are in the way of, see `make_room`; None if the newest does.
+        A checkpoint that newer ones must make way for, see `begin_from`; None if it is the newest.
 
     Raises:
         RecipeError: if there is none, with the reason.
@@ -38,29 +71,29 @@ def go_on_to(stage: Stage, record: dict[str, Any]) -> Path | None:
         newest, _ = newest_whole(stage.checkpoints)
         return checkpoint if finished or newest != checkpoint else None
     schedule = stage.trainer.get("lr_scheduler_type", "linear")
-    why = f"no checkpoint of its first {shared} steps is left"
+    why = f"no checkpoint of the first {shared} steps is left"
     if shared < 1:
-        why = f"with the schedule {schedule} every step has another learning rate then"
+        why = f"under lr_scheduler_type {schedule} every step then has another learning rate"
     raise RecipeError(
-        f"{stage.folder} was begun with max_steps {before} and cannot go on to {now}: {why}\n"
-        f"  lr_scheduler_type: {STABLE} keeps a checkpoint to go on from; now give this run "
+        f"{stage.folder} was started with max_steps {before} and cannot resume to {now}: {why}\n"
+        f"  lr_scheduler_type: {STABLE} keeps a checkpoint to resume from; for now give this run "
         "another --name, or pass --restart, which moves the old stage aside"
     )
 
 
-def make_room(recipe: Recipe, stage: Stage, record: dict[str, Any], checkpoint: Path) -> Path:
-    """Move a stage aside, and begin it again with one of its checkpoints and its logs.
+def begin_from(recipe: Recipe, stage: Stage, record: dict[str, Any], checkpoint: Path) -> Path:
+    """Move a stage aside, and put a new folder with one of its checkpoints and its logs in place.
 
     Args:
         recipe: whose stage.
         stage: with the new `max_steps`.
         record: its `stage.json`.
-        checkpoint: of it, that the stage goes on from.
+        checkpoint: of it, that the stage resumes from.
 
     Returns:
-        The folder that the stage is in now.
+        The folder that holds the old stage now.
     """
-    fresh = _fresh(stage).with_name(f"{stage.name}.longer.partial")
+    fresh = _prepared_folder(stage).with_name(f"{stage.name}.longer.partial")
     shutil.rmtree(fresh, ignore_errors=True)  # ours, of a command that was killed
     (fresh / "checkpoints").mkdir(parents=True)
     try:
@@ -76,26 +109,18 @@ def make_room(recipe: Recipe, stage: Stage, record: dict[str, Any], checkpoint: 
         fresh,
         record | {"status": "interrupted", "max_steps": stage.max_steps, "settings": settings},
     )
-    fresh = fresh.rename(_fresh(stage))  # it is whole
+    fresh = fresh.rename(_prepared_folder(stage))  # complete from here on
     aside = move_aside(stage.folder)
     fresh.rename(stage.folder)
     return aside
 
 
-def finish_make_room(stage: Stage) -> None:
-    """Do what a `make_room` that was killed between its two renames has left."""
-    if _fresh(stage).is_dir() and not stage.folder.exists():
-        _fresh(stage).rename(stage.folder)
-    shutil.rmtree(_fresh(stage), ignore_errors=True)  # one that was not needed
+def finish_extending(stage: Stage) -> None:
+    """Complete a `begin_from` that was killed between its last two renames."""
+    if _prepared_folder(stage).is_dir() and not stage.folder.exists():
+        _prepared_folder(stage).rename(stage.folder)
+    shutil.rmtree(_prepared_folder(stage), ignore_errors=True)  # killed before the first of them
 
 
-def _fresh(stage: Stage) -> Path:
+def _prepared_folder(stage: Stage) -> Path:
     return stage.folder.with_name(f"{stage.name}.longer")
-
-
-def move_aside(folder: Path) -> Path:
-    """Give a stage's folder a name that is free; returns it."""
-    count = 1
-    while (aside := folder.with_name(f"{folder.name}.old-{count}")).exists():
-        count += 1
-    return folder.rename(aside)

@@ -1,24 +1,16 @@
-"""Train a stage and leave a complete model folder."""
+"""Train a stage, and leave a complete model folder: the model first, all else after it."""
 
 import contextlib
 import json
-import resource
-import shlex
 import shutil
 import signal
-import sys
-from datetime import UTC, datetime
-from importlib.metadata import version
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from accelerate import PartialState
-from accelerate.utils import gather_object
-from filelock import FileLock, Timeout
 
-from hfsft.errors import Interrupted, RecipeError
+from hfsft.errors import Interrupted, first_line
 from hfsft.hub.push import report_pushes
 from hfsft.model.loading import merged_model, name_base
 from hfsft.plan.sizes import SMALL_FILES, checkpoint_size, model_size, most_checkpoints
@@ -26,81 +18,33 @@ from hfsft.process import Stopped
 from hfsft.recipe.schema import Recipe, Stage
 from hfsft.run.checkpoint import PARTIAL, checkpoints, clear, newest_whole, step_of
 from hfsft.run.disk import require_room, shown, writing_to
-from hfsft.run.record import read_record, settings_of, write_record
+from hfsft.run.record import write_record
 from hfsft.train.card import model_card
+from hfsft.train.folder import lock_stage
+from hfsft.train.measuring import figures, joules, new_record, peak_memory
 from hfsft.train.step import StepAbandoned
-
-LIBRARIES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "bitsandbytes")
 
 
 def train_and_save(trainer: Any, recipe: Recipe, stage: Stage) -> None:
-    """Train, validate, and leave a whole model folder in the Hub format with its record and card.
+    """Train, validate, and leave a complete model folder in the Hub format, its record and card.
 
     Raises:
         Interrupted: after a signal, once a checkpoint is on disk.
-        CheckpointError: if there are checkpoints and none is whole, or none can be written.
+        CheckpointError: if there are checkpoints and none verifies, or none can be written.
         DiskShortage: if the disk has no room for it, or runs full.
     """
     with writing_to(stage.folder):
         lock = lock_stage(stage)
         try:
-            _train_and_save(trainer, recipe, stage, lock)
+            if trainer.is_world_process_zero() and not recipe.ignore_plan:
+                _require_room(trainer, stage)
+            record = _train_with_record(trainer, recipe, stage)
+            _save_stage(trainer, stage, record)
+            if trainer.is_world_process_zero():
+                lock.release()
+                _push(trainer, stage)
         finally:
             lock.release()
-
-
-def _train_and_save(trainer: Any, recipe: Recipe, stage: Stage, lock: FileLock) -> None:
-    is_main = trainer.is_world_process_zero()
-    if is_main and not recipe.ignore_plan:
-        _require_room(trainer, stage)
-    record = _new_record(trainer, recipe, stage)
-    if is_main:
-        _write_recipe(recipe)
-        write_record(stage.folder, record)
-    energy = _energy(trainer.args.device)
-    try:
-        try:
-            _train(trainer, stage)
-        except StepAbandoned:
-            trainer.save_if_new()
-        if trainer.stop_signal.received and not trainer.is_complete():
-            record["status"] = "interrupted"
-            raise _interrupted(trainer, stage)
-        record["status"] = "finished"
-        record["energy_joules"] = _energy_since(trainer, energy)
-    except BaseException:
-        if record["status"] == "running":
-            record["status"] = "failed"
-        raise
-    finally:
-        trainer.console.close()
-        trainer.stop_signal.give_back()
-        record |= _measured(trainer)
-        if is_main and record["status"] != "finished":
-            with contextlib.suppress(OSError):  # of a full disk; what came before is to be told
-                write_record(stage.folder, record)
-    partial = stage.checkpoints / PARTIAL
-    if is_main:
-        clear(stage.checkpoints)  # of a save that was broken off
-    _save_model(trainer, stage, partial)
-    if is_main:
-        _finish_folder(stage, partial, record)
-        write_record(stage.folder, record)
-        lock.release()
-        if not stage.quiet:
-            print(_summary(stage, record, trainer.state.global_step))
-        if trainer.pusher is not None:
-            try:
-                trainer.say(f"{stage.name}: pushing to {trainer.pusher.target.repo_id}")
-                trainer.pusher.model(stage.folder)
-                pushes = trainer.pusher.finish()
-            except (KeyboardInterrupt, Stopped) as stop:
-                raise Interrupted(
-                    f"{stage.name}: stopped while it was pushed; it is finished in {stage.folder}\n"
-                    f"  To go on with it: hfsft push {stage.folder}",
-                    getattr(stop, "number", signal.SIGINT),
-                ) from None
-            report_pushes(pushes, stage.folder, trainer.say)
 
 
 def _require_room(trainer: Any, stage: Stage) -> None:
@@ -113,39 +57,69 @@ def _require_room(trainer: Any, stage: Stage) -> None:
     require_room(stage.name, stage.folder, count * one + final, contents)
 
 
-def lock_stage(stage: Stage) -> Any:
-    """Keep a second run out of a stage's folder; the lock goes with this process, however it ends.
+# --- training ---
 
-    Returns:
-        The lock, held by the main process alone.
 
-    Raises:
-        RecipeError: if another process holds it.
-    """
-    held = []
-    lock = FileLock(stage.checkpoints / ".lock")
-    if PartialState().is_main_process:
-        stage.checkpoints.mkdir(parents=True, exist_ok=True)
+def _train_with_record(trainer: Any, recipe: Recipe, stage: Stage) -> dict[str, Any]:
+    """Train, and keep `stage.json` true to how it ended, unless it finished; returns the record."""
+    is_main, device = trainer.is_world_process_zero(), trainer.args.device
+    record = new_record(trainer, recipe, stage)
+    if is_main:
+        _write_recipe(recipe)
+        write_record(stage.folder, record)
+    before = _optional(trainer, "energy", lambda: joules(device))
+    try:
         try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            held.append(str(stage.folder))
-    if gather_object(held):
-        raise RecipeError(
-            f"{stage.folder}: another run is training it; wait for it, or give this one a --name"
-        )
-    return lock
+            _train(trainer, stage)
+        except StepAbandoned:
+            trainer.save_if_new()
+        if trainer.stop_signal.received and not trainer.is_complete():
+            record["status"] = "interrupted"
+            raise _interrupted(trainer, stage)
+        record["status"] = "finished"
+    except BaseException:
+        if record["status"] == "running":
+            record["status"] = "failed"
+        raise
+    finally:
+        _optional(trainer, "the progress bar", trainer.console.close)
+        trainer.stop_signal.give_back()
+        record |= figures(trainer)
+        record |= _optional(trainer, "peak memory", lambda: peak_memory(device)) or {
+            "peak_memory_bytes": None,
+            "peak_memory_of": None,
+            "peak_allocated_bytes": None,
+        }
+        after = _optional(trainer, "energy", lambda: joules(device))
+        # of a stage that one command trained on one GPU from beginning to end
+        counted = None not in (before, after) and trainer.args.world_size == 1
+        if record["status"] == "finished":
+            resumed = trainer.resumed_from is not None
+            record["energy_joules"] = round(after - before, 1) if counted and not resumed else None
+        elif is_main:
+            with contextlib.suppress(OSError):  # of a full disk; the error before it is reported
+                write_record(stage.folder, record)
+    return record
+
+
+def _optional(trainer: Any, what: str, make: Callable[[], Any]) -> Any:
+    """What `make` returns; None where it fails: no finished training may be lost for it."""
+    try:
+        return make()
+    except Exception as error:
+        trainer.say(f"{trainer.stage.name}: {what} failed: {first_line(error)}")
+        return None
 
 
 def _train(trainer: Any, stage: Stage) -> None:
-    """Train from the newest whole checkpoint on, and validate where that is still due."""
+    """Train, from the newest checkpoint that verifies, and validate where that is still due."""
     checkpoint, passed_over = newest_whole(stage.checkpoints)
     for problem in passed_over:
         trainer.say(f"passed over: {problem}")
     trainer.args.eval_on_start = stage.validates
     if checkpoint is not None:
-        trainer.take_up(checkpoint)
-        trainer.say(f"{stage.name}: going on from {checkpoint}")
+        trainer.prepare_resume(checkpoint)
+        trainer.say(f"{stage.name}: resuming from {checkpoint}")
         trainer.args.eval_on_start = trainer.validation_is_due(step_of(checkpoint))
     try:
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
@@ -163,108 +137,41 @@ def _interrupted(trainer: Any, stage: Stage) -> Interrupted:
         return Interrupted(f"{reached}, before there was anything to save", number)
     return Interrupted(
         f"{reached} of {trainer.args.max_steps}, saved in {checkpoints(stage.checkpoints)[0]}\n"
-        "  The same command goes on from there",
+        "  The same command resumes from there",
         number,
     )
 
 
-def _new_record(trainer: Any, recipe: Recipe, stage: Stage) -> dict[str, Any]:
-    start = read_record(Path(stage.model_name_or_path)) if stage.model_name_or_path else None
-    return {
-        "stage": stage.name,
-        "status": "running",
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "max_steps": trainer.args.max_steps,
-        "examples_per_step": trainer.get_total_train_batch_size(trainer.args),
-        "device": _device_name(trainer.args.device),
-        "processes": trainer.args.world_size,
-        "precision": "bf16" if trainer.args.bf16 else "fp16" if trainer.args.fp16 else "fp32",
-        "parameters": sum(p.numel() for p in trainer.model.parameters()),
-        "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
-        "versions": {name: version(name) for name in ("hfsft", *LIBRARIES)},
-        "recipe": recipe.path,
-        "command": shlex.join(["hfsft", stage.name, recipe.path, *_lasting(recipe.arguments)]),
-        "settings": settings_of(recipe, stage),
-        "chosen": stage.chosen,
-        "plan": stage.plan,
-        "lineage": {
-            "model": stage.model_name_or_path,
-            "revision": stage.revision,
-            "stage": start and {key: start[key] for key in ("stage", "steps", "lineage")},
-        },
-    }
+def _write_recipe(recipe: Recipe) -> None:
+    recipe.folder.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(recipe.resolved, sort_keys=False, allow_unicode=True)
+    partial = recipe.folder / "recipe.yaml.partial"  # a full disk leaves the one that is there
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(recipe.folder / "recipe.yaml")
 
 
-def _measured(trainer: Any) -> dict[str, Any]:
-    """What the run took and reached, as far as it came."""
-    log, state = trainer.metrics_log, trainer.state
-    losses, validation = log.values("loss"), log.values("eval_loss")
-    if trainer.args.device.type == "cuda":
-        memory = torch.cuda.max_memory_reserved()
-    else:  # kilobytes on Linux, bytes on macOS
-        unit = 1 if sys.platform == "darwin" else 1024
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return {
-        "steps": state.global_step,
-        "micro_batch_rows": trainer.rows,
-        "examples": state.global_step * trainer.get_total_train_batch_size(trainer.args),
-        "tokens": state.num_input_tokens_seen,
-        "seconds": round(log.seconds(), 1) if log.began else 0.0,
-        "train_loss": losses[-1] if losses else None,
-        "eval_loss": validation[-1] if validation else None,
-        "eval_loss_before": validation[0] if validation else None,
-        "eval_seconds": round(sum(log.values("eval_seconds")), 1),
-        "stopped_at": "plateau" if trainer.is_at_plateau() else None,
-        "peak_memory_bytes": memory,
-        "peak_memory_of": "GPU reserved" if trainer.args.device.type == "cuda" else "process",
-        # what the plan without its overhead is held against
-        "peak_allocated_bytes": torch.cuda.max_memory_allocated()
-        if trainer.args.device.type == "cuda"
-        else None,
-    }
+# --- saving ---
 
 
-def _lasting(arguments: tuple[str, ...]) -> list[str]:
-    """A command line without `--restart`, which would begin anew what is to go on."""
-    kept: list[str] = []
-    for index, word in enumerate(arguments):
-        value = index > 0 and arguments[index - 1] == "--restart" and not word.startswith("--")
-        if not value and word.partition("=")[0] != "--restart":
-            kept.append(word)
-    return kept
-
-
-def _energy(device: torch.device) -> float | None:
-    """Joules that a GPU has taken since its driver was loaded; None where it does not tell."""
-    if device.type != "cuda":
-        return None
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-        uuid = torch.cuda.get_device_properties(device).uuid
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
-        return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
-    except pynvml.NVMLError:
-        return None
-
-
-def _energy_since(trainer: Any, before: float | None) -> float | None:
-    """Joules of a stage that one command ran on one GPU from beginning to end; else not known."""
-    if before is None or trainer.place is not None or trainer.args.world_size > 1:
-        return None
-    return round(_energy(trainer.args.device) - before, 1)
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads"
+def _save_stage(trainer: Any, stage: Stage, record: dict[str, Any]) -> None:
+    """Save the model, then its card and record; every rank calls it."""
+    partial, is_main = stage.checkpoints / PARTIAL, trainer.is_world_process_zero()
+    if is_main:
+        clear(stage.checkpoints)  # of a save that was interrupted
+    _save_model(trainer, stage, partial)
+    if not is_main:
+        return
+    _write_rope_theta(partial / "config.json")
+    _move_into(stage.folder, partial)
+    card = stage.folder / "README.md"
+    _optional(trainer, "the model card", lambda: card.write_text(model_card(stage, record)))
+    write_record(stage.folder, record)
+    trainer.say(_summary(stage, record, trainer.state.global_step))
 
 
 def _save_model(trainer: Any, stage: Stage, folder: Path) -> None:
-    """Save the plain model to a folder; a LoRA run's adapter goes beside it."""
-    trainer.model.config.use_cache = True  # the trainer turned it off, a chat needs it
+    """Save the plain model to a folder; a LoRA run's adapter beside it."""
+    trainer.model.config.use_cache = True  # Trainer turned it off, generation needs it
     if stage.lora is None:
         trainer.save_model(str(folder))
         if trainer.is_world_process_zero():
@@ -282,19 +189,20 @@ def _save_model(trainer: Any, stage: Stage, folder: Path) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
-def _finish_folder(stage: Stage, partial: Path, record: dict[str, Any]) -> None:
-    """Complete a model's folder, and move what it holds into the stage's."""
-    path = partial / "config.json"
+def _write_rope_theta(path: Path) -> None:
+    """Repeat `rope_theta` at the top level of config.json, where older readers look for it."""
     config = json.loads(path.read_text())
     theta = (config.get("rope_parameters") or {}).get("rope_theta")
     if theta is not None and "rope_theta" not in config:
-        config["rope_theta"] = theta  # readers before transformers 5 look for it here
+        config["rope_theta"] = theta
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    (partial / "README.md").write_text(model_card(stage, record))
-    shutil.rmtree(stage.folder / "adapter", ignore_errors=True)  # of a move that was broken off
-    # without its config, which comes last, a folder holds no model
+
+
+def _move_into(folder: Path, partial: Path) -> None:
+    """Move a saved model into the stage's folder, config.json, which makes it a model, last."""
+    shutil.rmtree(folder / "adapter", ignore_errors=True)  # of a move that was interrupted
     for made in sorted(partial.iterdir(), key=lambda made: made.name == "config.json"):
-        made.rename(stage.folder / made.name)
+        made.rename(folder / made.name)
     partial.rmdir()
 
 
@@ -313,9 +221,18 @@ def _summary(stage: Stage, record: dict[str, Any], steps: int) -> str:
     )
 
 
-def _write_recipe(recipe: Recipe) -> None:
-    recipe.folder.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(recipe.resolved, sort_keys=False, allow_unicode=True)
-    partial = recipe.folder / "recipe.yaml.partial"  # a full disk leaves the one that is there
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(recipe.folder / "recipe.yaml")
+def _push(trainer: Any, stage: Stage) -> None:
+    """Push the finished model, and report every push of the stage."""
+    if trainer.pusher is None:
+        return
+    try:
+        trainer.say(f"{stage.name}: pushing to {trainer.pusher.target.repo_id}")
+        trainer.pusher.model(stage.folder)
+        pushes = trainer.pusher.finish()
+    except (KeyboardInterrupt, Stopped) as stop:
+        raise Interrupted(
+            f"{stage.name}: stopped during the push; the model is finished in {stage.folder}\n"
+            f"  To resume the push: hfsft push {stage.folder}",
+            getattr(stop, "number", signal.SIGINT),
+        ) from None
+    report_pushes(pushes, stage.folder, trainer.say)

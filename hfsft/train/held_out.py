@@ -1,4 +1,4 @@
-"""Validation: what is held out, cut to a budget; what its losses say; what the model answers."""
+"""The held-out set: sampled to a budget, its metrics, and greedy answers."""
 
 import math
 import random
@@ -10,11 +10,12 @@ import torch
 from transformers import GenerationConfig, TrainingArguments
 
 from hfsft.data.sources import SOURCE_COLUMN
+from hfsft.plan.sizes import steps_of
 from hfsft.recipe.schema import Stage
 from hfsft.tokens.encoding import IGNORED
 from hfsft.train.advice import Validation
 
-FEWEST = 16  # documents that the budget leaves in any case: fewer say next to nothing
+FEWEST = 16  # documents, whatever the budget: the mean of fewer says next to nothing
 
 
 ANSWER_TOKENS = 48  # of an answer to a sample prompt at most
@@ -23,27 +24,27 @@ ANSWER_TOKENS = 48  # of an answer to a sample prompt at most
 class HeldOut(torch.utils.data.Dataset):
     """Held-out documents, each with its number: conversations, or rows of base text."""
 
-    def __init__(self, rows: Any, places: list[int] | None = None):
+    def __init__(self, rows: Any, indices: list[int] | None = None):
         """Set it up.
 
         Args:
             rows: a dataset of `input_ids`, `labels` unless all is trained on, and `source`.
-            places: those of the rows that are validated on; None: all.
+            indices: of the rows to validate on; None: all.
         """
         self.rows = rows
-        self.places = list(range(len(rows))) if places is None else places
+        self.indices = list(range(len(rows))) if indices is None else indices
         self.sources = rows[SOURCE_COLUMN][:]
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.indices)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        row = dict(self.rows[self.places[number]])
+        row = dict(self.rows[self.indices[number]])
         del row[SOURCE_COLUMN]
         return row | {"number": number}
 
-    def cut(self, count: int, seed: int) -> "HeldOut":
-        """A seeded sample of so many of its rows, in their order."""
+    def sample(self, count: int, seed: int) -> "HeldOut":
+        """A seeded sample of `count` of all rows, in their order."""
         chosen = random.Random(f"{seed}:eval_budget").sample(range(len(self.rows)), count)
         return HeldOut(self.rows, sorted(chosen))
 
@@ -62,7 +63,7 @@ class HeldOut(torch.utils.data.Dataset):
 
     def by_source(self) -> dict[str, list[int]]:
         """The numbers of the documents of each source, under its short name."""
-        full = [self.sources[place] for place in self.places]
+        full = [self.sources[index] for index in self.indices]
         short = {name: _short_name(name) for name in full}
         if len(set(short.values())) < len(short):
             short = {name: name for name in full}
@@ -79,12 +80,10 @@ def _short_name(source: str) -> str:
 
 
 def evaluations(args: TrainingArguments) -> int:
-    """How often a stage is validated: before, during and after."""
+    """How many validations a stage has: before, during and after training."""
     if args.eval_strategy != "steps":
         return 2
-    every = args.eval_steps
-    every = math.ceil(every * args.max_steps) if every < 1 else int(every)
-    return 1 + math.ceil(args.max_steps / every)
+    return 1 + math.ceil(args.max_steps / steps_of(args.eval_steps, args.max_steps))
 
 
 def documents_within(
@@ -92,9 +91,9 @@ def documents_within(
 ) -> int:
     """How many held-out documents can be validated on within a share of the stage's time.
 
-    It counts tokens, not seconds: a run that is broken off and goes on must come to the same ones.
-    A validated token costs a forward, a trained one a backward of twice that too, without the
-    gradients of frozen weights half of it, and with checkpointing a second forward.
+    In tokens, not seconds: a run that is interrupted and resumed must choose the same documents.
+    A validated token costs one forward pass; a trained token also a backward pass of twice that
+    (once, where weights are frozen), and with activation checkpointing a second forward pass.
 
     Args:
         budget: the share, above 0.
@@ -117,24 +116,24 @@ def documents_within(
 def validation_metrics(
     prefix: str, held_out: HeldOut, totals: torch.Tensor, text_bytes: int | None
 ) -> dict[str, float]:
-    """What a validation says.
+    """The metrics of a validation.
 
     Args:
         prefix: of the metrics' names.
         held_out: what was validated on.
-        totals: float64 [4, documents]: losses in nats, predicted tokens, likeliest ones among
+        totals: float64 [4, documents]: losses in nats, predicted tokens, top-1 predictions among
             them, and losses of text without special tokens.
-        text_bytes: of all text; None: bits per byte are not asked for.
+        text_bytes: of all text; None: leave out bits per byte.
 
     Returns:
         Mean loss a token, its standard error over documents, accuracy, the loss of each source
         if there are several, and bits per byte.
     """
-    losses, tokens, hits, text_losses = totals.numpy()
+    losses, tokens, correct, text_losses = totals.numpy()
     whole = Validation(0, losses, tokens)
     metrics = {
         f"{prefix}_loss": whole.loss,
-        f"{prefix}_mean_token_accuracy": hits.sum() / max(tokens.sum(), 1),
+        f"{prefix}_mean_token_accuracy": correct.sum() / max(tokens.sum(), 1),
     }
     if len(held_out) > 1:
         metrics[f"{prefix}_loss_error"] = whole.error
@@ -151,16 +150,16 @@ def validation_metrics(
 def greedy_answers(
     model: Any, tokenizer: Any, texts: list[str], max_new_tokens: int = ANSWER_TOKENS
 ) -> list[str]:
-    """How a model goes on with each of some texts, always with the likeliest token.
+    """Greedy completions of some texts, in one batch.
 
     Args:
         model: a causal language model, in evaluation mode.
         tokenizer: its own.
-        texts: as the model is to see them, special tokens written out.
-        max_new_tokens: of each answer at most.
+        texts: the prompts, special tokens written out.
+        max_new_tokens: of each completion at most.
 
     Returns:
-        The answers, without special tokens. No random number is drawn.
+        The completions, without special tokens. No random number is drawn.
     """
     inputs = tokenizer(
         texts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt"
@@ -182,7 +181,7 @@ def greedy_answers(
 
 @contextmanager
 def attention_of(model: Any, name: str) -> Any:
-    """A model with another attention for a while."""
+    """Use another attention implementation within a `with` block."""
     before = model.config._attn_implementation
     model.set_attn_implementation(name)
     try:

@@ -1,30 +1,251 @@
-"""Saving."""
+"""Saving and resuming: what a checkpoint holds, and how a run comes back from one.
+
+`ResumableStep` is the second of the three classes behind the trainers, see `step.py`.
+"""
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import torch
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
+from transformers import TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState, TrainerControl
 
 from hfsft.data.stream import TextStream
+from hfsft.errors import CheckpointError, first_line
+from hfsft.hub.push import Pusher
+from hfsft.model.loading import name_base
+from hfsft.plan.sizes import checkpoint_bytes
+from hfsft.recipe.schema import Stage
+from hfsft.run.checkpoint import (
+    PARTIAL,
+    PLACE,
+    checkpoints,
+    clear,
+    commit,
+    read_manifest,
+    rotate,
+    step_of,
+)
+from hfsft.run.disk import free_bytes, shown
+from hfsft.train.schedule import decay_start
+from hfsft.train.step import PackedStep, StepAbandoned, last_good_checkpoint
+
+
+class ResumableStep(PackedStep):
+    """A trainer whose checkpoints are complete or absent, and hold all that a resume needs."""
+
+    def __init__(self, stage: Stage, examples: int, length: int | None, **kwargs: Any):
+        """Set the trainer up; arguments as `PackedStep`."""
+        super().__init__(stage, examples, length, **kwargs)
+        self.resumed_from: dict[str, Any] | None = None  # `place.json` of the checkpoint
+        self.stream_checkpoint: Path | None = None  # whose random state is still to be loaded
+        # goes into the manifest of every checkpoint
+        self.manifest_facts = {"data": data_fingerprint(self.train_dataset)}
+        pushes = stage.push_to_hub and self.is_world_process_zero()
+        self.pusher = Pusher(stage) if pushes else None
+        # the checkpoint that a longer run resumes from; see extending.py
+        self.decay_start = decay_start(stage, self.args.max_steps)
+        self.add_callback(ResumeCallback(self))
+
+    def has_every_step(self) -> bool:
+        """Whether no step is left to train."""
+        return self.state.global_step >= self.args.max_steps
+
+    # --- saving ---
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write a checkpoint into a partial folder, and rename it when all of it is on disk.
+
+        Raises:
+            CheckpointError: if it cannot be written, unless an earlier one verifies and the recipe
+                has `on_save_error: continue`.
+        """
+        folder, main = self.stage.checkpoints, self.is_world_process_zero()
+        partial, final = folder / PARTIAL, folder / f"checkpoint-{self.state.global_step}"
+        if not self._is_finite():
+            raise CheckpointError(
+                f"{self.stage.name}: a weight is not a finite number at step "
+                f"{self.state.global_step}, which is not saved; {last_good_checkpoint(self.stage)}"
+            )
+        # the sums behind the next log line, of every rank
+        sums = gather_object([(self._tr_loss.item(), self.correct.item(), self.predicted)])
+        problem = None
+        try:
+            if main:
+                clear(folder)
+                partial.mkdir(parents=True)
+            self.accelerator.wait_for_everyone()
+            self._write_state(partial, sums)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            problem = first_line(error)  # torch reports a full disk as "unexpected pos"
+        self.accelerator.wait_for_everyone()
+        if main and problem is None:
+            try:
+                commit(partial, final, self.manifest_facts | {"step": self.state.global_step})
+                if self.pusher is not None:
+                    self.pusher.checkpoint(final)
+                needed = {self.state.best_global_step, self.decay_start}
+                rotate(folder, self.args.save_total_limit, needed)
+            except OSError as error:
+                problem = first_line(error)
+        problem = next(filter(None, gather_object([problem])), None)
+        if problem is not None:
+            self._report_failed_save(final, problem)
+
+    def save_checkpoint(self) -> None:
+        """Write a checkpoint of the current step."""
+        self._save_checkpoint(self.model_wrapped, None)
+
+    def save_if_new(self) -> None:
+        """Write a checkpoint of the current step, unless there is one."""
+        step = self.state.global_step
+        if step and step not in map(step_of, checkpoints(self.stage.checkpoints)):
+            self.save_checkpoint()
+
+    def _write_state(self, partial: Path, sums: list[tuple[float, float, int]]) -> None:
+        """Write weights, optimizer, schedule, gradient scaler, random states and `place.json`."""
+        self.save_model(str(partial), _internal_call=True)
+        self._save_optimizer_and_scheduler(str(partial))
+        self._save_scaler(str(partial))
+        self._save_rng_state(str(partial))
+        if not self.is_world_process_zero():
+            return
+        (partial / "training_args.bin").unlink()  # a pickle that nothing reads
+        (partial / "README.md").unlink(missing_ok=True)  # peft's empty card
+        if self.stage.lora is not None:
+            name_base(partial, self.stage)
+        (partial / PLACE).write_text(json.dumps(self._resume_state(sums)) + "\n")
+        if best := self.state.best_global_step:
+            # the name alone: a path of this machine would be pushed to the Hub
+            self.state.best_model_checkpoint = f"checkpoint-{best}"
+        # a fresh control: what was due at this step is not due again after a resume
+        for callback in [*self.callback_handler.callbacks, TrainerControl()]:
+            if isinstance(callback, ExportableState):
+                self.state.stateful_callbacks[type(callback).__name__] = callback.state()
+        self.state.save_to_json(str(partial / TRAINER_STATE_NAME))
+        self._point_to_best()
+
+    def _resume_state(self, sums: list[tuple[float, float, int]]) -> dict[str, Any]:
+        """What Trainer does not keep: sums of the log, a stream's position, the micro-batch."""
+        state = {
+            "logged_at": self._globalstep_last_logged,
+            "sums": sums,
+            "bad_steps": self.bad_steps,
+            "rows": self.rows,
+            "asked_rows": self.args.per_device_train_batch_size,
+            "validated_on": len(self.eval_dataset) if self.stage.validates else 0,
+        }
+        if isinstance(self.train_dataset, TextStream):
+            examples = self.state.global_step * self.get_total_train_batch_size(self.args)
+            state["stream"] = self.train_dataset.state_after(examples)
+        return state
+
+    def _point_to_best(self) -> None:
+        """Name the best checkpoint by its path, where Trainer loads it from after training."""
+        if best := self.state.best_global_step:
+            self.state.best_model_checkpoint = str(self.stage.checkpoints / f"checkpoint-{best}")
+
+    def _is_finite(self) -> bool:
+        broken = torch.stack([~p.isfinite().all() for p in self.model.parameters()]).sum()
+        return int(self.accelerator.reduce(broken)) == 0
+
+    def _report_failed_save(self, final: Path, problem: str) -> None:
+        if self.is_world_process_zero():
+            clear(self.stage.checkpoints)
+        needed = checkpoint_bytes(self.model, self.optimizer)
+        last = last_good_checkpoint(self.stage)
+        message = (
+            f"{self.stage.name}: cannot save {final}: {problem}\n"
+            f"  {shown(free_bytes(final))} are free on its disk, and a checkpoint takes about "
+            f"{needed / 1e6:,.0f} MB; {last}"
+        )
+        if self.stage.on_save_error == "stop" or last.startswith("there"):
+            raise CheckpointError(message)
+        self.say(f"{message}; training continues")
+
+    # --- resuming ---
+
+    def prepare_resume(self, checkpoint: Path) -> None:
+        """Read what Trainer does not keep, before `train` resumes.
+
+        Raises:
+            CheckpointError: if the data is not what the checkpoint was trained on.
+        """
+        then = read_manifest(checkpoint)["data"]
+        if then != data_fingerprint(self.train_dataset, then["examples"]):
+            raise CheckpointError(
+                f"{self.stage.name}: the data has changed since {checkpoint} was written\n"
+                "  Give this run another --name, or pass --restart, which moves the old stage aside"
+            )
+        self.resumed_from = json.loads((checkpoint / PLACE).read_text())
+        if "stream" in self.resumed_from:
+            self.train_dataset.resume(self.resumed_from["stream"])
+            self.stream_checkpoint = checkpoint
+        if self.resumed_from["rows"] < self.resumed_from["asked_rows"]:  # memory had run out
+            self.rows = min(self.rows, self.resumed_from["rows"])
+
+    def restore_sums(self) -> None:
+        """Restore the sums of the next log line, which `train` has just set to zero."""
+        self._point_to_best()
+        if self.resumed_from is not None:
+            self._globalstep_last_logged = self.resumed_from["logged_at"]
+            self.bad_steps = self.resumed_from["bad_steps"]
+            loss, correct, self.predicted = self.resumed_from["sums"][self.args.process_index]
+            self._tr_loss.fill_(loss)
+            self.correct.fill_(correct)
+
+    def restore_stream_rng(self) -> None:
+        """Load a stream's random states, which Trainer restores only where it skips data."""
+        if self.stream_checkpoint is not None:
+            self._load_rng_state(str(self.stream_checkpoint))
+            self.stream_checkpoint = None
+
+
+class ResumeCallback(TrainerCallback):
+    """Restores what Trainer resets, and saves before the learning rate decays."""
+
+    def __init__(self, trainer: ResumableStep):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Restore the sums of the log."""
+        self.trainer.restore_sums()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        """Restore a stream's random states; take no step where none is left."""
+        self.trainer.restore_stream_rng()
+        # interrupted after the last step: Trainer would otherwise run an extra one
+        if self.trainer.has_every_step():
+            raise StepAbandoned
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Save the last checkpoint before the decay, which a longer run can resume from."""
+        if state.global_step == self.trainer.decay_start and args.save_strategy != "no":
+            control.should_save = True
 
 
 def data_fingerprint(train: Any, examples: int | None = None) -> dict[str, Any]:
-    """What tells one training set from another.
+    """The size and digest of a training set, to notice on resume that it changed.
 
     Args:
         train: sft's examples of the whole run, rows of mid or base, or a stream.
-        examples: only the first so many; None: all.
+        examples: only the first so many; None: all of them.
 
     Returns:
-        `examples` and their `digest`; of a stream neither is known.
+        `examples` and their `digest`; both None for a stream.
     """
     if isinstance(train, TextStream):
         return {"examples": None, "digest": None}
     count = len(train) if examples is None else min(examples, len(train))
     if getattr(train, "cache_files", None) and "labels" not in train.column_names:
-        # base text's cache is named by all that it depends on
+        # the cache file of base text is named by a digest of all it depends on
         return {"examples": count, "digest": Path(train.cache_files[0]["filename"]).stem}
     digest = hashlib.blake2b(digest_size=16)
     if isinstance(train, datasets.Dataset):

@@ -1,13 +1,13 @@
-"""The learning-rate schedule, and how many steps two runs of different length share."""
+"""The learning-rate schedule, and how many steps it has in common with that of a longer run."""
 
 import itertools
-import math
 from typing import Any
 
 import torch
 from transformers import get_scheduler
 
 from hfsft.errors import RecipeError
+from hfsft.plan.sizes import steps_of
 from hfsft.recipe.schema import Stage
 
 STABLE = "warmup_stable_decay"
@@ -17,16 +17,16 @@ DECAY_SHARE = 0.2  # of the steps, as in Hägele et al. 2024, where the recipe s
 
 
 def scheduler_settings(stage: Stage, max_steps: int) -> dict[str, Any]:
-    """The `lr_scheduler_kwargs` of a stage; a share of decaying steps becomes their number.
+    """The `lr_scheduler_kwargs` of a stage, with `num_decay_steps` in steps.
 
     Raises:
-        RecipeError: if warmup and decay are longer than the stage.
+        RecipeError: if warm-up and decay are longer than the stage.
     """
     given = dict(stage.trainer.get("lr_scheduler_kwargs") or {})
     if stage.trainer.get("lr_scheduler_type") != STABLE:
         return given
     decay = given.get("num_decay_steps", DECAY_SHARE)
-    given["num_decay_steps"] = math.ceil(decay * max_steps) if decay < 1 else int(decay)
+    given["num_decay_steps"] = steps_of(decay, max_steps)
     if _warmup_steps(stage, max_steps) + given["num_decay_steps"] > max_steps:
         raise RecipeError(
             f"{stage.name}: warmup_steps and num_decay_steps are more than max_steps, {max_steps}"
@@ -35,8 +35,7 @@ def scheduler_settings(stage: Stage, max_steps: int) -> dict[str, Any]:
 
 
 def _warmup_steps(stage: Stage, max_steps: int) -> int:
-    warmup = stage.trainer.get("warmup_steps", 0)  # as in TrainingArguments.get_warmup_steps
-    return math.ceil(warmup * max_steps) if warmup < 1 else int(warmup)
+    return steps_of(stage.trainer.get("warmup_steps", 0), max_steps)
 
 
 def decay_start(stage: Stage, max_steps: int) -> int | None:
@@ -47,7 +46,7 @@ def decay_start(stage: Stage, max_steps: int) -> int | None:
 
 
 def _learning_rates(stage: Stage, max_steps: int) -> list[float]:
-    """The factor of the learning rate at each step; none where it depends on the run."""
+    """The learning-rate factor of each step; empty where it depends on the losses."""
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     scheduler = get_scheduler(
         stage.trainer.get("lr_scheduler_type", "linear"),
@@ -61,9 +60,9 @@ def _learning_rates(stage: Stage, max_steps: int) -> list[float]:
 
 
 def shared_steps(stage: Stage, before: int, now: int) -> int:
-    """How many steps two runs have in common that differ in `max_steps` alone.
+    """How many steps two runs share that differ in `max_steps` alone.
 
-    A checkpoint of that step has the learning rate of the next one in it, which is the same too.
+    A checkpoint also holds the learning rate of the step after it, which must be the same too.
     """
     rates = zip(_learning_rates(stage, before), _learning_rates(stage, now), strict=False)
     same = itertools.takewhile(lambda pair: pair[0] == pair[1], rates)

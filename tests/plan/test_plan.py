@@ -12,8 +12,8 @@ from transformers import AutoConfig
 from hfsft import base, sft
 from hfsft.data.tasks import facts
 from hfsft.errors import MemoryShortage, ModelError
+from hfsft.plan import choosing, step_memory
 from hfsft.plan import plan as memory
-from hfsft.plan import step_memory
 from hfsft.plan.choosing import choose, nearest_settings, plan_run, require_fit, with_settings
 from hfsft.plan.plan import plan_stage
 from hfsft.plan.printing import print_plan
@@ -242,13 +242,13 @@ def test_auto_takes_the_largest_micro_batch_and_the_cheapest_settings():
     for limit in (80 * 10**9, 8 * 10**9, int(3.3e9)):
         chosen, why = choose(recipe, stage, limit, "cuda")
         plan = plan_stage(recipe, chosen, limit, "cuda")
-        assert plan.peak <= memory.MARGIN * limit
+        assert plan.peak <= choosing.MARGIN * limit
         assert chosen.examples_per_step == 32
         assert "\n" not in why and f"{limit / 1e9:.2f} GB" in why
         seen.append((plan.rows, plan.checkpointing, plan.optim))
         if plan.rows < 32:
             more = with_settings(chosen, per_device_train_batch_size=plan.rows + 1)
-            assert plan_stage(recipe, more, device_type="cuda").peak > memory.MARGIN * limit
+            assert plan_stage(recipe, more, device_type="cuda").peak > choosing.MARGIN * limit
     assert seen[0] == (32, False, "adamw_torch_fused")
     assert seen[1][0] >= 4
     assert seen[-1][1:] == (True, "adamw_bnb_8bit")

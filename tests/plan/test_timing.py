@@ -6,6 +6,7 @@ import yaml
 
 from hfsft.errors import RecipeError
 from hfsft.plan.choosing import with_settings
+from hfsft.plan.step_memory import model_of
 from hfsft.plan.timing import seconds_per_step
 from hfsft.recipe.loading import load_recipe
 
@@ -52,3 +53,32 @@ def test_settings_of_a_stage_are_timed(recipe, settings):
 def test_4bit_weights_are_not_timed(recipe):
     with pytest.raises(RecipeError, match="4-bit weights cannot be timed"):
         seconds_per_step(recipe, with_settings(recipe.sft, load_in_4bit=True))
+
+
+def test_the_timed_model_is_the_one_that_trains(recipe, tmp_path, monkeypatch, make_model):
+    """Float32 weights of a checkpoint in bfloat16, its attention, its checkpointing arguments."""
+    make_model("llama").to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    stage = with_settings(
+        recipe.sft,
+        model_name_or_path=str(tmp_path / "half"),
+        attn_implementation="eager",
+        gradient_checkpointing=True,
+        activation_checkpointing_kwargs={"use_reentrant": True},
+    )
+    built = []
+    monkeypatch.setattr(
+        "hfsft.plan.timing.model_of", lambda *a: built.append(model_of(*a)) or built[-1]
+    )
+    assert seconds_per_step(recipe, stage) > 0
+    ((model, fused),) = built
+    assert fused and model.dtype == torch.float32
+    assert model.config._attn_implementation == "eager"
+    layer = model.model.layers[0]
+    assert layer.gradient_checkpointing
+    assert layer._gradient_checkpointing_func.keywords == {"use_reentrant": True}
+
+
+def test_an_optimizer_that_cannot_be_built_is_an_error(recipe):
+    stage = with_settings(recipe.sft, optim="galore_adamw")
+    with pytest.raises(RecipeError, match=r"sft.optim: galore_adamw cannot be built before a run"):
+        seconds_per_step(recipe, stage)

@@ -96,7 +96,7 @@ def test_says_what_more_steps_cost():
     low, high = advice.projected[701]
     assert advice.says == (
         f"step 200: validation {seen[-1].loss:.3f} ± {seen[-1].error:.3f}, still falling; "
-        f"701 steps would give {low:.3f}-{high:.3f} for 48 minutes more: go on to 701"
+        f"701 steps would give {low:.3f}-{high:.3f} for 48 minutes more: continue to 701"
     )
 
 
@@ -241,4 +241,4 @@ def test_intervals_keep_their_rate_on_curves_they_were_not_set_on():
         assert np.mean(held) >= RATE
         wide = [(high - low) / now for low, high, _, now in intervals["1 → 2"]]
         assert np.median(wide) < 0.2
-        assert np.mean(verdicts["go on"]) > 0.9
+        assert np.mean(verdicts["continue"]) > 0.9

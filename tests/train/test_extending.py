@@ -82,7 +82,7 @@ def test_more_steps_end_where_a_longer_run_from_scratch_does(recipe, tmp_path, c
     sft.main(recipe, "--output_dir", str(tmp_path / "a"), *STABLE)
     aside = folder.with_name("sft.old-1")
     assert (
-        f"sft: going on from step 3 to {STEPS}; what was trained to step 4 is now {aside}\n"
+        f"sft: resuming from step 3, up to {STEPS}; the model of step 4 is now in {aside}\n"
         in capsys.readouterr().out
     )
     assert (aside / "model.safetensors").read_bytes() == finished
@@ -107,8 +107,8 @@ def test_another_schedule_says_why_not_and_touches_nothing(recipe, tmp_path):
     before = sorted(path for path in tmp_path.rglob("*"))
     with pytest.raises(
         RecipeError,
-        match=r"was begun with max_steps 2 and cannot go on to 6: with the schedule linear every "
-        r"step has another learning rate then\n  lr_scheduler_type: warmup_stable_decay keeps",
+        match=r"was started with max_steps 2 and cannot resume to 6: under lr_scheduler_type "
+        r"linear every step then has another learning rate\n  lr_scheduler_type: warmup_stable_d",
     ):
         sft.main(recipe, *place)
     assert sorted(path for path in tmp_path.rglob("*")) == before
@@ -149,7 +149,7 @@ def test_without_checkpoints_a_finished_stage_stays_as_it_is(recipe, tmp_path):
     place = ("--output_dir", str(tmp_path), "--quiet", *STABLE, "--save_strategy", "no")
     sft.main(recipe, *place, "--max_steps", "3")
     before = (tmp_path / "start" / "sft" / "model.safetensors").read_bytes()
-    with pytest.raises(RecipeError, match="no checkpoint of its first 2 steps is left"):
+    with pytest.raises(RecipeError, match="no checkpoint of the first 2 steps is left"):
         sft.main(recipe, *place)
     assert (tmp_path / "start" / "sft" / "model.safetensors").read_bytes() == before
 
@@ -165,5 +165,5 @@ def test_a_killed_run_past_its_decay_goes_on_from_before_it(recipe, tmp_path, ca
     (folder / "model.safetensors").unlink()
     capsys.readouterr()
     sft.main(recipe, *place)
-    assert "going on from step 3 to 6; what was trained to step 4 is now" in capsys.readouterr().out
+    assert "resuming from step 3, up to 6; the model of step 4 is now in" in capsys.readouterr().out
     assert step_of(checkpoints(folder / "checkpoints")[0]) == STEPS

@@ -57,15 +57,15 @@ def test_the_budget_counts_tokens(make_stage):
     assert documents_within(0.05, HeldOut(rows("a", "a")), stage, args(), 10) == 2
 
 
-def test_a_cut_is_seeded_and_keeps_what_belongs_to_each_row():
+def test_a_sample_is_seeded_and_keeps_what_belongs_to_each_row():
     names = [f"source {i}" for i in range(50)]
     held_out = HeldOut(rows(*names))
-    first, again, other = held_out.cut(5, 1), held_out.cut(5, 1), held_out.cut(5, 2)
-    assert first.places == again.places == sorted(first.places) != other.places
+    first, again, other = held_out.sample(5, 1), held_out.sample(5, 1), held_out.sample(5, 2)
+    assert first.indices == again.indices == sorted(first.indices) != other.indices
     assert [row["number"] for row in first] == [0, 1, 2, 3, 4]
-    assert list(first.by_source()) == [names[place] for place in first.places]
-    # a larger one of the whole set again, as a run that goes on asks for it
-    assert first.cut(7, 1).places == held_out.cut(7, 1).places
+    assert list(first.by_source()) == [names[index] for index in first.indices]
+    # a larger one of the whole set again, as a resumed run asks for it
+    assert first.sample(7, 1).indices == held_out.sample(7, 1).indices
 
 
 def test_sources_have_their_short_names_unless_two_are_alike():

@@ -173,7 +173,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(recipe, whole, tmp_path, m
     sft.main(recipe, *place)
     said = capsys.readouterr().out
     assert "passed over: " in said and "checkpoint-4: optimizer.pt is not what was written" in said
-    assert "going on from" in said and "checkpoint-3" in said
+    assert "resuming from" in said and "checkpoint-3" in said
     assert bits(sft_folder(tmp_path)) == whole
     assert (newest.parent / "checkpoint-4.broken-1" / "optimizer.pt").read_bytes() == held
 
@@ -234,16 +234,22 @@ def test_an_edited_file_is_noticed(recipe, place, tmp_path, monkeypatch):
     sft.main(recipe, *place)
 
 
-def test_a_final_save_that_is_broken_off_is_done_again(recipe, whole, place, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("where", "is_saved"), [("_write_rope_theta", False), ("model_card", True)]
+)
+def test_an_interrupted_final_save_is_redone(
+    recipe, whole, place, tmp_path, monkeypatch, where, is_saved
+):
     def stop(*args):
         raise Stopped(signal.SIGTERM)
 
     folder = sft_folder(tmp_path)
     with monkeypatch.context() as patched:
-        patched.setattr("hfsft.train.finishing.model_card", stop)
+        patched.setattr(f"hfsft.train.finishing.{where}", stop)
         with pytest.raises(Stopped):
             sft.main(recipe, *place)
-    assert not list(folder.glob("*.safetensors")) and not (folder / "config.json").exists()
+    # the model comes first, the card after it
+    assert bool(list(folder.glob("*.safetensors"))) == (folder / "config.json").exists() == is_saved
     assert json.loads((folder / "stage.json").read_text())["status"] == "running"
     sft.main(recipe, *place)
     assert bits(folder) == whole
@@ -336,7 +342,7 @@ def test_a_full_disk_after_a_good_checkpoint_may_go_on(
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     said = capsys.readouterr().out
     assert len(re.findall(r"cannot save .*checkpoint-(\d)", said)) == 2
-    assert said.count("the last good checkpoint is") == said.count("; going on") == 2
+    assert said.count("the last good checkpoint is") == said.count("; training continues") == 2
     assert bits(sft_folder(tmp_path)) == whole
 
 

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from trl import SFTConfig, SFTTrainer
 
-from hfsft.errors import MemoryShortage
+from hfsft.errors import MemoryShortage, RecipeError
 from hfsft.tokens.encoding import IGNORED
 from hfsft.train.arguments import arguments
 from hfsft.train.held_out import attention_of
@@ -151,9 +151,18 @@ def test_a_model_whose_head_is_not_plain_still_has_its_own_gradient(make_model, 
 
 
 def test_a_model_that_cannot_keep_documents_apart_gets_one_a_row(make_model, make_trainer):
-    model = make_model("llama")
+    model = reading_rows_as_one_text(make_model("llama"))
+    train = list(conversations(16))
+    loss, expected = one_by_one(model, train)
+    trainer = make_trainer(model)
+    assert trainer.data_collator.alone
+    assert step(trainer, train) == pytest.approx(loss, rel=1e-6)
+    assert_same_gradients(gradients(model), expected)
+
+
+def reading_rows_as_one_text(model):
+    """Has a model ignore where a row's documents begin."""
     inner = model.model.forward
-    # reads its rows as one text, whatever the positions say
     model.model.forward = lambda *args, position_ids=None, cu_seq_lens_q=None, **kwargs: inner(
         *args,
         cu_seq_lens_q=torch.arange(
@@ -161,12 +170,27 @@ def test_a_model_that_cannot_keep_documents_apart_gets_one_a_row(make_model, mak
         ),
         **kwargs,
     )
-    train = list(conversations(16))
-    loss, expected = one_by_one(model, train)
-    trainer = make_trainer(model)
-    assert trainer.data_collator.alone
-    assert step(trainer, train) == pytest.approx(loss, rel=1e-6)
-    assert_same_gradients(gradients(model), expected)
+    return model
+
+
+def test_dft_is_held_against_the_loss_from_materialised_logits(make_model, make_trainer):
+    model = make_model("llama")
+    train = list(conversations(8))
+    trainer = make_trainer(model, loss_type="dft")
+    assert trainer.fused and model.config._attn_implementation == "hfsft_documents"
+    expected, tokens = 0.0, 0
+    for row in train:
+        ids = torch.tensor([row["input_ids"]])
+        with attention_of(model, "sdpa"):
+            logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+        labels = torch.tensor(row["labels"][1:])
+        losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+        expected += (losses * (-losses).exp())[labels != IGNORED].sum().item()
+        tokens += int((labels != IGNORED).sum())
+    assert step(trainer, train) == pytest.approx(expected / tokens, rel=1e-5)
+    # a fused loss that differs is refused: the model's own would silently train without dft
+    with pytest.raises(RecipeError, match="loss_type: dft does not reproduce"):
+        make_trainer(reading_rows_as_one_text(make_model("llama")), loss_type="dft")
 
 
 @pytest.mark.parametrize("model_type", ["nanochat", "llama"])
