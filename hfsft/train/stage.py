@@ -20,11 +20,11 @@ from hfsft.run.disk import require_writable
 from hfsft.run.record import (
     changed_keys,
     finished_line,
-    going_on_line,
     is_finished,
     only_longer,
     other_settings,
     read_record,
+    resume_notice,
     settings_of,
 )
 from hfsft.train.extending import finish_make_room, go_on_to, make_room, move_aside
@@ -91,7 +91,7 @@ def open_stage(recipe: Recipe, stage: Stage) -> Stage | None:
             _go_on_to(recipe, stage, record)
         elif changed:
             raise other_settings(stage, f"stopped at {found[0].name}", changed)
-        line = going_on_line(stage, record["settings"], settings_of(recipe, stage))
+        line = resume_notice(stage, record["settings"], settings_of(recipe, stage))
         if line and state.is_main_process and not stage.quiet:
             print(line)
     return _planned(recipe, stage, record["chosen"] if record is not None and found else None)
