@@ -99,11 +99,16 @@ class Key(Field):
             text = ", ".join(words + ["null"] * ("None" in self.kinds))
         else:
             text = self.expected()
-        if self.above is not None:
-            text += f", above {_short(self.above)} up to {_short(self.high)}"
-        elif self.low is not None:
-            text += f", {_short(self.low)} to {_short(self.high)}"
-        return text + "; below 1 a share" * self.share + f"; or `{AUTO}`" * self.auto
+        return (
+            text + self._range() + "; below 1 a share" * self.share + f"; or `{AUTO}`" * self.auto
+        )
+
+    def _range(self) -> str:
+        """The bounds for the documentation: ", 1 to 1,024"; empty without any."""
+        low = "" if self.low is None else _short(self.low)
+        low = low if self.above is None else f"above {_short(self.above)}"
+        high = "" if self.high is None else f"to {_short(self.high)}"
+        return f", {low} {high}".rstrip() if low or high else ""
 
 
 def _short(bound: float) -> str:
