@@ -1,66 +1,60 @@
-"""Check a recipe's keys and values, one by one and across keys."""
+"""Check a recipe's keys and values: key by key, and then the rules that span several keys."""
 
 from collections.abc import Collection
-from dataclasses import fields as dataclass_fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hfsft.errors import RecipeError, nearest, quoted
-from hfsft.recipe.schema import (
-    ABOVE_ZERO,
+from hfsft.recipe.key import AUTO, STAGES
+from hfsft.recipe.names import (
     ALIASES,
-    AUTO,
-    AUTO_KEYS,
-    FIELDS,
     FLAGS,
-    LIMITS,
     MANAGED,
-    MODEL_KEYS,
     OTHER_NAMES,
     REFUSED,
     REFUSED_LORA,
     RENAMED,
-    SHARES,
-    STAGES,
-    TOP_KEYS,
-    Source,
-    size_in_bytes,
+)
+from hfsft.recipe.schema import Source, size_in_bytes
+from hfsft.recipe.sections import (
+    MODEL,
+    TOP,
+    lora_section,
+    model_section,
+    source_fields,
     stage_fields,
 )
-from hfsft.recipe.upstream import Field, lora_fields, model_fields, model_types
+from hfsft.recipe.upstream import Field, model_fields, model_types
 from hfsft.recipe.yaml_nodes import Node, kind
 
-# --- checking ---
+# the place of a value that no file or flag set
+DEFAULTS = "hfsft's defaults"
+
+
+def is_default(node: Node) -> bool:
+    """Whether a value comes from hfsft's defaults."""
+    return node.where == DEFAULTS
+
+
+# --- one key ---
 
 
 def check_value(key: str, node: Node, known: Field) -> Any:
-    """Check one value against its field and its limits; returns it as the field takes it."""
-    name = key.rsplit(".", 1)[-1]
-    if name in AUTO_KEYS and node.raw == AUTO:
-        return AUTO
+    """Return one value as its key takes it.
+
+    Args:
+        key: its dotted path, for the error.
+        node: the value.
+        known: the key's declaration, or upstream's field.
+
+    Raises:
+        RecipeError: if the key does not take the value.
+    """
     try:
-        value = known.check(node.plain(), node.raw)
-        if value == "" and name in FIELDS:
-            raise ValueError("must not be empty")
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            _check_number(name, value, node.raw)
-        return value
+        return known.check(node.plain(), node.raw)
     except ValueError as error:
         raise RecipeError(f"{node.where}: {key}: {error}") from None
-
-
-def _check_number(name: str, value: float, raw: str | None) -> None:
-    low, high = LIMITS.get(name, (value, value))
-    shown = quoted(raw or str(value)).strip("'")
-    if value > high:
-        raise ValueError(f"{shown} is not possible: it must be at most {high:,}")
-    if value < low or (name in ABOVE_ZERO and value == 0):
-        sign = "above" if name in ABOVE_ZERO else "at least"
-        raise ValueError(f"{shown} is not possible: it must be {sign} {low:,}")
-    if name in SHARES and value > 1 and value != int(value):
-        raise ValueError(
-            f"{shown} is not possible: a share is below 1, and a number from 1 on is a whole one"
-        )
 
 
 def check_section(node: Node, section: str, known: dict[str, Field]) -> dict[str, Any]:
@@ -75,18 +69,18 @@ def check_section(node: Node, section: str, known: dict[str, Field]) -> dict[str
         full = f"{section}.{key}" if section else key
         checked[key] = check_value(full, child, known[key])
         if not isinstance(child.value, (dict, list)):
-            child.value = checked[key]  # the run's copy of the recipe has it as it was taken
+            child.value = checked[key]  # the run's copy of the recipe holds the checked value
     return checked
 
 
 def refuse_unknown(node: Node, section: str, known: Collection[str]) -> None:
-    """Raise a `RecipeError` for the first key that is not known, with the nearest one."""
+    """Raise a `RecipeError` for the first unknown key, with a hint at the one that was meant."""
     for key, child in node.value.items():
         full = f"{section}.{key}" if section else key
         if key == "trust_remote_code":
             raise RecipeError(
-                f"{child.where}: {full}: only the command line may say it (--trust_remote_code): "
-                "a recipe from elsewhere must not run code unasked"
+                f"{child.where}: {full}: can only be set on the command line "
+                "(--trust_remote_code), so that no recipe runs code on its own"
             )
         if key in known:
             continue
@@ -101,12 +95,12 @@ def refuse_unknown(node: Node, section: str, known: Collection[str]) -> None:
 
 
 def _hint(key: str, section: str, known: Collection[str]) -> str:
-    """What was meant: a command-line alias, a key of another section, or the nearest here."""
+    """A hint for an unknown key: its name here, the section it belongs in, or the nearest key."""
     if key in ALIASES and ALIASES[key] in known:
         return f"; its name in a recipe is '{ALIASES[key]}'"
     if key in FLAGS:
-        return f"; only the command line takes it (--{key})"
-    if section and key in (*TOP_KEYS, "extends"):
+        return f"; it is a command-line flag (--{key})"
+    if section and key in (*TOP, "extends"):
         return "; it belongs at the top of the recipe"
     if not section or section in STAGES:
         name = ALIASES.get(key, key)
@@ -117,10 +111,10 @@ def _hint(key: str, section: str, known: Collection[str]) -> str:
             return f"; it belongs in {' or '.join(homes)}"
     nearest_key = near(key, known)
     if nearest_key or len(known) < 15:
-        return nearest_key or f"; known are {', '.join(sorted(known))}"
+        return nearest_key or f"; known keys are {', '.join(sorted(known))}"
     upstream = "TrainingArguments" if section in ("base", "mid") else "trl.SFTConfig"
     upstream = "peft.LoraConfig" if section.endswith(".lora") else upstream
-    return "" if section == "model" else f"; it is none of hfsft's, nor of {upstream}'s"
+    return "" if section == "model" else f"; neither hfsft nor {upstream} has it"
 
 
 def near(key: str, known: Collection[str]) -> str:
@@ -129,20 +123,116 @@ def near(key: str, known: Collection[str]) -> str:
     return f"; did you mean '{meant}'?" if meant in known else nearest(key, known)
 
 
+# --- sections outside a stage ---
+
+
+def check_name(node: Node, name: str) -> None:
+    """Refuse a run's name that cannot be the name of a folder."""
+    one_part = name not in (".", "..") and Path(name).name == name
+    # file systems allow 255 bytes; a folder moved aside gets a suffix such as .old-1
+    if not (one_part and name.isprintable() and name == name.strip() and len(name.encode()) < 200):
+        raise RecipeError(f"{node.where}: name: {quoted(name)} is not a valid folder name")
+
+
+def check_sample_prompts(node: Node) -> None:
+    """Refuse a sample prompt that is not text."""
+    for index, prompt in enumerate(node.value):
+        if not isinstance(prompt.value, str):
+            raise RecipeError(
+                f"{prompt.where}: sample_prompts.{index}: expected text, got {kind(prompt)}"
+            )
+
+
+def check_model(node: Node) -> dict[str, Any]:
+    """Check the `model` section; returns it as plain data."""
+    model_type = None
+    if isinstance(node.value, dict) and "model_type" in node.value:
+        child = node.value["model_type"]
+        model_type = check_value("model.model_type", child, MODEL["model_type"])
+        if not model_fields(model_type):
+            raise RecipeError(
+                f"{child.where}: model.model_type: transformers has no model type '{model_type}'"
+                f"{nearest(model_type, model_types())}"
+            )
+        if "depth" in node.value:
+            raise RecipeError(
+                f"{node.value['depth'].where}: model.depth: model_type is given as well "
+                f"({child.where}); choose one"
+            )
+    return check_section(node, "model", model_section(model_type))
+
+
+def check_tokenizer(node: Node, model: dict[str, Any], tokenizer: dict[str, Any]) -> None:
+    """Refuse tokenizer keys that exclude each other."""
+
+    def refuse(key: str, problem: str) -> None:
+        raise RecipeError(f"{node.value[key].where}: tokenizer.{key}: {problem}")
+
+    if tokenizer.get("train"):
+        for key in ("path", "revision"):
+            if key in tokenizer:
+                refuse(key, "train is on as well; choose one")
+        if "chat_template" in tokenizer:
+            refuse("chat_template", "a trained tokenizer always has nanochat's template")
+        if tokenizer.get("vocab_size", 0) > model.get("vocab_size", 2**20):
+            refuse("vocab_size", f"is above the model's vocab_size, {model['vocab_size']:,}")
+
+
+# --- a stage ---
+
+
+@dataclass
+class Section:
+    """A stage's section while its rules are checked."""
+
+    stage: str  # base, mid or sft
+    node: Node
+    settings: dict[str, Any]  # the values by key; rules fill in and drop some
+
+    def where(self, key: str) -> str:
+        """The place of a key, or of the section where the key is not set."""
+        return self.node.value[key].where if key in self.node.value else self.node.where
+
+    def error(self, key: str, problem: str) -> RecipeError:
+        """The error of a key, with its place."""
+        return RecipeError(f"{self.where(key)}: {self.stage}.{key}: {problem}")
+
+
+def check_stage(stage: str, node: Node) -> Section:
+    """Check a stage's section: each key by itself, then the rules that span keys, in order.
+
+    Raises:
+        RecipeError: for the first key or rule that fails.
+    """
+    section = Section(stage, node, check_section(node, stage, stage_fields(stage)))
+    if "data" not in section.settings:
+        raise RecipeError(f"{node.where}: {stage}: needs data, such as [{{path: identity}}]")
+    section.settings["data"] = check_data(node.value["data"], f"{stage}.data")
+    check_eval_steps(section)
+    check_renamed(section)
+    check_row_length(section)
+    check_precision(section)
+    check_memory_limit(section)
+    check_auto_batch_size(section)
+    check_lora(section)
+    check_step_divides_into_rows(section)
+    check_steps_or_epochs(section)
+    check_start(section)
+    return section
+
+
 def check_data(node: Node, section: str) -> list[Source]:
     """Check a stage's `data`; returns its sources."""
     if not isinstance(node.value, list) or not node.value:
         raise RecipeError(
             f"{node.where}: {section}: expected a list of sources, such as [{{path: identity}}]"
         )
-    keys = {item.name for item in dataclass_fields(Source)}
-    known = {key: FIELDS[key] for key in keys} | {"name": Field("str | None")}
     sources = []
     for index, item in enumerate(node.value):
         if isinstance(item.value, str):  # `data: [identity]`
             item = Node({"path": item}, item.where)
         place = f"{section}.{index}"
-        checked = check_section(item, place, known)
+        checked = check_section(item, place, source_fields())
         if "path" not in checked:
             raise RecipeError(f"{item.where}: {place}: a source needs a path")
         for column in checked.get("columns", ()):
@@ -159,154 +249,128 @@ def check_data(node: Node, section: str) -> list[Source]:
 
 
 def _source_problem(source: Source, stage: str) -> str | None:
-    """What keeps a stage from reading a source, if anything."""
+    """Why a stage cannot read a source, if it cannot."""
     if source.streaming and stage != "base":
         return (
-            "streaming is for base text; a conversation's place in the run needs the whole of "
-            f"{source}"
+            f"streaming is for base text; {stage} shuffles conversations and needs all of {source}"
         )
     if source.streaming and (source.rows or source.first or source.copies != 1):
-        return f"a streaming {source} is read as it trains: no rows, first, repeat or weight"
+        return f"{source} is streamed, and takes no rows, first, repeat or weight"
     if stage == "base" and source.format not in (None, "text"):
-        return f"format {source.format} is for mid and sft; base learns from text"
+        return f"format {source.format} is for mid and sft; base trains on text"
     if stage != "base" and source.format == "text":
-        return f"format text is for base; {stage} learns from conversations"
+        return f"format text is for base; {stage} trains on conversations"
     return None
 
 
-def check_model(node: Node) -> dict[str, Any]:
-    """Check the `model` section; returns it as plain data."""
-    known = {key: FIELDS[key] for key in MODEL_KEYS}
-    if isinstance(node.value, dict) and "model_type" in node.value:
-        child = node.value["model_type"]
-        model_type = check_value("model.model_type", child, FIELDS["model_type"])
-        upstream = model_fields(model_type)
-        if not upstream:
-            raise RecipeError(
-                f"{child.where}: model.model_type: transformers knows no '{model_type}'"
-                f"{nearest(model_type, model_types())}"
-            )
-        if "depth" in node.value:
-            raise RecipeError(
-                f"{node.value['depth'].where}: model.depth: model_type is given as well "
-                f"({child.where}); choose one"
-            )
-        known = upstream | known
-    return check_section(node, "model", known)
+def check_eval_steps(section: Section) -> None:
+    """`eval_steps: -1` turns validation off; other values must be above 0."""
+    steps = section.settings.get("eval_steps")
+    if steps is None or steps > 0:
+        return
+    if steps != -1:
+        raise section.error(
+            "eval_steps",
+            "expected a number above 0, or -1 for no validation, got "
+            f"{section.node.value['eval_steps'].raw}",
+        )
+    section.settings["eval_strategy"] = "no"
+    del section.settings["eval_steps"]
 
 
-def check_stage(name: str, tree: Node, path: str) -> dict[str, Any]:
-    """Check one stage's section, key by key and across keys; returns the arguments of `Stage`."""
-    node = tree.value[name]
-    checked = check_section(node, name, stage_fields(name))
-
-    def where(key: str) -> str:
-        return node.value[key].where if key in node.value else node.where
-
-    if "data" not in checked:
-        raise RecipeError(f"{node.where}: {name}: needs data, such as [{{path: identity}}]")
-    checked["data"] = check_data(node.value["data"], f"{name}.data")
-    if checked.get("eval_steps") is not None and checked["eval_steps"] <= 0:
-        if checked["eval_steps"] != -1:
-            raise RecipeError(
-                f"{where('eval_steps')}: {name}.eval_steps: expected a number above 0, or -1 for "
-                f"no validation, got {node.value['eval_steps'].raw}"
-            )
-        checked["eval_strategy"] = "no"
-        del checked["eval_steps"]
+def check_renamed(section: Section) -> None:
+    """Deprecated names are replaced by the new ones; only one of the two may be given."""
+    node, settings = section.node, section.settings
     for old, new in RENAMED.items():
-        if new in checked and old in checked:
+        if new in settings and old in settings:
             if not is_default(node.value[old]):
-                raise RecipeError(
-                    f"{where(new)}: {name}.{new}: is given as {old} as well ({where(old)})"
+                raise section.error(
+                    new, f"is given as {old} as well ({section.where(old)}); choose one"
                 )
-            del checked[old], node.value[old]
-        elif old in checked:
-            checked[new] = checked.pop(old)
-    if name == "mid" and checked["max_length"] is None:
-        raise RecipeError(f"{where('max_length')}: mid.max_length: a packed row needs a length")
-    if checked.get("bf16") and checked.get("fp16"):
-        raise RecipeError(f"{where('fp16')}: {name}.fp16: bf16 is on as well; choose one")
-    if checked.get("memory_limit") is not None:
-        size_in_bytes(checked["memory_limit"], f"{where('memory_limit')}: {name}.memory_limit")
-    batch = "per_device_train_batch_size"
-    if name != "sft" and checked[batch] == AUTO and checked.get("tokens_per_step") is None:
+            del settings[old], node.value[old]
+        elif old in settings:
+            settings[new] = settings.pop(old)
+
+
+def check_row_length(section: Section) -> None:
+    """Mid packs rows, whose length no model tells; base has its own model's."""
+    if section.stage == "mid" and section.settings["max_length"] is None:
+        raise section.error("max_length", "mid packs rows and needs their length")
+
+
+def check_precision(section: Section) -> None:
+    """bf16 and fp16 exclude each other."""
+    if section.settings.get("bf16") and section.settings.get("fp16"):
+        raise section.error("fp16", "bf16 is on as well; choose one")
+
+
+def check_memory_limit(section: Section) -> None:
+    """`memory_limit` must be a size."""
+    limit = section.settings.get("memory_limit")
+    if limit is not None:
+        size_in_bytes(limit, f"{section.where('memory_limit')}: {section.stage}.memory_limit")
+
+
+def check_auto_batch_size(section: Section) -> None:
+    """Base and mid need `tokens_per_step` for `auto`: else the batch size would set the step's."""
+    key, settings = "per_device_train_batch_size", section.settings
+    if section.stage != "sft" and settings[key] == AUTO and not settings.get("tokens_per_step"):
+        raise section.error(key, "auto needs tokens_per_step, which fixes the size of a step")
+
+
+def check_lora(section: Section) -> None:
+    """`lora` holds fields of LoraConfig; 4-bit weights need it."""
+    settings = section.settings
+    if settings.get("lora") is not None:
+        place = f"{section.stage}.lora"
+        settings["lora"] = check_section(section.node.value["lora"], place, lora_section())
+    if settings.get("load_in_4bit") and settings.get("lora") is None:
+        raise section.error(
+            "load_in_4bit", "4-bit weights cannot be trained themselves; add lora: {r: 16}"
+        )
+
+
+def check_step_divides_into_rows(section: Section) -> None:
+    """`tokens_per_step` must be a multiple of a row's tokens."""
+    tokens, length = section.settings.get("tokens_per_step"), section.settings.get("max_length")
+    if tokens and length:
+        check_tokens_per_step(section.stage, tokens, length, 1, section.where("tokens_per_step"))
+
+
+def check_steps_or_epochs(section: Section) -> None:
+    """`max_steps` or `num_train_epochs` sets the length; a default `max_steps` yields to epochs."""
+    node, settings = section.node, section.settings
+    if settings.get("max_steps") is None and "num_train_epochs" not in settings:
         raise RecipeError(
-            f"{where(batch)}: {name}.{batch}: auto needs tokens_per_step, which says how large a "
-            "step is"
+            f"{section.where('max_steps')}: {section.stage}: needs max_steps (or num_train_epochs)"
         )
-    if checked.get("lora") is not None:
-        checked["lora"] = check_section(node.value["lora"], f"{name}.lora", lora_fields())
-    if checked.get("load_in_4bit") and checked.get("lora") is None:
-        raise RecipeError(
-            f"{where('load_in_4bit')}: {name}.load_in_4bit: 4-bit weights cannot be trained "
-            "themselves; add lora: {r: 16}"
+    if "num_train_epochs" not in settings or "max_steps" not in settings:
+        return
+    if settings["max_steps"] is not None and not is_default(node.value["max_steps"]):
+        raise section.error(
+            "num_train_epochs",
+            f"max_steps is given as well ({section.where('max_steps')}); choose one",
         )
-    if checked.get("tokens_per_step") and checked.get("max_length"):
-        check_tokens_per_step(
-            name,
-            checked["tokens_per_step"],
-            checked["max_length"],
-            1,
-            where("tokens_per_step"),
+    del settings["max_steps"], node.value["max_steps"]
+
+
+def check_start(section: Section) -> None:
+    """A stage can start from an earlier stage only."""
+    position, start = STAGES.index(section.stage), section.settings.get("model_name_or_path")
+    if start in STAGES[position:]:
+        raise section.error(
+            "model_name_or_path",
+            f"{section.stage} cannot start from {start}; earlier stages are "
+            f"{', '.join(STAGES[:position]) or 'none'}",
         )
-    if checked.get("max_steps") is None and "num_train_epochs" not in checked:
-        raise RecipeError(f"{where('max_steps')}: {name}: needs max_steps (or num_train_epochs)")
-    if "num_train_epochs" in checked and "max_steps" in checked:
-        epochs, steps = node.value["num_train_epochs"], node.value["max_steps"]
-        if checked["max_steps"] is not None and not is_default(steps):
-            raise RecipeError(
-                f"{epochs.where}: {name}.num_train_epochs: max_steps is given as well "
-                f"({steps.where}); choose one"
-            )
-        del checked["max_steps"], node.value["max_steps"]  # the default gives way
-    position = STAGES.index(name)
-    if checked.get("model_name_or_path") in STAGES[position:]:
-        raise RecipeError(
-            f"{where('model_name_or_path')}: {name}.model_name_or_path: {name} cannot start from "
-            f"{checked['model_name_or_path']}; earlier stages are "
-            f"{', '.join(STAGES[:position]) or 'none'}"
-        )
-    return checked
 
 
-def is_default(node: Node) -> bool:
-    """Whether a value comes from hfsft's defaults."""
-    return node.where.startswith(str(DEFAULTS))
+# --- a stage and the model it trains ---
 
 
-def check_tokens_per_step(stage: str, tokens: int, length: int, processes: int, where: str) -> int:
-    """The rows that make `tokens` an update.
-
-    Args:
-        stage: the section's name, for the error.
-        tokens: tokens an optimizer update, over all processes.
-        length: tokens a row.
-        processes: how many processes train.
-        where: the place to name in the error.
-
-    Raises:
-        RecipeError: if the tokens do not divide.
-    """
-    together = length * processes
-    if tokens % together:
-        below = tokens // together * together
-        raise RecipeError(
-            f"{where}: {stage}.tokens_per_step: {tokens:,} is no multiple of {together:,} "
-            f"(rows of {length} tokens on {processes} device{'s' * (processes > 1)}); "
-            f"{below or together:,} would do"
-        )
-    return tokens // length
-
-
-DEFAULTS = Path(__file__).parents[1] / "defaults.yaml"
-
-
-def check_base(
-    tree: Node, settings: dict[str, Any], model: dict[str, Any], tokenizer: dict[str, Any]
-) -> None:
-    """What only the base stage needs: a model to build, and a tokenizer for it."""
-    place = tree.value["base"].where
+def check_base(section: Section, model: dict[str, Any], tokenizer: dict[str, Any]) -> None:
+    """Base needs a model to build, and a tokenizer for it."""
+    place = section.node.where
     if "depth" not in model and "model_type" not in model:
         raise RecipeError(
             f"{place}: base: builds a fresh model and needs model: {{depth: 8}}, or a model_type"
@@ -317,34 +381,43 @@ def check_base(
         )
     if tokenizer.get("train") and "vocab_size" not in model and "vocab_size" not in tokenizer:
         raise RecipeError(f"{place}: base: a tokenizer to train needs model: {{vocab_size: 65536}}")
-    rows, length = settings.get("tokens_per_step"), model.get("max_position_embeddings")
-    if rows and length and not settings.get("max_length"):
-        check_tokens_per_step(
-            "base",
-            rows,
-            length,
-            1,
-            tree.value["base"].value["tokens_per_step"].where,
+    tokens, length = section.settings.get("tokens_per_step"), model.get("max_position_embeddings")
+    if tokens and length and not section.settings.get("max_length"):
+        check_tokens_per_step("base", tokens, length, 1, section.where("tokens_per_step"))
+
+
+def check_context(section: Section, model: dict[str, Any]) -> None:
+    """`max_length` must not exceed the context of the model that base builds."""
+    length, positions = section.settings.get("max_length"), model.get("max_position_embeddings")
+    if not positions or not length or length <= positions:
+        return
+    node = section.node
+    place = node.where if is_default(node.value["max_length"]) else section.where("max_length")
+    raise RecipeError(
+        f"{place}: {section.stage}.max_length: {length} is more than the model's "
+        f"max_position_embeddings, {positions}"
+    )
+
+
+def check_tokens_per_step(stage: str, tokens: int, length: int, processes: int, where: str) -> int:
+    """The rows of an optimizer step of `tokens` tokens.
+
+    Args:
+        stage: the section's name, for the error.
+        tokens: tokens of an optimizer step, over all processes.
+        length: tokens of a row.
+        processes: the world size.
+        where: the place to name in the error.
+
+    Raises:
+        RecipeError: if the tokens are not a multiple of one row on each process.
+    """
+    together = length * processes
+    if tokens % together:
+        below = tokens // together * together
+        raise RecipeError(
+            f"{where}: {stage}.tokens_per_step: {tokens:,} is no multiple of {together:,} "
+            f"(rows of {length} tokens on {processes} device{'s' * (processes > 1)}); "
+            f"try {below or together:,}"
         )
-
-
-def check_tokenizer(tree: Node, model: dict[str, Any], tokenizer: dict[str, Any]) -> None:
-    """What a tokenizer cannot have at once."""
-
-    def refuse(key: str, problem: str) -> None:
-        where = tree.value["tokenizer"].value[key].where
-        raise RecipeError(f"{where}: tokenizer.{key}: {problem}")
-
-    if tokenizer.get("train"):
-        for key in ("path", "revision"):
-            if key in tokenizer:
-                refuse(key, "train is on as well; choose one")
-        if "chat_template" in tokenizer:
-            refuse("chat_template", "a trained tokenizer has nanochat's own")
-        if tokenizer.get("vocab_size", 0) > model.get("vocab_size", 2**20):
-            refuse("vocab_size", f"is more than the model's vocab_size, {model['vocab_size']:,}")
-
-
-def is_folder_name(name: str) -> bool:
-    """Whether a run's name can be the name of a folder."""
-    return name.isprintable() and name == name.strip() and len(name.encode()) < 200
+    return tokens // length

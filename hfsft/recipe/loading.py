@@ -1,6 +1,6 @@
 """Recipes: one YAML file a run, with inheritance, command-line overrides, and every key checked.
 
-Precedence: defaults.yaml < the recipe it extends < the recipe < the command line. Each value
+Precedence: hfsft's defaults < the recipe it extends < the recipe < the command line. Each value
 carries the file and line (or the flag) it came from, so that every error can name its place.
 """
 
@@ -8,40 +8,42 @@ import re
 from collections.abc import Iterator
 from os.path import isdir, isfile
 from pathlib import Path
+from typing import Any
 
 from hfsft.errors import RecipeError, nearest, quoted
 from hfsft.recipe.checks import (
     DEFAULTS,
+    Section,
     check_base,
+    check_context,
     check_model,
+    check_name,
+    check_sample_prompts,
     check_section,
     check_stage,
     check_tokenizer,
     check_value,
-    is_default,
-    is_folder_name,
     near,
     refuse_unknown,
 )
-from hfsft.recipe.schema import (
-    ALIASES,
-    FIELDS,
-    FLAGS,
-    REFUSED,
-    STAGE_FIELDS,
-    STAGES,
-    TOKENIZER_KEYS,
-    TOP_KEYS,
-    Recipe,
-    Stage,
+from hfsft.recipe.key import STAGES, declared_keys
+from hfsft.recipe.names import ALIASES, FLAGS, REFUSED
+from hfsft.recipe.schema import Recipe, Stage
+from hfsft.recipe.sections import (
+    EXTENDS,
+    TOKENIZER,
+    TOP,
+    stage_defaults,
     stage_fields,
+    top_defaults,
 )
-from hfsft.recipe.upstream import Field
-from hfsft.recipe.yaml_nodes import MAX_DEPTH, Node, kind, merge, read_yaml
+from hfsft.recipe.yaml_nodes import MAX_DEPTH, Node, as_node, kind, merge, read_yaml
+
+# --- files ---
 
 
 def find_recipe(given: str) -> Path:
-    """The file of a recipe: a path, or the name of one that comes with hfsft (`demo`).
+    """The file of a recipe: a path, or the name of a built-in one (`demo`).
 
     Raises:
         RecipeError: if there is no such file.
@@ -56,15 +58,15 @@ def find_recipe(given: str) -> Path:
         return built_in
     names = _built_in_names()
     raise RecipeError(
-        f"no recipe {quoted(given)}: no such file, and those that come with hfsft are "
+        f"no recipe {quoted(given)}: no such file; the built-in recipes are "
         f"{', '.join(names)}{nearest(path.stem, names)}"
     )
 
 
 def _built_in(given: str) -> Path | None:
-    """A recipe that comes with hfsft, as `demo`, `demo.yaml` or `recipes/demo.yaml`.
+    """The file of a built-in recipe given as `demo`, `demo.yaml` or `recipes/demo.yaml`.
 
-    A wheel's user has no clone, yet the README says recipes/demo.yaml.
+    The last form lets the README's commands work without a clone.
     """
     folder, _, name = given.rpartition("/")
     name = name.removesuffix(".yaml")
@@ -78,14 +80,14 @@ def _built_in_names() -> list[str]:
 
 
 def recipes_folder() -> Path:
-    """The folder of the recipes that come with hfsft: inside the wheel, or beside it in a clone."""
+    """The folder of the built-in recipes: inside the wheel, or beside the package in a clone."""
     package = Path(__file__).parents[1]
     inside = package / "shipped" / "recipes"
     return inside if inside.is_dir() else package.parent / "recipes"
 
 
 def _load_file(path: Path, chain: tuple[Path, ...] = ()) -> Node:
-    """Read a recipe file and what it extends."""
+    """Read a recipe file and what it extends; `chain` holds the files that extend it."""
     shown = str(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -95,13 +97,13 @@ def _load_file(path: Path, chain: tuple[Path, ...] = ()) -> Node:
         raise RecipeError(f"{shown}: cannot be read: {error.strerror}") from None
     node = read_yaml(text, shown, lines=True)
     if node.value is None:
-        raise RecipeError(f"{shown}: the file is empty; see recipes/demo.yaml for a whole one")
+        raise RecipeError(f"{shown}: the file is empty; see recipes/demo.yaml for a complete one")
     if not isinstance(node.value, dict):
         raise RecipeError(f"{node.where}: a recipe is a mapping of keys, not {kind(node)}")
     parent = node.value.pop("extends", None)
     if parent is None:
         return node
-    name = check_value("extends", parent, FIELDS["extends"])
+    name = check_value("extends", parent, EXTENDS)
     beside = path.parent / name
     parent_path = beside if isfile(beside) else _built_in(name)
     if parent_path is None:
@@ -110,7 +112,7 @@ def _load_file(path: Path, chain: tuple[Path, ...] = ()) -> Node:
             problem = f"{quoted(str(beside))} is a folder, not a recipe"
         raise RecipeError(f"{parent.where}: extends: {problem}")
     if parent_path.resolve() in [path.resolve(), *chain]:
-        raise RecipeError(f"{parent.where}: extends: {name} extends this file in turn")
+        raise RecipeError(f"{parent.where}: extends: circular, since {name} extends this file")
     if len(chain) == MAX_DEPTH:
         raise RecipeError(f"{parent.where}: extends: more than {MAX_DEPTH} recipes in a row")
     return merge(_load_file(parent_path, (*chain, path.resolve())), node)
@@ -140,7 +142,7 @@ def _split_arguments(argv: tuple[str, ...]) -> Iterator[tuple[str, str | None]]:
 
 
 def _apply_overrides(tree: Node, argv: tuple[str, ...], stage: str | None) -> dict[str, bool]:
-    """Lay the command line over the tree, in place; returns the flags that were given."""
+    """Apply the command line to the tree, in place; returns whether each of `FLAGS` is set."""
     flags = dict.fromkeys(FLAGS, False)
     seen: dict[tuple[str, ...], str] = {}
     for name, value in _split_arguments(argv):
@@ -158,31 +160,37 @@ def _apply_overrides(tree: Node, argv: tuple[str, ...], stage: str | None) -> di
             raise RecipeError(f"{flag}: given twice, first as {seen[path]}")
         for earlier, its_flag in seen.items():
             if earlier[: len(path)] == path:
-                raise RecipeError(f"{flag}: would undo {its_flag}; give {flag} first")
+                raise RecipeError(f"{flag}: would overwrite {its_flag}; put {flag} before it")
         seen[path] = flag
-        if value is None and _takes_bool(path):
-            value = "true"
-        node = read_yaml(value or "", flag, lines=False)
-        if node.value is None and not node.raw:
-            raise RecipeError(f"{flag}: needs a value")
-        if isinstance(node.value, (dict, list)):
-            node.raw = value
-        _set(tree, path, node, flag)
+        _set(tree, path, _override_value(path, value, flag), flag)
     return flags
 
 
+def _override_value(path: tuple[str, ...], value: str | None, flag: str) -> Node:
+    """The value of a flag, which is YAML."""
+    if value is None and _takes_bool(path):
+        value = "true"
+    node = read_yaml(value or "", flag, lines=False)
+    if node.value is None and not node.raw:
+        raise RecipeError(f"{flag}: needs a value")
+    if isinstance(node.value, (dict, list)):
+        node.raw = value
+    return node
+
+
 def _override_path(name: str, flag: str, stage: str | None, tree: Node) -> tuple[str, ...]:
+    """The path of the key that a flag names, from the top of the recipe."""
     parts = name.split(".")
     if not all(parts) or len(parts) > MAX_DEPTH:
-        raise RecipeError(f"{flag}: a setting is named as --key or --section.key")
-    top = parts[0] in TOP_KEYS
+        raise RecipeError(f"{flag}: write settings as --key or --section.key")
+    top = parts[0] in TOP
     if not top and parts[0] in REFUSED:
         raise RecipeError(f"{flag}: cannot be set: {REFUSED[parts[0]]}")
     if not top and stage is None:
         have = [section for section in STAGES if section in tree.value]
         if parts[0] in ALIASES or any(parts[0] in stage_fields(section) for section in STAGES):
             raise RecipeError(f"{flag}: of which stage? Say --{(have or ['sft'])[-1]}.{name}")
-    known = [*TOP_KEYS, *FLAGS, *stage_fields(stage or "sft")]
+    known = [*TOP, *FLAGS, *stage_fields(stage or "sft")]
     if not top and (stage is None or (len(parts) > 1 and parts[0] not in known)):
         raise RecipeError(f"{flag}: unknown key {quoted(name)}{near(parts[0], known)}")
     if not top:
@@ -193,7 +201,7 @@ def _override_path(name: str, flag: str, stage: str | None, tree: Node) -> tuple
 
 
 def _takes_bool(path: tuple[str, ...]) -> bool:
-    """Whether a bare `--key` can mean true."""
+    """Whether a bare `--key` means true."""
     if path[0] in STAGES and len(path) == 2:
         known = stage_fields(path[0]).get(path[1])
         return known is None or "bool" in known.kinds
@@ -201,7 +209,7 @@ def _takes_bool(path: tuple[str, ...]) -> bool:
 
 
 def _set(tree: Node, path: tuple[str, ...], node: Node, flag: str) -> None:
-    """Put `node` at a dotted path; list positions are numbers, missing mappings are made."""
+    """Put `node` at a dotted path; lists take an index, missing mappings are created."""
     here = tree
     for depth, key in enumerate(path):
         last = depth == len(path) - 1
@@ -209,7 +217,7 @@ def _set(tree: Node, path: tuple[str, ...], node: Node, flag: str) -> None:
             if not re.fullmatch("[0-9]{1,6}", key) or int(key) >= len(here.value):
                 raise RecipeError(
                     f"{flag}: {'.'.join(path[:depth])} is a list of {len(here.value)}; "
-                    f"{quoted(key)} is no position in it (the first is 0)"
+                    f"{quoted(key)} is not an index into it (the first is 0)"
                 )
             if last:
                 here.value[int(key)] = node
@@ -221,137 +229,145 @@ def _set(tree: Node, path: tuple[str, ...], node: Node, flag: str) -> None:
                 raise RecipeError(
                     f"{flag}: {'.'.join(path[:depth])} is {kind(here)} and has no keys"
                 )
-            here.value, here.where = {}, flag  # `lora: null` and --lora.r 8
+            here.value, here.where = {}, flag  # `lora: null` in the recipe, and --lora.r 8
         if last:
             here.value[key] = node
         else:
             here = here.value.setdefault(key, Node({}, flag))
 
 
+# --- a recipe ---
+
+
 def load_recipe(given: str = "", *argv: str, stage: str | None = None) -> Recipe:
-    """Load a recipe, lay the command line over it, and check every key and value.
+    """Load a recipe, apply the command line to it, and check every key and value.
 
     Args:
-        given: a path, or the name of a recipe that comes with hfsft.
+        given: a path, or the name of a built-in recipe.
         argv: the rest of the command line: `--key value`, `--key=value`, flags.
         stage: the stage whose script runs: its keys may be given without the section's name.
 
     Raises:
-        RecipeError: naming file and line (or the flag), the key, and the mend.
+        RecipeError: naming the file and line (or the flag), the key, and the fix.
     """
     if not given or given.startswith("--"):
-        script = stage or "run"
-        raise RecipeError(f"which recipe? For example: hfsft {script} recipes/demo.yaml")
+        raise RecipeError(f"which recipe? For example: hfsft {stage or 'run'} recipes/demo.yaml")
     path = find_recipe(given)
     own = _load_file(path)
-    refuse_unknown(own, "", TOP_KEYS)
-    home = own.value.get("output_dir"), own.value.get("name")
-    defaults = _load_file(DEFAULTS)
-    sections = {name: defaults.value.pop(name) for name in STAGES}
-    defaults.value["name"] = Node(path.stem, str(path), path.stem)
-    tree = merge(defaults, own)
-    flags = _apply_overrides(tree, argv, stage)
-    present = [name for name in STAGES if name in tree.value and tree.value[name].value is not None]
-    for name in STAGES:
-        if name in present:
-            tree.value[name] = merge(sections[name], tree.value[name])
-        else:
-            tree.value.pop(name, None)
-    if stage is not None and stage not in present:
-        raise RecipeError(f"{path}: has no {stage} section; it has {', '.join(present) or 'none'}")
-
-    top = {
-        key: FIELDS.get(key, Field("dict | str | None" if key == "tokenizer" else "dict | None"))
-        for key in TOP_KEYS
-    }
-    checked = check_section(tree, "", top)
-    name = checked["name"]
-    if name in (".", "..") or Path(name).name != name or not is_folder_name(name):
-        raise RecipeError(
-            f"{tree.value['name'].where}: name: {quoted(name)} cannot be a folder's name"
-        )
-    model = check_model(tree.value["model"]) if checked.get("model") else {}
-    if isinstance(checked.get("tokenizer"), str):  # `tokenizer: gpt2`
-        tree.value["tokenizer"] = Node(
-            {"path": tree.value["tokenizer"]}, tree.value["tokenizer"].where
-        )
-    tokenizer = check_section(
-        tree.value["tokenizer"], "tokenizer", {key: FIELDS[key] for key in TOKENIZER_KEYS}
-    )
-    check_tokenizer(tree, model, tokenizer)
-    sample_prompts = checked["sample_prompts"]
-    for index, prompt in enumerate(tree.value["sample_prompts"].value):
-        if not isinstance(prompt.value, str):
-            raise RecipeError(
-                f"{prompt.where}: sample_prompts.{index}: expected text, got {kind(prompt)}"
-            )
-    folder = Path(checked["output_dir"]) / name
-    stages = {}
-    from_base = {"base"} & set(present)  # the stages whose model is the one that base builds
-    positions = model.get("max_position_embeddings")
-    for stage_name in present:
-        settings = check_stage(stage_name, tree, given)
-        if stage_name == "base":
-            check_base(tree, settings, model, tokenizer)
-        elif settings["model_name_or_path"] in from_base:
-            from_base.add(stage_name)
-        length = settings.get("max_length")
-        if stage_name in from_base and positions and length and length > positions:
-            section = tree.value[stage_name]
-            given_length = section.value["max_length"]
-            place = section.where if is_default(given_length) else given_length.where
-            raise RecipeError(
-                f"{place}: {stage_name}.max_length: {length} is more than the model's "
-                f"max_position_embeddings, {positions}"
-            )
-        own_keys = {key: settings.pop(key) for key in list(settings) if key in STAGE_FIELDS}
-        start = own_keys.get("model_name_or_path")
-        if start in STAGES:
-            start = _earlier_stage(start, folder, home, path)
-            own_keys["model_name_or_path"] = start
-            if Path(start).parent != folder:  # the copy of the recipe must find it again
-                tree.value[stage_name].value["model_name_or_path"].value = start
-        stages[stage_name] = Stage(
-            name=stage_name,
-            folder=folder / stage_name,
-            seed=checked["seed"],
-            sample_prompts=sample_prompts,
-            trainer=settings,
-            trust_remote_code=flags["trust_remote_code"],
-            quiet=flags["quiet"],
-            **own_keys,
-        )
+    refuse_unknown(own, "", TOP)
+    original = _own_folder(own, path)
+    tree, flags = _with_defaults_and_overrides(own, path, argv, stage)
+    top, model, tokenizer = _check_top(tree)
+    sections = _check_stages(tree, model, tokenizer)
+    folder = Path(top["output_dir"]) / top["name"]
+    for section in sections:
+        _find_start(section, folder, original)
+    own_keys = ("name", "output_dir", "seed", "sample_prompts")
     return Recipe(
         path=given,
-        name=name,
-        output_dir=checked["output_dir"],
-        seed=checked["seed"],
+        **{key: top[key] for key in own_keys},
         model=model,
         tokenizer=tokenizer,
-        sample_prompts=sample_prompts,
-        stages=stages,
+        stages={section.stage: _make_stage(section, folder, top, flags) for section in sections},
         resolved=tree.plain(),
         arguments=argv,
         **flags,
     )
 
 
-def _earlier_stage(
-    start: str, folder: Path, home: tuple[Node | None, Node | None], path: Path
-) -> str:
-    """The folder of an earlier stage of this run.
+def _own_folder(own: Node, path: Path) -> Path:
+    """The run's folder by the recipe alone, before the command line may rename or move it."""
+    defaults = {"name": path.stem, "output_dir": TOP["output_dir"].default}
+    given = {key: str(own.value[key].plain()) for key in defaults if key in own.value}
+    return Path((defaults | given)["output_dir"], (defaults | given)["name"])
 
-    A run that the command line gave another name or place starts from the recipe's own run where it
-    has no such stage itself: `hfsft sft recipes/demo.yaml --name faster` needs no second base and
-    mid.
+
+def _with_defaults_and_overrides(
+    own: Node, path: Path, argv: tuple[str, ...], stage: str | None
+) -> tuple[Node, dict[str, bool]]:
+    """Lay a recipe over the defaults, and the command line over both.
+
+    Returns:
+        The tree, with a section for each stage of the run alone; and the flags.
     """
+    defaults = as_node(top_defaults(), DEFAULTS)
+    defaults.value["name"] = as_node(path.stem, str(path))
+    tree = merge(defaults, own)
+    flags = _apply_overrides(tree, argv, stage)
+    for name in STAGES:
+        section = tree.value.get(name)
+        if section is None or section.value is None:
+            tree.value.pop(name, None)
+        else:
+            tree.value[name] = merge(as_node(stage_defaults(name), DEFAULTS), section)
+    if stage is not None and stage not in tree.value:
+        present = [name for name in STAGES if name in tree.value]
+        raise RecipeError(f"{path}: has no {stage} section; it has {', '.join(present) or 'none'}")
+    return tree, flags
+
+
+def _check_top(tree: Node) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Check all but the stages; returns the top level, `model` and `tokenizer` as plain data."""
+    top = check_section(tree, "", TOP)
+    check_name(tree.value["name"], top["name"])
+    model = check_model(tree.value["model"]) if top.get("model") else {}
+    if isinstance(top["tokenizer"], str):  # `tokenizer: gpt2`
+        text = tree.value["tokenizer"]
+        tree.value["tokenizer"] = Node({"path": text}, text.where)
+    tokenizer = check_section(tree.value["tokenizer"], "tokenizer", TOKENIZER)
+    check_tokenizer(tree.value["tokenizer"], model, tokenizer)
+    check_sample_prompts(tree.value["sample_prompts"])
+    return top, model, tokenizer
+
+
+def _check_stages(tree: Node, model: dict[str, Any], tokenizer: dict[str, Any]) -> list[Section]:
+    """Check every stage's section, by itself and against the model that it trains."""
+    sections = []
+    from_base = set()  # the stages whose model is the one that base builds
+    for name in STAGES:
+        if name not in tree.value:
+            continue
+        section = check_stage(name, tree.value[name])
+        if name == "base":
+            check_base(section, model, tokenizer)
+        if name == "base" or section.settings["model_name_or_path"] in from_base:
+            from_base.add(name)
+            check_context(section, model)
+        sections.append(section)
+    return sections
+
+
+def _find_start(section: Section, folder: Path, original: Path) -> None:
+    """Replace the name of an earlier stage by that stage's folder.
+
+    If the command line gave the run another name or place, and that run has no such stage itself,
+    it is the stage of the recipe's original run: `hfsft sft recipes/demo.yaml --name faster` needs
+    no second base and mid.
+    """
+    start = section.settings.get("model_name_or_path")
+    if start not in STAGES:
+        return
     own = folder / start
-    output_dir, name = home
-    original = (
-        Path(str(output_dir.plain()) if output_dir else "runs")
-        / (str(name.plain()) if name else path.stem)
-        / start
+    if isfile(original / start / "config.json") and not isfile(own / "config.json"):
+        own = original / start
+    section.settings["model_name_or_path"] = str(own)
+    if own.parent != folder:  # so that the run's copy of the recipe finds it again
+        section.node.value["model_name_or_path"].value = str(own)
+
+
+def _make_stage(
+    section: Section, folder: Path, top: dict[str, Any], flags: dict[str, bool]
+) -> Stage:
+    """A checked section as a `Stage`; what is none of its own keys goes to the trainer."""
+    own_keys = declared_keys(Stage)
+    settings = section.settings
+    return Stage(
+        name=section.stage,
+        folder=folder / section.stage,
+        seed=top["seed"],
+        sample_prompts=top["sample_prompts"],
+        trainer={key: value for key, value in settings.items() if key not in own_keys},
+        trust_remote_code=flags["trust_remote_code"],
+        quiet=flags["quiet"],
+        **{key: value for key, value in settings.items() if key in own_keys},
     )
-    if isfile(original / "config.json") and not isfile(own / "config.json"):
-        return str(original)
-    return str(own)

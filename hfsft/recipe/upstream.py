@@ -1,7 +1,7 @@
 """The fields of TrainingArguments, SFTConfig, LoraConfig and the model configs, from their source.
 
-Importing those classes takes 5 s (they bring torch along); reading their source takes 0.1 s, so
-that a typo in a recipe is answered at once. Nothing is mirrored here: names, types and choices are
+Importing those classes takes 5 s, since they import torch; parsing their source takes 0.1 s, so a
+typo in a recipe is reported at once. Nothing is mirrored here: names, types and choices are
 upstream's.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 
 from hfsft.errors import nearest, quoted
 
-# annotation's words → what a user calls them; any other is an enum of upstream's or taken as is
+# a type in an annotation → its description in an error message
 KINDS = {
     "int": "a whole number",
     "float": "a number",
@@ -46,25 +46,25 @@ YES_NO = {"yes": True, "on": True, "true": True, "no": False, "off": False, "fal
 
 @dataclass(frozen=True)
 class Field:
-    """One setting: its annotation as upstream writes it, and its choices where it has any."""
+    """One setting: its annotation as in upstream's source, and its choices, if it has any."""
 
     annotation: str
     choices: tuple[str, ...] = ()
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The words of the annotation: `int | None` → ("int", "None")."""
+        """The types in the annotation: `int | None` → ("int", "None")."""
         return _annotation_kinds(self.annotation)
 
     def check(self, value: Any, raw: str | None = None) -> Any:
         """Return `value` as this field takes it.
 
         Args:
-            value: what YAML made of it.
-            raw: the scalar as written, before YAML gave it a type; a text field takes it as it is.
+            value: as parsed from YAML.
+            raw: the scalar as written in the file; a text field takes this.
 
         Raises:
-            ValueError: with the words that follow the key's name in an error message.
+            ValueError: with the part of an error message that follows the key's name.
         """
         kinds = self.kinds
         if value is None:
@@ -73,7 +73,7 @@ class Field:
         elif isinstance(value, bool) and "bool" in kinds:
             return value
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            # an integer of 400 digits is finite, but no float
+            # an integer of 400 digits is finite, but float() of it overflows
             if (isinstance(value, float) and not math.isfinite(value)) or abs(value) > 1e300:
                 raise ValueError(f"expected a finite number, got {raw or value}")
             if isinstance(value, int) and "int" in kinds:
@@ -89,12 +89,12 @@ class Field:
         elif isinstance(value, str) and "bool" in kinds and value.lower() in YES_NO:
             return YES_NO[value.lower()]
         scalar = not isinstance(value, (dict, list))
-        # `name: 5` is text, but in `target_modules: 5` something else was meant
+        # `name: 5` means the text, but `target_modules: 5` (text or list) is a mistake
         only_text = scalar and value is not None and set(kinds) <= {"str", "None"}
         if only_text or (isinstance(value, str) and "str" in kinds):
             text = raw if raw is not None else str(value)
             if "\0" in text:
-                raise ValueError(f"{quoted(text)} holds a NUL character")
+                raise ValueError(f"{quoted(text)} contains a NUL character")
             self._check_choice(text)
             return text
         if scalar:
@@ -112,19 +112,19 @@ class Field:
 
     def _check_choice(self, text: str) -> None:
         for choice in self.choices:
-            # peft writes 'pissa_niter_[number of iters]'
+            # a choice may be a pattern: peft has 'pissa_niter_[number of iters]'
             start, pattern, _ = choice.partition("[")
             if text == choice or (pattern and text.startswith(start)):
                 return
         if not self.choices:
             return
         hint = nearest(text, self.choices)
-        if hint and len(self.choices) > 8:  # all 41 optimizers would bury the one meant
+        if hint and len(self.choices) > 8:  # a list of all 41 optimizers would bury the hint
             raise ValueError(f"{quoted(text)} is not one of its {len(self.choices)} choices{hint}")
         raise ValueError(f"{quoted(text)} is not one of {', '.join(self.choices)}{hint}")
 
     def expected(self) -> str:
-        """What the field takes, in a user's words: "a whole number or null"."""
+        """What the field takes, for an error message: "a whole number or null"."""
         kinds = [kind for kind in self.kinds if kind != "int" or "float" not in self.kinds]
         words = [KINDS[kind] for kind in kinds if kind in KINDS]
         return " or ".join(dict.fromkeys(words))
@@ -149,16 +149,16 @@ def lora_fields() -> dict[str, Field]:
 
 @cache
 def model_types() -> dict[str, str]:
-    """Every `model_type` that transformers knows, with the name of its configuration class."""
+    """Every `model_type` of transformers: its name → the name of its configuration class."""
     return _mapping("CONFIG_MAPPING_NAMES")
 
 
 def model_fields(model_type: str) -> dict[str, Field]:
-    """The fields of a model's configuration class; an empty mapping for an unknown `model_type`."""
+    """The fields of a model's configuration class; empty for an unknown `model_type`."""
     if model_type not in model_types():
         return {}
-    room = _mapping("SPECIAL_MODEL_TYPE_TO_MODULE_NAME").get(model_type, model_type)
-    folder = _package("transformers") / "models" / room.replace("-", "_")
+    module = _mapping("SPECIAL_MODEL_TYPE_TO_MODULE_NAME").get(model_type, model_type)
+    folder = _package("transformers") / "models" / module.replace("-", "_")
     for path in folder.glob("configuration_*.py"):
         for node in _parse(path).body:
             if isinstance(node, ast.ClassDef) and node.name == model_types()[model_type]:
@@ -167,7 +167,7 @@ def model_fields(model_type: str) -> dict[str, Field]:
 
 
 def _mapping(name: str) -> dict[str, str]:
-    """One of the tables in transformers' models/auto, which are lists of pairs."""
+    """A mapping in transformers' models/auto, where it is written as a list of pairs."""
     for node in _parse(_package("transformers") / "models/auto/auto_mappings.py").body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
             return dict(ast.literal_eval(node.value.args[0]))
@@ -183,44 +183,44 @@ def _shown(value: Any, raw: str | None) -> str:
         return "a list"
     if isinstance(value, str):
         is_number = re.fullmatch(r"[-+]?[0-9.]+(e[-+]?[0-9]+)?", value, re.IGNORECASE)
-        return quoted(value) + " (leave the quotes out)" * bool(is_number)
+        return quoted(value) + " (remove the quotes)" * bool(is_number)
     return raw or str(value).lower()
 
 
 @cache
 def _annotation_kinds(annotation: str) -> tuple[str, ...]:
     """`Optional[Union[list[str], str]]` and `list[str] | str | None` → ("list", "str", "None")."""
-    return tuple(dict.fromkeys(_words(ast.parse(annotation, mode="eval").body)))
+    return tuple(dict.fromkeys(_types(ast.parse(annotation, mode="eval").body)))
 
 
 @cache
 def _item_kinds(annotation: str) -> tuple[str, ...]:
-    """`list[str] | str` → ("str",); nothing where the lists say nothing of their items."""
+    """`list[str] | str` → ("str",); empty if no list declares the type of its items."""
     lists = [
         node
         for node in ast.walk(ast.parse(annotation, mode="eval"))
         if isinstance(node, ast.Subscript) and ast.unparse(node.value) == "list"
     ]
-    return tuple(dict.fromkeys(word for node in lists for word in _words(node.slice)))
+    return tuple(dict.fromkeys(name for node in lists for name in _types(node.slice)))
 
 
-def _words(node: ast.expr) -> list[str]:
+def _types(node: ast.expr) -> list[str]:
     if isinstance(node, ast.BinOp):
-        return _words(node.left) + _words(node.right)
+        return _types(node.left) + _types(node.right)
     if isinstance(node, ast.Subscript):
         outer = ast.unparse(node.value)
         inner = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
         if outer in ("Optional", "Union"):
-            words = [word for part in inner for word in _words(part)]
-            return [*words, "None"] if outer == "Optional" else words
+            types = [name for part in inner for name in _types(part)]
+            return [*types, "None"] if outer == "Optional" else types
         if outer == "Literal":
             return [type(ast.literal_eval(part)).__name__ for part in inner]
         return [outer]
-    word = ast.unparse(node)
-    if word in KINDS:
-        return [word]
-    # an enum of upstream's is written as text, a configuration class as a mapping
-    return ["str"] if word in _enums() else ["dict"] if word[:1].isupper() else []
+    name = ast.unparse(node)
+    if name in KINDS:
+        return [name]
+    # in YAML an enum is text, and a configuration class a mapping
+    return ["str"] if name in _enums() else ["dict"] if name[:1].isupper() else []
 
 
 @cache
@@ -247,7 +247,7 @@ def _class_fields(package: str, file: str, class_name: str) -> dict[str, Field]:
 
 @cache
 def _enums() -> dict[str, tuple[str, ...]]:
-    """Every ExplicitEnum that TrainingArguments uses: its name → its values."""
+    """The enums that TrainingArguments uses: name → values."""
     enums = {}
     for file in ("trainer_utils.py", "training_args.py", "trainer_optimizer.py", "debug_utils.py"):
         path = _package("transformers") / file
@@ -265,7 +265,7 @@ def _enums() -> dict[str, tuple[str, ...]]:
 
 
 def _annotated(node: ast.ClassDef, enums: dict[str, tuple[str, ...]]) -> dict[str, Field]:
-    """The annotated fields of a class, with the choices of an enum, a Literal or metadata."""
+    """The annotated fields of a class, with the choices from an enum, a Literal or metadata."""
     fields = {}
     for item in node.body:
         if not isinstance(item, ast.AnnAssign) or not isinstance(item.target, ast.Name):

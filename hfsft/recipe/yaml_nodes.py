@@ -1,4 +1,4 @@
-"""YAML as nodes that know the file and line, or the flag, that each value came from."""
+"""YAML as nodes that know where each value comes from: a file and line, or a flag."""
 
 import re
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from hfsft.errors import RecipeError, quoted
 
 @dataclass
 class Node:
-    """A value of a recipe, with the place that gave it."""
+    """A value of a recipe, with the place it comes from."""
 
     value: Any  # dict[str, Node], list[Node] or a scalar
     where: str  # "fast.yaml:12" or "--max_steps"
@@ -27,7 +27,7 @@ class Node:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's scalars: `no` and `on` are text, `010` is ten, `1e-3` a number, dates are text."""
+    """YAML 1.2's scalars: `no`, `on` and dates are text, `010` is ten, `1e-3` is a number."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -62,7 +62,7 @@ _Loader.add_constructor("tag:yaml.org,2002:bool", lambda _, node: node.value.low
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value.replace("_", "")))
 
 
-# a file of a few hundred lines has a few thousand nodes; ten nested aliases can make billions
+# a few hundred lines make a few thousand nodes; ten nested aliases can make billions
 MAX_NODES = 100_000
 
 
@@ -73,7 +73,16 @@ TAG = "tag:yaml.org,2002:"
 
 
 def read_yaml(text: str, where: str, lines: bool) -> Node:
-    """Parse `text`; `where` names the file (with `lines`, each node gets its line) or the flag."""
+    """Parse YAML into nodes.
+
+    Args:
+        text: the YAML.
+        where: the file or the flag it comes from.
+        lines: whether `where` is a file, so that each node gets its line.
+
+    Raises:
+        RecipeError: naming the place, if it is not valid YAML or not plain data.
+    """
     try:
         loader = _Loader(text)
         root = loader.get_single_node()
@@ -84,60 +93,86 @@ def read_yaml(text: str, where: str, lines: bool) -> Node:
         raise RecipeError(f"{place}: not valid YAML: {problem}") from None
     except RecursionError:
         raise RecipeError(f"{where}: nested more than {MAX_DEPTH} deep") from None
-    count = 0
+    if root is None:
+        return Node(None, f"{where}:1" if lines else where, "")
+    converter = _Converter(loader, where, lines)
+    return converter.convert(root, converter.line(root))
 
-    def convert(node: yaml.Node, place: str, depth: int = 0) -> Node:
-        nonlocal count
-        count += 1
-        if count > MAX_NODES:
-            raise RecipeError(f"{where}: more than {MAX_NODES:,} values; do its aliases nest?")
+
+class _Converter:
+    """Makes nodes with places out of PyYAML's, within limits of size and depth."""
+
+    def __init__(self, loader: yaml.SafeLoader, where: str, lines: bool):
+        self.loader = loader
+        self.where = where
+        self.lines = lines
+        self.count = 0
+
+    def convert(self, node: yaml.Node, place: str, depth: int = 0) -> Node:
+        self.count += 1
+        if self.count > MAX_NODES:
+            raise RecipeError(
+                f"{self.where}: more than {MAX_NODES:,} values; are its aliases nested?"
+            )
         if depth > MAX_DEPTH:
             raise RecipeError(
-                f"{place}: nested more than {MAX_DEPTH} deep; does an alias hold itself?"
+                f"{place}: nested more than {MAX_DEPTH} deep; does an alias contain itself?"
             )
         if isinstance(node, yaml.ScalarNode):
-            return scalar(node, place)
+            return self.scalar(node, place)
         if node.tag not in (f"{TAG}map", f"{TAG}seq"):
-            raise RecipeError(f"{place}: leave the tag {node.tag.replace(TAG, '!!')} out")
+            raise RecipeError(f"{place}: remove the tag {node.tag.replace(TAG, '!!')}")
         if isinstance(node, yaml.SequenceNode):
-            return Node([convert(item, line(item), depth + 1) for item in node.value], place)
+            items = [self.convert(item, self.line(item), depth + 1) for item in node.value]
+            return Node(items, place)
+        return self.mapping(node, place, depth)
+
+    def mapping(self, node: yaml.MappingNode, place: str, depth: int) -> Node:
         merged: dict[str, Node] = {}
         own: dict[str, Node] = {}
         seen: dict[str, str] = {}
         for key, value in node.value:
+            line = self.line(key)
             if not isinstance(key, yaml.ScalarNode):
-                raise RecipeError(f"{line(key)}: a key must be plain text")
+                raise RecipeError(f"{line}: a key must be plain text")
             if key.value in seen:
                 raise RecipeError(
-                    f"{line(key)}: {quoted(key.value)} is given twice, first at {seen[key.value]}"
+                    f"{line}: {quoted(key.value)} is given twice, first at {seen[key.value]}"
                 )
-            seen[key.value] = line(key)
-            child = convert(value, line(key), depth + 1)
+            seen[key.value] = line
+            child = self.convert(value, line, depth + 1)
             if key.tag != f"{TAG}merge":
                 own[key.value] = child
                 continue
             parts = child.value if isinstance(child.value, list) else [child]
             for part in reversed(parts):  # the first of a list wins
                 if not isinstance(part.value, dict):
-                    raise RecipeError(f"{line(key)}: << takes a mapping, got {kind(part)}")
+                    raise RecipeError(f"{line}: << takes a mapping, got {kind(part)}")
                 merged |= part.value
         return Node(merged | own, place)
 
-    def scalar(node: yaml.ScalarNode, place: str) -> Node:
-        untagged = loader.resolve(yaml.ScalarNode, node.value, (True, False))
+    def scalar(self, node: yaml.ScalarNode, place: str) -> Node:
+        untagged = self.loader.resolve(yaml.ScalarNode, node.value, (True, False))
         if node.tag not in (untagged, f"{TAG}str"):
-            raise RecipeError(f"{place}: leave the tag {node.tag.replace(TAG, '!!')} out")
+            raise RecipeError(f"{place}: remove the tag {node.tag.replace(TAG, '!!')}")
         try:
-            return Node(loader.construct_object(node), place, node.value)
-        except ValueError:  # Python reads whole numbers of up to 4,300 digits
+            return Node(self.loader.construct_object(node), place, node.value)
+        except ValueError:  # Python converts at most 4,300 digits to an int
             raise RecipeError(f"{place}: cannot read {quoted(node.value)}") from None
 
-    def line(node: yaml.Node) -> str:
-        return f"{where}:{node.start_mark.line + 1}" if lines else where
+    def line(self, node: yaml.Node) -> str:
+        return f"{self.where}:{node.start_mark.line + 1}" if self.lines else self.where
 
-    if root is None:
-        return Node(None, f"{where}:1" if lines else where, "")
-    return convert(root, line(root))
+
+def as_node(data: Any, where: str) -> Node:
+    """Plain data as nodes that all come from one place."""
+    if isinstance(data, dict):
+        return Node({key: as_node(value, where) for key, value in data.items()}, where)
+    if isinstance(data, list):
+        return Node([as_node(item, where) for item in data], where)
+    if data is None or isinstance(data, bool):
+        return Node(data, where, {None: "null", True: "true", False: "false"}[data])
+    return Node(data, where, str(data))
 
 
 def merge(lower: Node, upper: Node) -> Node:
@@ -151,7 +186,7 @@ def merge(lower: Node, upper: Node) -> Node:
 
 
 def kind(node: Node) -> str:
-    """What a node holds, in the words of an error: "a mapping", "a list", or the value itself."""
+    """What a node holds, for an error message: "a mapping", "a list", or the value itself."""
     if isinstance(node.value, (dict, list)):
         return "a mapping" if isinstance(node.value, dict) else "a list"
     if isinstance(node.value, str):

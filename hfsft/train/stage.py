@@ -20,11 +20,11 @@ from hfsft.run.disk import require_writable
 from hfsft.run.record import (
     changed_keys,
     finished_line,
-    going_on_line,
     is_finished,
     only_longer,
     other_settings,
     read_record,
+    resume_notice,
     settings_of,
 )
 from hfsft.train.extending import extend, finish_extending
@@ -166,7 +166,7 @@ def resume_or_extend(recipe: Recipe, stage: Stage) -> dict[str, Any] | None:
             extend(recipe, stage, record)
         elif changed:
             raise other_settings(stage, f"stopped at {found[0].name}", changed)
-        line = going_on_line(stage, record["settings"], settings)
+        line = resume_notice(stage, record["settings"], settings)
         if line and PartialState().is_main_process and not stage.quiet:
             print(line)
     return record["chosen"] if record is not None and found else None

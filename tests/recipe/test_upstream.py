@@ -1,4 +1,4 @@
-"""Settings read from source: the same names, types and choices as the imported classes have."""
+"""Settings parsed from source have the names, types and choices of the imported classes."""
 
 import dataclasses
 import enum
@@ -37,14 +37,14 @@ def field_names(config_class: type) -> set[str]:
 
 
 def parts(hint: object) -> list[object]:
-    """The types that a union is made of; a type alone is its own only part."""
+    """The types in a union; any other type alone."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return [part for arm in typing.get_args(hint) for part in parts(arm)]
     return [hint]
 
 
 def kind(hint: object) -> str:
-    """The word for a type that `Field.kinds` has for it."""
+    """A type's name in `Field.kinds`."""
     if hint is type(None):
         return "None"
     if typing.get_origin(hint) is typing.Literal:
@@ -75,8 +75,8 @@ def test_choices_are_those_of_the_enums(fields, config_class, base):
     for name, field in fields.items():
         for part in parts(hints[name]):
             if typing.get_origin(part) is typing.Literal:
-                words = tuple(word for word in typing.get_args(part) if word is not False)
-                assert field.choices == words, name
+                choices = tuple(value for value in typing.get_args(part) if value is not False)
+                assert field.choices == choices, name
             elif isinstance(part, type) and issubclass(part, enum.Enum):
                 assert field.choices == tuple(choice.value for choice in part), name
 
@@ -92,7 +92,7 @@ def test_every_model_type_has_fields():
 
 
 @pytest.mark.parametrize("name", ["", "*", "auto", "LLAMA", "llama/../gpt2", "/etc", "../../etc"])
-def test_what_is_no_model_type_has_no_fields(name):
+def test_an_unknown_model_type_has_no_fields(name):
     assert model_fields(name) == {}
 
 
@@ -107,7 +107,7 @@ ACCEPTED = [
     ("bool", "On", "On", True),
     ("bool | str", "always", "always", "always"),
     ("str", "no", "no", "no"),
-    ("str", 10, "010", "010"),  # a revision, as it was written
+    ("str", 10, "010", "010"),  # a revision, as written
     ("str", True, "true", "true"),
     ("list[str] | str", ["a", "b"], None, ["a", "b"]),
     ("list[str] | str", "a", "a", "a"),
@@ -119,7 +119,7 @@ REFUSED = [
     ("int", 12.5, "12.5", "expected a whole number, got 12.5"),
     ("int", 2.0, "2.0", "expected a whole number, got 2.0"),
     ("int", "ten", "ten", "expected a whole number, got 'ten'"),
-    ("int", "5", "5", "expected a whole number, got '5' (leave the quotes out)"),
+    ("int", "5", "5", "expected a whole number, got '5' (remove the quotes)"),
     ("int", True, "true", "expected a whole number, got true"),
     ("int", [1], None, "expected a whole number, got a list"),
     ("int", {}, None, "expected a whole number, got a mapping"),
@@ -132,7 +132,7 @@ REFUSED = [
     ("bool", 1, "1", "expected true or false, got 1"),
     ("bool", "maybe", "maybe", "expected true or false, got 'maybe'"),
     ("str", None, "null", "expected text, got null"),
-    ("str", "a\0b", "a\0b", r"'a\x00b' holds a NUL character"),
+    ("str", "a\0b", "a\0b", r"'a\x00b' contains a NUL character"),
     ("list[str] | str", 5, "5", "expected a list or text, got 5"),
     ("list[str] | str", [1], None, "expected text for each item, got 1"),
     ("list[int]", [True], None, "expected a whole number for each item, got true"),

@@ -1,9 +1,8 @@
-"""What may change between two commands, and what is said of it."""
+"""Which settings may change between an interrupted run and its resume, and what is printed then."""
 
 import pytest
 
-from hfsft.recipe.schema import stage_fields
-from hfsft.run.record import FREE_KEYS, changed_keys, going_on_line
+from hfsft.run.record import changed_keys, resume_notice
 
 BEFORE = {
     "seed": 42,
@@ -11,27 +10,26 @@ BEFORE = {
 }
 
 
-def test_every_free_key_is_a_setting():
-    assert set(stage_fields("sft")) >= FREE_KEYS
-
-
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "expected"),
     [
         ({}, None),
-        ({"save_steps": 10}, "sft: going on with other save_steps"),
-        ({"save_steps": 10, "logging_steps": 1}, "sft: going on with other logging_steps, save_st"),
-        ({"per_device_train_batch_size": 1}, "size; sums of other parts are rounded otherwise"),
+        ({"save_steps": 10}, "sft: resuming with changed save_steps"),
+        (
+            {"save_steps": 10, "logging_steps": 1},
+            "sft: resuming with changed logging_steps, save_st",
+        ),
+        ({"per_device_train_batch_size": 1}, "size; sums are grouped differently, so the last"),
     ],
 )
-def test_what_may_change_is_said(make_stage, changes, says):
+def test_changes_that_are_allowed_are_printed(make_stage, changes, expected):
     now = BEFORE | {"sft": BEFORE["sft"] | changes}
     assert changed_keys(BEFORE, now) == []
-    line = going_on_line(make_stage(), BEFORE, now)
-    assert (line is None) if says is None else says in line
+    line = resume_notice(make_stage(), BEFORE, now)
+    assert (line is None) if expected is None else expected in line
 
 
-def test_what_may_not_change_is_no_free_key(make_stage):
+def test_other_changes_are_not_allowed():
     now = BEFORE | {"seed": 7, "sft": BEFORE["sft"] | {"learning_rate": 1.0, "save_steps": 1}}
     assert changed_keys(BEFORE, now) == ["seed", "sft.learning_rate"]
     assert changed_keys(BEFORE, now, free=True) == ["sft.save_steps"]
