@@ -1,23 +1,23 @@
-"""Whether the intervals of hfsft/advice.py hold what came, and whether its verdicts were right.
+"""How often the intervals of `hfsft.train.advice` held, and whether its verdicts were right.
 
     python benchmarks/advice.py            # the table, in a minute
-    python benchmarks/advice.py --train    # makes curves.json anew first: 80 runs, an hour
+    python benchmarks/advice.py --train    # rebuild curves.json first: 80 runs, an hour
 
-A run is asked about at half and three quarters of its planned steps and at their end, with 4 to 24
-validations in all. Truth is what another run ended at that had so many steps, and its own learning
-rate schedule; for the planned end it is the run itself. `below` and `above` are where truth lay
-outside. A verdict was right in hindsight if going on, from the planned end to the steps that it
-named (or twice as many), lowered the loss by 1% (`go on`) or by less (`stop`); for `stop now`, from
-the present step to the planned end.
+Advice is requested at half and at three quarters of a run's planned steps and at their end, with 4
+to 24 validations in all. The truth is the final loss of another run with that many steps and a
+learning-rate schedule of its own; for the planned end it is the run itself. `below` and `above` are
+the shares of truths below and above the interval. A verdict was right in hindsight if training
+from the planned end to the steps that it named (or twice as many) lowered the loss by at least 1%
+(to continue) or by less (`stop`); for `stop now`, from the current step to the planned end.
 
-The real curves are tiny Llamas on the embedded data, byte by byte, linear and
-warmup_stable_decay: `text` and `tasks` from scratch, `style`, `spelling` and `few` (200
-conversations, up to 28 epochs) from a model that has seen both.
+The real curves are from tiny byte-level Llamas on the embedded data, with linear and
+warmup_stable_decay schedules: `text` and `tasks` from scratch, `style`, `spelling` and `few` (200
+conversations, up to 28 epochs) from a model that was trained on both.
 
-The constants of advice.py were set while looking at the rows marked *; of the real curves, those of
-seed 2 under warmup_stable_decay were trained afterwards. After a first look at all the rows two
-things were mended: worn data no longer makes it sure that the loss rises (`few` and `overfitting`,
-hence their *), and nothing is projected beyond 4 times the steps done.
+The constants of advice.py were tuned on the rows marked *; of the real curves, those of seed 2
+under warmup_stable_decay were trained afterwards. After a first look at all rows two faults were
+fixed: repeated data no longer makes it certain that the loss rises (`few` and `overfitting`, hence
+their *), and nothing is projected beyond 4 times the steps done.
 """
 
 import argparse
@@ -34,15 +34,15 @@ import numpy as np
 from hfsft.train.advice import RATE, WORTH, Validation, advise
 
 CURVES = Path(__file__).with_name("curves.json")
-SHARES = (0.5, 0.75, 1)  # of the planned steps, at which advice is asked for
+SHARES = (0.5, 0.75, 1)  # of the planned steps, at which advice is requested
 ASKED = ("0.5 → 1", "0.5 → 2", "0.5 → 4", "0.75 → 1", "1 → 1.5", "1 → 2", "1 → 4")
-DECAY = 5  # under warmup_stable_decay the last fifth of the steps decays
+DECAY = 5  # under warmup_stable_decay the learning rate decays over the last fifth
 
 # --- generated curves: a function of (total steps, decaying steps) → the loss after each step ---
 
 Curve = Callable[[int, int | None], np.ndarray]
-# Luo et al. (2025), A Multi-Power Law for Loss Curve Prediction, their released fits for 25, 100
-# and 400 M parameters: floor, A, alpha, B, C, beta, gamma
+# Luo et al. (2025), A Multi-Power Law for Loss Curve Prediction: released fits for 25, 100 and
+# 400 M parameters: floor, A, alpha, B, C, beta, gamma
 MULTI_POWER = (
     (3.040, 0.525, 0.508, 363.788, 2.066, 0.583, 0.641),
     (2.651, 0.601, 0.453, 437.946, 2.132, 0.598, 0.655),
@@ -53,12 +53,12 @@ CHINCHILLA = ((1.69, 406.4, 0.34, 410.7, 0.28), (1.8172, 482.01, 0.3478, 2085.43
 
 
 def rates(total: int, decay: int | None) -> np.ndarray:
-    """The learning rate of each step, its peak 1; None: it falls from the first step."""
+    """The learning rate of each step relative to its peak; None decays from the first step."""
     return np.clip((total - np.arange(total)) / (decay or total), 0, 1)
 
 
 def saturating(random: np.random.Generator, plan: int) -> tuple[Curve, int | None]:
-    """A power law to nearly an exponential in the sum of rates, and a part that the rate adds."""
+    """Between a power law and an exponential in the summed rates, plus a term in the rate."""
     floor, fall = random.uniform(0.2, 3), random.uniform(0.05, 2)
     time, power = plan * math.exp(random.uniform(-3, 1)), random.choice([0.3, 0.6, 1.2, 3, 20])
     effect = random.uniform(0, 0.15)
@@ -72,19 +72,19 @@ def saturating(random: np.random.Generator, plan: int) -> tuple[Curve, int | Non
 
 
 def two_falls(random: np.random.Generator, plan: int) -> tuple[Curve, int | None]:
-    """A skill that is learned at some point, perhaps after the planned end, on top of that."""
+    """The same plus a skill learned at some point, possibly after the planned end."""
     smooth, _ = saturating(random, plan)
     height, at = random.uniform(0.05, 0.6), plan * random.uniform(0.1, 1.2)
 
     def curve(total: int, decay: int | None) -> np.ndarray:
-        way = rates(total, decay).cumsum()
-        return smooth(total, decay) + height / (1 + (way / at) ** 4)
+        progress = rates(total, decay).cumsum()
+        return smooth(total, decay) + height / (1 + (progress / at) ** 4)
 
     return curve, None
 
 
 def plateaued(random: np.random.Generator, plan: int) -> tuple[Curve, int | None]:
-    """An exponential that is over by the planned end, with next to no effect of the rate."""
+    """An exponential that has converged by the planned end, almost independent of the rate."""
     floor, fall = random.uniform(0.2, 3), random.uniform(0.05, 2)
     time, effect = plan * random.uniform(0.03, 0.12), random.uniform(0, 0.005) * floor
 
@@ -96,38 +96,38 @@ def plateaued(random: np.random.Generator, plan: int) -> tuple[Curve, int | None
 
 
 def overfitting(random: np.random.Generator, plan: int) -> tuple[Curve, int | None]:
-    """It rises after four epochs, which lie between a fifth and four fifths of the plan."""
+    """Rises after four epochs, which end between a fifth and four fifths of the plan."""
     smooth, _ = saturating(random, plan)
     slope, at = random.uniform(0.05, 0.5), plan * random.uniform(0.2, 0.8)
 
     def curve(total: int, decay: int | None) -> np.ndarray:
-        way = rates(total, decay).cumsum()
-        return smooth(total, decay) + slope * np.clip(way - at, 0, None) / plan
+        progress = rates(total, decay).cumsum()
+        return smooth(total, decay) + slope * np.clip(progress - at, 0, None) / plan
 
     return curve, math.ceil(at / 4)
 
 
 def multi_power(random: np.random.Generator, plan: int) -> tuple[Curve, int | None]:
-    """The published law, 24,000 of its steps for the plan, at its peak rate of 3e-4."""
+    """The published law, scaled to 24,000 of its steps per plan, at its peak rate of 3e-4."""
     floor, a, alpha, b, c, beta, gamma = MULTI_POWER[random.integers(3)]
-    each = 24000 / plan  # of its steps, in one of ours
+    each = 24000 / plan  # its steps per step of ours
 
     def curve(total: int, decay: int | None) -> np.ndarray:
         rate = 3e-4 * np.append(rates(total, decay), 1e-9)
-        way = rate[1:].cumsum() * each
-        since = np.tril(way[:, None] - np.append(0, way[:-1]))
+        progress = rate[1:].cumsum() * each
+        since = np.tril(progress[:, None] - np.append(0, progress[:-1]))
         lost = 1 - (c * rate[1:] ** -gamma * since + 1) ** -beta
         annealed = (np.tril(lost) * (rate[:-1] - rate[1:])).sum(axis=1)
-        return floor + a * (way + 0.3) ** -alpha - b * annealed
+        return floor + a * (progress + 0.3) ** -alpha - b * annealed
 
     return curve, None
 
 
 def chinchilla(random: np.random.Generator, plan: int) -> tuple[Curve, int | None]:
-    """The published law for a run's end; within a run a part in proportion to the rate."""
+    """The published law for final losses; within a run, plus a term proportional to the rate."""
     floor, a, alpha, b, beta = CHINCHILLA[random.integers(2)]
     size = 10 ** random.uniform(7, 9)
-    tokens = 20 * size / plan * random.uniform(0.3, 3)  # of a step
+    tokens = 20 * size / plan * random.uniform(0.3, 3)  # per step
     effect = random.uniform(0.02, 0.12)
 
     def curve(total: int, decay: int | None) -> np.ndarray:
@@ -150,24 +150,24 @@ def annealing(random: np.random.Generator, plan: int) -> tuple[Curve, int | None
             momentum = momentum * math.exp(-1 / lag) + drop
             area += momentum / lag
             found.append(area)
-        way = (rate.cumsum() + plan / 50) / plan
-        return floor + fall * way**-power - gain * floor * np.array(found)
+        progress = (rate.cumsum() + plan / 50) / plan
+        return floor + fall * progress**-power - gain * floor * np.array(found)
 
     return curve, None
 
 
 class HeldOut:
-    """Conversations whose mean follows a curve: they differ, also in how they improve."""
+    """Conversations whose mean follows a curve; each has its own level and rate of improvement."""
 
     def __init__(self, random: np.random.Generator):
         count = int(random.choice([8, 50, 200, 500]))
         self.random, self.tokens = random, random.integers(10, 300, count)
         self.own, self.pace = random.normal(0, 0.3, (2, count))
-        self.jitter = random.uniform(0.005, 0.04)  # of each between two validations
-        self.common = random.uniform(0, 0.003)  # of all together, a share: the optimizer wanders
+        self.jitter = random.uniform(0.005, 0.04)  # of each document between validations
+        self.common = random.uniform(0, 0.003)  # of the mean, relative: the optimizer wanders
 
     def validation(self, step: int, loss: float, first: float) -> Validation:
-        """The losses where the curve is at `loss`, from `first`."""
+        """The losses of all conversations where the curve is at `loss`, starting from `first`."""
         each = self.own + self.pace * (loss - first)
         each -= each @ self.tokens / self.tokens.sum()
         each += self.random.normal(0, self.jitter, len(each))
@@ -176,7 +176,7 @@ class HeldOut:
 
 
 def generated(family: Callable, seed: int, count: int) -> Iterator[dict[str, Any]]:
-    """Runs of a family: validations, log lines, and what runs of other lengths ended at."""
+    """Runs of a family: validations, log lines, and final losses of runs of other lengths."""
     for number in range(count):
         random = np.random.default_rng([seed, number])
         plan = int(random.choice([48, 200, 480]))
@@ -211,14 +211,14 @@ def generated(family: Callable, seed: int, count: int) -> Iterator[dict[str, Any
 
 # --- real curves ---
 
-LENGTH, BATCH = 96, 12  # bytes a conversation at most, conversations a step
+LENGTH, BATCH = 96, 12  # bytes per conversation at most, conversations per step
 START, USER, ASSISTANT, END = range(256, 260)
 KINDS = ("text", "tasks", "style", "spelling", "few")
 SCHEDULES = ("linear", "warmup_stable_decay")
-STEPS = (50, 100, 200, 400)  # of the last only the end is kept
-HELD_OUT, VALIDATED = 32, 28  # conversations; with all of them curves.json is above 100 KB
+STEPS = (50, 100, 200, 400)  # of the last, only the end is kept
+HELD_OUT, VALIDATED = 32, 28  # conversations; with all of them curves.json exceeds 100 KB
 RATES = {"text": 3e-3, "tasks": 3e-3, "style": 5e-4, "spelling": 2e-3, "few": 2e-3}
-Example = tuple[list[int], list[bool]]  # bytes and marks, and which of them are trained on
+Example = tuple[list[int], list[bool]]  # bytes and markers, and which of them are trained on
 
 
 def chats(rows: dict[str, int], seed: int) -> list[Example]:
@@ -239,7 +239,7 @@ def chats(rows: dict[str, int], seed: int) -> list[Example]:
 
 
 def texts(rows: int, seed: int) -> list[Example]:
-    """Pieces of the embedded speeches."""
+    """Excerpts of the embedded speeches."""
     from hfsft.data.tasks import speeches
 
     random, documents, found = Random(seed), speeches(), []
@@ -252,7 +252,7 @@ def texts(rows: int, seed: int) -> list[Example]:
 
 
 def data(kind: str, seed: int) -> list[Example]:
-    """The held-out examples of a kind, then those to train on."""
+    """The held-out examples of a kind, followed by the training examples."""
     talk = ("identity", "small_talk")
     if kind == "text":
         return texts(6000, seed)
@@ -266,7 +266,7 @@ def data(kind: str, seed: int) -> list[Example]:
 
 
 def fresh_model(seed: int) -> Any:
-    """A Llama of 0.25 M parameters on bytes."""
+    """A byte-level Llama of 0.25 M parameters."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -285,7 +285,7 @@ def fresh_model(seed: int) -> Any:
 
 
 def token_losses(model: Any, examples: list[Example]) -> tuple[Any, Any]:
-    """Summed loss and trained tokens of each example."""
+    """Summed loss and number of trained tokens of each example."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
@@ -299,7 +299,7 @@ def token_losses(model: Any, examples: list[Example]) -> tuple[Any, Any]:
 def train_run(
     model: Any, examples: list[Example], steps: int, rate: float, schedule: str, seed: int
 ) -> dict[str, Any]:
-    """Train on all but the first examples, and validate on those at every eighth of the steps."""
+    """Train on all but the first examples, and validate on those every eighth of the run."""
     import torch
     from transformers import get_scheduler
 
@@ -317,7 +317,7 @@ def train_run(
                 losses, tokens = token_losses(model, held_out)
             found["tokens"] = tokens.tolist()
             millis = (losses.double() / tokens * 1000).round().int().tolist()
-            found["validations"].append([step, millis])  # of a nat a token
+            found["validations"].append([step, millis])  # thousandths of a nat per token
         if step == steps:
             return found
         batch = [examples[number] for number in order[step * BATCH : (step + 1) * BATCH]]
@@ -335,7 +335,7 @@ def train_run(
 
 
 def train_curves() -> None:
-    """Train every kind, schedule and seed at every number of steps, and keep the curves."""
+    """Train every kind, schedule, seed and number of steps, and write the curves."""
     import torch
 
     from hfsft.data.tasks import TASKS
@@ -366,7 +366,7 @@ def train_curves() -> None:
 
 
 def real(kinds: Iterable[str], unseen: bool, plans: Iterable[int]) -> Iterator[dict[str, Any]]:
-    """The kept runs of some kinds, with all validations and with every second one."""
+    """The recorded runs of some kinds, with all validations and with every second one."""
     for one in json.loads(CURVES.read_text()):
         new = one["seed"] == 2 and one["schedule"] != "linear"
         if one["kind"] not in kinds or new != unseen:
@@ -385,7 +385,7 @@ def real(kinds: Iterable[str], unseen: bool, plans: Iterable[int]) -> Iterator[d
                 yield {
                     "plan": plan,
                     "decay_from": None if one["schedule"] == "linear" else plan - plan // DECAY,
-                    # a question about four times the steps, as a full epoch makes one
+                    # four times the plan, as a full epoch is always projected
                     "epoch": one["epoch"] if one["kind"] == "few" else 4 * plan,
                     "validations": [
                         validation
@@ -401,7 +401,7 @@ def real(kinds: Iterable[str], unseen: bool, plans: Iterable[int]) -> Iterator[d
 
 
 def judged(runs: Iterable[dict[str, Any]]) -> tuple[dict[str, list], dict[str, list[bool | None]]]:
-    """Every interval with the truth and the present loss, and every verdict with its hindsight."""
+    """Every interval with the truth and the current loss, and every verdict with its outcome."""
     intervals, verdicts = defaultdict(list), defaultdict(list)
     for run in runs:
         plan, ends = run["plan"], run["ends"] | {run["plan"]: run["validations"][-1].loss}
@@ -441,21 +441,21 @@ def show(name: str, runs: Iterable[dict[str, Any]]) -> None:
             f"{(truth < low).mean():7.0%}{(truth > high).mean():7.0%}"
             f"{np.median((high - low) / now):8.1%}{np.median(truth / now - 1):+9.1%}"
         )
-    told = [
+    shares = [
         f"{kind} {len(rights)}" + f", right {sum(rights)}" * (kind != "not known")
         for kind, rights in sorted(verdicts.items())
     ]
-    print(f"{name:<21}verdicts: {'; '.join(told)}\n", flush=True)
+    print(f"{name:<21}verdicts: {'; '.join(shares)}\n", flush=True)
 
 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--train", action="store_true", help="make curves.json anew")
+    parser.add_argument("--train", action="store_true", help="rebuild curves.json")
     if parser.parse_args().train:
         train_curves()
     print(
-        f"{'curves':<21}{'asked':<10}{'number':>7}{'promised':>10}{'covered':>9}{'below':>7}"
+        f"{'curves':<21}{'asked':<10}{'count':>7}{'nominal':>10}{'covered':>9}{'below':>7}"
         f"{'above':>7}{'width':>8}{'change':>9}"
     )
     for unseen, mark in ((False, "*"), (True, "")):

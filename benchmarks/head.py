@@ -1,10 +1,11 @@
-"""The head's loss four ways on the same hidden states: time and peak memory, forward and backward.
+"""The head's loss computed in four ways on the same hidden states: time and peak memory.
 
     python benchmarks/head.py [--vocabulary 65536] [--width 512] [--tokens 2048] [--trained 0.4]
 
-"logits" is what transformers does in a training step; "trl" is its fused head, "trl, trained" the
-same given the trained positions alone; "hfsft" is `linear_cross_entropy`. Each is a process of its
-own; the peak is the process's above what it held before (ru_maxrss), on CUDA the allocator's.
+"logits" is what transformers does in a training step; "trl" is trl's fused head, "trl, trained" the
+same on trained positions only; "hfsft" is `linear_cross_entropy`. Measured are a forward and a
+backward pass, each variant in a process of its own; the peak is the process's increase (ru_maxrss),
+on CUDA the allocator's.
 """
 
 import argparse
@@ -19,7 +20,7 @@ VARIANTS = ("logits", "trl", "trl, trained", "hfsft")
 
 
 def measure(variant: str, given: argparse.Namespace) -> dict[str, float]:
-    """Median seconds of a forward and backward pass, and the peak above the inputs."""
+    """Median seconds of a forward and backward pass, and peak memory beyond the inputs."""
     import torch
     from torch.nn.functional import linear
     from transformers.loss.loss_utils import ForCausalLMLoss
@@ -32,7 +33,7 @@ def measure(variant: str, given: argparse.Namespace) -> dict[str, float]:
     hidden = torch.randn(1, given.tokens, given.width, device=device, requires_grad=True)
     weight = torch.randn(given.vocabulary, given.width, device=device) / given.width**0.5
     weight.requires_grad_()
-    weight.grad = torch.zeros_like(weight)  # as from the second micro-batch on
+    weight.grad = torch.zeros_like(weight)  # as after the first micro-batch
     targets = torch.randint(0, given.vocabulary, (given.tokens,), device=device)
     trained = torch.rand(given.tokens, device=device) < given.trained
     positions, count = trained.nonzero().flatten(), int(trained.sum())

@@ -1,8 +1,9 @@
-"""8-bit against 32-bit AdamW: bytes of the states, and the loss at the end of the same run.
+"""8-bit against 32-bit AdamW: size of the optimizer states, and the final loss of the same run.
 
     python benchmarks/optimizer.py [--steps 200]
 
-The sft stage of a model of 1.5 M parameters, trained on spelling from a fresh start; three seeds.
+The sft stage of a model of 1.5 M parameters on built-in conversations, after a short base stage;
+three seeds.
 """
 
 import argparse
@@ -41,14 +42,14 @@ OPTIMIZERS = ("adamw_torch", "adamw_bnb_8bit")
 
 
 def state_bytes(held: object) -> int:
-    """Bytes of all tensors in an optimizer's saved states."""
+    """Total bytes of the tensors in an optimizer's saved state."""
     if isinstance(held, dict):
         return sum(state_bytes(value) for value in held.values())
     return held.numel() * held.element_size() if torch.is_tensor(held) else 0
 
 
 def main() -> None:
-    """Train both, print bytes, losses and the differences."""
+    """Train with both; print bytes, losses and their differences."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=200)
     steps = parser.parse_args().steps

@@ -1,11 +1,11 @@
-"""What `hfsft plan` says beside what the same stage then takes, over 16 settings.
+"""Memory predicted by `hfsft plan` beside what the same stage then allocates, in 18 settings.
 
     python benchmarks/planner.py
 
-Each setting is a stage as `hfsft` runs it, two steps of a fresh model with full rows, in a
-temporary folder. On a CPU the truth is the running total of the allocator's own records
-(torch.profiler), on a GPU torch.cuda.max_memory_allocated; the stated overhead of the runtime is in
-neither. Memory does not depend on load, so one run is enough.
+Each setting is a stage as `hfsft` runs it: two steps of a fresh model with full rows, in a
+temporary folder. On a CPU the truth is the running total of the allocator's records
+(torch.profiler), on a GPU torch.cuda.max_memory_allocated; neither includes the runtime overhead
+that the plan states. Memory does not depend on load, so one run is enough.
 """
 
 import gc
@@ -31,7 +31,7 @@ ARCHITECTURES = {
     "nanochat": (NanoChatConfig, NanoChatForCausalLM),
     "llama": (LlamaConfig, LlamaForCausalLM),
 }
-# name → width, layers, heads, vocabulary, tokens a row
+# name → width, layers, heads, vocabulary, tokens per row
 SIZES = {
     "small": (128, 4, 2, 2048, 256),
     "medium": (256, 6, 4, 8192, 256),
@@ -54,7 +54,7 @@ SETTINGS = [
 
 
 def write_inputs() -> None:
-    """Write a tokenizer, conversations of many and of few tokens, and a recipe."""
+    """Write a tokenizer, long and short conversations, and a recipe."""
     train_tokenizer(facts(), 512).save_pretrained("tokenizer")
     text = " ".join(facts())
     for name, count, chars in (("full", 60, 4000), ("packed", 300, 160)):
@@ -83,7 +83,7 @@ def write_inputs() -> None:
 
 
 def shape(kind: str, size: str) -> dict[str, int]:
-    """The fields of a model's configuration."""
+    """The fields of a model's configuration for a size."""
     width, layers, heads, vocabulary, _ = SIZES[size]
     return {
         "hidden_size": width,
@@ -97,7 +97,7 @@ def shape(kind: str, size: str) -> dict[str, int]:
 
 
 def arguments(kind: str, size: str, rows: str, settings: tuple[str, ...]) -> tuple[str, list[str]]:
-    """The stage and its command line; for sft the model is written first."""
+    """The stage and its command line; for sft, also writes the model that it starts from."""
     length = SIZES[size][-1]
     command = ["recipe.yaml", *settings, "--max_length", str(length), "--quiet"]
     if rows.startswith("base"):
@@ -115,7 +115,7 @@ def arguments(kind: str, size: str, rows: str, settings: tuple[str, ...]) -> tup
 
 
 def allocated(run: Callable[[], None]) -> int:
-    """The most bytes that lived at once while something ran."""
+    """Peak bytes allocated while `run` runs."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()

@@ -1,10 +1,10 @@
-"""From the command to the first step, beside a stock trl script on the same job.
+"""Time from the command to the first step, beside a stock trl script on the same job.
 
     python benchmarks/start.py [--rows 22443] [--runs 3]
 
-22,443 generated conversations in a file, 200 steps of 32, a model of 0.5 M parameters: what is
-timed is starting and preparing. "cold" has an empty datasets cache, "warm" is the same command
-again. The time is from the command to the end of the first step.
+22,443 generated conversations in a file, 200 steps of 32, a model of 0.5 M parameters, so that
+start-up and preparation dominate. "cold" has an empty datasets cache, "warm" is the same command
+again. Timed is from the command to the end of the first step.
 """
 
 import argparse
@@ -35,7 +35,7 @@ trainer = SFTTrainer(model=model, args=args, train_dataset=rows, processing_clas
 trainer.add_callback(Say())
 trainer.train()
 """
-# tool → its command, and the file that is there once the first step is done
+# tool → its command, and the file that appears once the first step is done
 TOOLS = {
     "hfsft": (["-m", "hfsft.sft", "recipe.yaml", "--restart"], "runs/start/sft/metrics.jsonl"),
     "trl": (["-c", TRL], "trl-step"),
@@ -86,7 +86,7 @@ def prepare(folder: Path, rows: int) -> None:
 
 
 def first_step(tool: str, folder: Path, cache: str) -> float:
-    """Seconds from the command to the end of the first step; it is killed then."""
+    """Seconds from the command to the end of the first step, after which it is killed."""
     command, sign = TOOLS[tool]
     (folder / sign).unlink(missing_ok=True)
     began = time.perf_counter()

@@ -1,13 +1,13 @@
-"""SFT steps side by side: hfsft, stock SFTTrainer in three ways, and a bare PyTorch loop.
+"""SFT steps side by side: hfsft, stock SFTTrainer in three variants, and a bare PyTorch loop.
 
     python benchmarks/step.py [--data CHATS.jsonl] [--model_type llama] [--runs 3] [--steps 6]
     python benchmarks/step.py --base    # a base step of 8 full rows beside its bare loop
 
-The same model, the same 32 conversations a step, the same optimizer; each run is a process of its
-own, the variants take turns, and the table shows medians. Tokens are real ones, without padding;
-the first two steps of a run are not counted. Without --data the conversations are the embedded
-tasks'. Peak memory is the process's (ru_maxrss), on CUDA the allocator's; there the card is capped
-at --memory, and MFU is 6 · parameters · tokens/s over the card's dense bfloat16 peak.
+The same model, the same 32 conversations per step, the same optimizer. Each run is a process of its
+own, the variants alternate, and the table shows medians. Tokens exclude padding; the first two
+steps of a run are not counted. Without --data the conversations are those of the built-in tasks.
+Peak memory is the process's (ru_maxrss), on CUDA the allocator's; there the card is capped at
+--memory, and MFU is 6 · parameters · tokens/s over the card's dense bfloat16 peak.
 """
 
 import argparse
@@ -27,12 +27,12 @@ EXAMPLES, LENGTH, ROWS, SKIPPED = 32, 1024, 2, 2
 VARIANTS = {
     "hfsft": "conversations of a step share rows",
     "bare": "a PyTorch loop over hfsft's micro-batches",
-    "pairs": "SFTTrainer, two by two, padded to the longer",
-    "padded": "SFTTrainer, two by two, padded to max_length",
-    "packing": "SFTTrainer, packing: true, two rows",
+    "pairs": "SFTTrainer, in pairs, padded to the longer one",
+    "padded": "SFTTrainer, in pairs, padded to max_length",
+    "packing": "SFTTrainer, packing: true, two rows per micro-batch",
 }
 BASE_VARIANTS = {
-    "hfsft": "8 rows of text, two a micro-batch",
+    "hfsft": "8 rows of text, two per micro-batch",
     "bare": "a PyTorch loop over the same micro-batches",
 }
 BASE_ROWS = 8
@@ -40,7 +40,7 @@ PEAK_FLOPS = {"RTX 4060": 30e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 
 def build(model_type: str, vocab_size: int) -> Any:
-    """A model of 4 layers and 256 width, or on CUDA of 12 layers and 768."""
+    """Build a model of 4 layers of width 256, on CUDA of 12 layers of width 768."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -63,7 +63,7 @@ def build(model_type: str, vocab_size: int) -> Any:
 
 
 def conversations(data: str | None, folder: str, steps: int) -> tuple[Any, Any]:
-    """A tokenizer of 8,192 tokens, and the conversations of so many steps in hfsft's order."""
+    """A tokenizer of 8,192 tokens, and the conversations of `steps` steps in hfsft's order."""
     from hfsft.data.mixture import mix_conversations
     from hfsft.data.tasks import facts, speeches
     from hfsft.recipe.schema import Source, Stage
@@ -92,13 +92,13 @@ def conversations(data: str | None, folder: str, steps: int) -> tuple[Any, Any]:
 
 
 class Clock:
-    """Seconds of each step, from one step's end to the next."""
+    """Records the end of each step."""
 
     def __init__(self, device: Any):
         self.device, self.ends = device, []
 
     def tick(self) -> None:
-        """A step is done."""
+        """Record the end of a step."""
         import torch
 
         if self.device.type == "cuda":
@@ -106,12 +106,12 @@ class Clock:
         self.ends.append(time.perf_counter())
 
     def seconds(self) -> float:
-        """Of the steps that count."""
+        """Seconds of the counted steps."""
         return self.ends[-1] - self.ends[SKIPPED - 1]
 
 
 def text_rows(tokenizer: Any, steps: int) -> Any:
-    """Full rows of the embedded speeches, enough for so many base steps."""
+    """Full rows of the embedded speeches, enough for `steps` base steps."""
     import datasets
 
     from hfsft.data.tasks import speeches
@@ -124,7 +124,7 @@ def text_rows(tokenizer: Any, steps: int) -> Any:
 def run(
     variant: str, model_type: str, data: str | None, folder: str, steps: int, base: bool
 ) -> dict:
-    """Train with one variant; what it took."""
+    """Train with one variant, and measure it."""
     import datasets
     import torch
     import transformers
@@ -178,7 +178,7 @@ def run(
 def bare_loop(
     model: Any, rows: Any, tokenizer: Any, device: Any, clock: Clock, examples: int
 ) -> list[float]:
-    """The least that trains on hfsft's micro-batches: forward, backward, clip, optimizer."""
+    """A minimal loop over hfsft's micro-batches: forward, backward, clipping, optimizer."""
     import torch
 
     from hfsft.data.packing import StepCollator, micro_batches, model_inputs
@@ -216,7 +216,7 @@ def bare_loop(
 def trainer_of(
     variant: str, model: Any, rows: Any, tokenizer: Any, folder: str, steps: int
 ) -> tuple[Any, list[int] | None]:
-    """The trainer of a variant; where rows are packed beforehand, also each step's tokens."""
+    """The trainer of a variant; if rows are packed ahead of time, also each step's tokens."""
     import torch
     from trl import SFTConfig, SFTTrainer, pack_dataset
 
@@ -240,7 +240,7 @@ def trainer_of(
         import itertools
 
         rows = pack_dataset(rows, LENGTH, "bfd")
-        # as many rows a step as make about the tokens of 32 conversations
+        # as many rows per step as hold about the tokens of 32 conversations
         accumulation = max(1, round(len(rows) / steps / ROWS))
         each = accumulation * ROWS
         lengths = itertools.cycle([len(ids) for ids in rows["input_ids"]])
@@ -265,7 +265,7 @@ def trainer_of(
 def hfsft_trainer(
     model: Any, rows: Any, tokenizer: Any, folder: str, steps: int, settings: dict[str, Any]
 ) -> Any:
-    """hfsft's own trainer of conversations, or of text where the rows have no labels."""
+    """hfsft's own trainer: for conversations, or for text if the rows have no labels."""
     from hfsft.recipe.schema import Stage
     from hfsft.train.arguments import arguments
     from hfsft.train.trainer import SFTStageTrainer, StageTrainer
@@ -294,13 +294,13 @@ def hfsft_trainer(
         train_dataset=rows,
         processing_class=tokenizer,
     )
-    if not sft:  # in the order that the bare loop takes
+    if not sft:  # in the order of the bare loop
         trainer._get_train_sampler = lambda *_: range(len(rows))
     return trainer
 
 
 def ceilings(data: str | None, folder: str, steps: int) -> dict[str, float]:
-    """Slots over tokens of each layout: the most that leaving padding out can gain."""
+    """Row slots per token of each layout: the most that removing padding can gain."""
     from hfsft.data.packing import tightest_fit
 
     _, rows = conversations(data, folder, steps)
@@ -313,7 +313,7 @@ def ceilings(data: str | None, folder: str, steps: int) -> dict[str, float]:
         bins = tightest_fit(step, LENGTH)
         slots += len(bins) * max(sum(step[item] for item in items) for items in bins)
     return {
-        "tokens a conversation": tokens / len(lengths),
+        "tokens per conversation": tokens / len(lengths),
         "pairs": pairs / tokens,
         "padded": LENGTH * len(lengths) / tokens,
         "filled": tokens / slots,
@@ -323,13 +323,13 @@ def ceilings(data: str | None, folder: str, steps: int) -> dict[str, float]:
 def main() -> None:
     """Run every variant in turn and print the table."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--data", help="conversations, .jsonl; default: the embedded tasks")
+    parser.add_argument("--data", help="conversations, .jsonl; default: the built-in tasks")
     parser.add_argument("--model_type", default="llama", choices=("llama", "nanochat"))
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--memory", type=float, default=8.0, help="GB of a CUDA card to use")
-    parser.add_argument("--base", action="store_true", help="a base step instead of sft's")
-    parser.add_argument("--variants", help="some of them, with commas between")
+    parser.add_argument("--base", action="store_true", help="a base step instead of an sft step")
+    parser.add_argument("--variants", help="some of them, separated by commas")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -362,7 +362,7 @@ def main() -> None:
 
 
 def report(found: dict[str, list[dict]], ratio: dict[str, float], given: Any) -> None:
-    """Print medians, hfsft's ratio to each, and the ceiling of what padding costs."""
+    """Print medians, hfsft's speedup over each, and the ceiling given by padding."""
     import torch
 
     cuda = torch.cuda.is_available()
@@ -374,7 +374,7 @@ def report(found: dict[str, list[dict]], ratio: dict[str, float], given: Any) ->
     )
     if ratio:
         print(
-            f"{ratio['tokens a conversation']:.0f} tokens a conversation; "
+            f"{ratio['tokens a conversation']:.0f} tokens per conversation; "
             f"row slots filled by step packing: {ratio['filled']:.3f}"
         )
     print(f"{'':9}{'tokens/s':>10}{'s/step':>8}{'peak MiB':>10}{'hfsft is':>10}{'ceiling':>9}")
@@ -385,7 +385,7 @@ def report(found: dict[str, list[dict]], ratio: dict[str, float], given: Any) ->
     for name, results in found.items():
         seconds = statistics.median(result["seconds_a_step"] for result in results)
         peak = statistics.median(result["peak_bytes"] for result in results) / 2**20
-        # each run against the hfsft run beside it
+        # each run against the hfsft run of the same round
         times = statistics.median(
             ours["tokens_a_second"] / theirs["tokens_a_second"]
             for ours, theirs in zip(found["hfsft"], results, strict=True)
