@@ -1,10 +1,13 @@
-# `make demo` and `make test` need Python 3.11+, git and make, and nothing else.
+# Every target needs Python 3.11+, git and make, and nothing else.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+LATEST := .venv-latest
+# of test-latest: pyproject.toml's range ends where it was tried last
+TORCH ?= 2.13.0
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow check
+.PHONY: demo test test-slow test-latest check
 
 demo: $(INSTALLED)
 	$(BIN)/hfsft run recipes/demo.yaml
@@ -14,6 +17,14 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
+
+# the newest releases within pyproject.toml's ranges instead of constraints.txt
+test-latest:
+	test -d $(LATEST) || $(PYTHON) -m venv $(LATEST)
+	$(LATEST)/bin/pip install --quiet "torch==$(TORCH)"
+	$(LATEST)/bin/pip install --quiet --upgrade --upgrade-strategy eager --editable ".[dev]" "torch==$(TORCH)"
+	$(LATEST)/bin/pip list
+	$(LATEST)/bin/python -m pytest -m "not slow"
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
