@@ -133,13 +133,13 @@ class TextStream(torch.utils.data.IterableDataset):
         self.marks: deque[tuple[int, dict[str, Any]]] = deque()
 
     def state_after(self, rows: int) -> dict[str, Any]:
-        """What `go_on` needs to give the row that follows the first `rows` ones."""
+        """What `resume` needs to give the row that follows the first `rows` ones."""
         while len(self.marks) > 1 and self.marks[1][0] <= rows:
             self.marks.popleft()
         before, position = self.marks[0]
         return {"position": position, "skip": rows - before, "given": rows}
 
-    def go_on(self, state: dict[str, Any]) -> None:
+    def resume(self, state: dict[str, Any]) -> None:
         """Begin behind the row that `state_after` was asked for."""
         self.start, self.skip = state["position"], state["skip"]
         self.given = state["given"] - state["skip"]

@@ -43,7 +43,7 @@ store.wait(["what never comes"])
 
 @pytest.mark.parametrize(
     ("number", "how"),
-    [(signal.SIGSTOP, "is stopped, and was killed"), (signal.SIGKILL, "is dead")],
+    [(signal.SIGSTOP, "was stopped, and is now killed"), (signal.SIGKILL, "is dead")],
 )
 def test_the_rank_that_is_left_names_the_other_and_ends(tmp_path, number, how):
     from torch.distributed import TCPStore
@@ -68,8 +68,8 @@ def test_the_rank_that_is_left_names_the_other_and_ends(tmp_path, number, how):
     said = ranks[0].communicate(timeout=60)[1]
     assert ranks[0].returncode == 2
     assert re.search(
-        rf"^hfsft: rank 1 \(process {ranks[1].pid} on \S+\) {how}; the last good checkpoint is "
-        r"checkpoints/checkpoint-7\n  The same command goes on from there$",
+        rf"^hfsft: rank 1 \(process {ranks[1].pid} on \S+\) {how}; the newest checkpoint is "
+        r"checkpoints/checkpoint-7\n  The same command resumes from it$",
         said,
         re.M,
     )
@@ -160,7 +160,9 @@ def test_a_rank_is_stopped(folder, launcher, rank):
     status, said = run.end()
     assert time.monotonic() - began < 60
     assert status == (2 if launcher == "hfsft" else 1)
-    assert re.search(rf"hfsft: rank {rank} \(process .* is stopped, and was killed; .*-50\n", said)
+    assert re.search(
+        rf"hfsft: rank {rank} \(process .* was stopped, and is now killed; .*-50\n", said
+    )
 
 
 @pytest.mark.slow
