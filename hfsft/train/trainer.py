@@ -469,7 +469,7 @@ class _StageMixin:
             )
         self.place = json.loads((checkpoint / PLACE).read_text())
         if "stream" in self.place:
-            self.train_dataset.go_on(self.place["stream"])
+            self.train_dataset.resume(self.place["stream"])
             self.random_states = checkpoint
         if self.stage.validates:  # a larger max_steps would allow for more of them
             self.eval_dataset = self.eval_dataset.cut(self.place["validated_on"], self.stage.seed)

@@ -1,4 +1,4 @@
-"""Base text: documents to rows, cached and streamed, and a stream that goes on from any row."""
+"""Base text: documents to rows, cached and streamed, and a stream that resumes at any row."""
 
 import json
 import os
@@ -272,13 +272,13 @@ def test_a_stream_goes_on_from_any_row(tokenizer):
         assert [row["input_ids"] for row in islice(iterator, stop + 3)] == taken[: stop + 3]
         state = json.loads(json.dumps(broken.state_after(stop)))
         resumed = stream()
-        resumed.go_on(state)
+        resumed.resume(state)
         iterator = iter(resumed)
         rest = [row["input_ids"] for row in islice(iterator, 40)]
         assert rest == taken[stop : stop + 40]
         # and from there once more
         third = stream()
-        third.go_on(json.loads(json.dumps(resumed.state_after(stop + 20))))
+        third.resume(json.loads(json.dumps(resumed.state_after(stop + 20))))
         assert next(iter(third))["input_ids"] == taken[stop + 20]
 
 
