@@ -129,7 +129,7 @@ def print_audit(stage: str, audit: dict[str, Any], console: Console) -> None:
             console.print(f"{source['source']}: {line}", soft_wrap=True)
     prepared = sum(source.get("prepared", 0) for source in audit["sources"])
     if not is_text and prepared < sum(source["kept"] for source in audit["sources"]):
-        console.print(f"tokens, median, max and too long cover the {prepared:,} prepared")
+        console.print(f"tokens, median, max and long cover the {prepared:,} prepared")
     console.print(_sizes(audit, is_text), soft_wrap=True)
 
 
@@ -146,7 +146,7 @@ def _table(stage: str, sources: list[dict[str, Any]], is_text: bool) -> Table:
         columns |= {"used": "used", "prepared": "prepared"}
     table = Table(header_style="bold", box=None, pad_edge=False, collapse_padding=True)
     table.add_column(f"{stage}: data", overflow="fold")
-    for column in (*columns, unit, "trained", "median", "max", "too long"):
+    for column in (*columns, unit, "trained", "median", "max", "long"):
         table.add_column(column, justify="right", no_wrap=True)
     for source in sources:
         trained = source["trained_tokens"] / source[unit] if source[unit] else 0

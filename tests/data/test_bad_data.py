@@ -564,7 +564,7 @@ def test_images_are_refused_and_not_decoded(tmp_path, make_stage, tokenizer):
 def test_a_weight_that_leaves_nothing_is_an_error(tmp_path, make_stage, tokenizer):
     (tmp_path / "r.jsonl").write_text(json.dumps(chat(0)))
     stage = make_stage(Source(str(tmp_path / "r.jsonl"), weight=0.1), name="mid")
-    with pytest.raises(DataError, match=r"^mid: no row is left to train on; `weight` leaves none"):
+    with pytest.raises(DataError, match=r"^mid: no row is left to train on; `weight` is too small"):
         load_conversations(stage, tokenizer)
 
 

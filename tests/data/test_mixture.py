@@ -559,7 +559,7 @@ def test_counts_can_be_recounted_by_hand(make_stage, tokenizer, tmp_path, capsys
         f"{audit['train']} conversations to train on, 30 held out; "
         f"this run's 25 steps of 8 use {len(set(train.indices))}, 200 times in total"
     )
-    assert max(map(len, shown)) > 80 and shown[0].endswith("trained median max too long")
+    assert max(map(len, shown)) > 80 and shown[0].endswith("trained median max long")
 
 
 PLACES = """

@@ -83,7 +83,7 @@ def test_the_table_fits_a_hundred_columns_whatever_the_numbers():
         f"{name}: 3 excluded: exact copies of held-out conversations",
         f"{name}: each seen 2 times per epoch",
     ]
-    assert lines[-2] == "tokens, median, max and too long cover the 64 prepared"
+    assert lines[-2] == "tokens, median, max and long cover the 64 prepared"
     assert lines[-1] == (
         "9,000,000 conversations to train on, 5,000 held out; this run's 200 steps of 32 use "
         "6,000, 6,400 times in total"
