@@ -133,7 +133,7 @@ def run(
     datasets.disable_progress_bars()
     transformers.utils.logging.set_verbosity_error()
     tokenizer, rows = conversations(data, folder, steps)
-    rows = rows.conversations.select(rows.places).select_columns(["input_ids", "labels"])
+    rows = rows.conversations.select(rows.indices).select_columns(["input_ids", "labels"])
     examples = EXAMPLES
     if base:
         rows, examples = text_rows(tokenizer, steps), BASE_ROWS

@@ -62,7 +62,7 @@ def test_a_template_that_takes_too_much_is_refused(tmp_path, monkeypatch, bomb, 
         load_tokenizer(with_template(tmp_path, bomb + MARKED))
     first, second = str(caught.value).splitlines()
     assert first.startswith(f"{tmp_path}: ") and says in first
-    assert second.strip().startswith("Give another: tokenizer: {chat_template: FILE}")
+    assert second.strip().startswith("Choose another: tokenizer: {chat_template: FILE}")
 
 
 def test_a_template_that_waits_for_the_data_ends_the_stage(tmp_path):

@@ -11,10 +11,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-NOT_BAD = ("exact duplicate",)  # the reason to refuse a row that is well-formed
+NOT_BAD = ("exact duplicate",)  # reasons to refuse a well-formed row
 
-
-PERCENTILES = (5, 50, 95, 100)
+PERCENTILES = (5, 50, 95, 100)  # of the lengths
 
 
 def audit_source(
@@ -28,31 +27,31 @@ def audit_source(
     duplicates: int = 0,
     unit: str = "tokens",
     kept: int | None = None,
-    passed_over: Counter | None = None,
+    excluded: Counter | None = None,
 ) -> dict[str, Any]:
-    """Sum up one source.
+    """Summarize what became of a source's rows.
 
     Args:
         source: its name.
-        read: rows it holds, after sampling.
-        lengths: of each document that was kept, or conversation that was prepared.
-        trained_tokens: of them, those that carry loss.
-        reasons: how many rows were refused for what.
-        truncated: conversations that were cut to `max_length`.
+        read: rows it has, after sampling.
+        lengths: of each document kept, or each conversation encoded.
+        trained_tokens: of these, the tokens that carry loss.
+        reasons: why rows were refused, with counts.
+        truncated: conversations truncated to `max_length`.
         split: rows that became several conversations.
-        duplicates: conversations that are exact copies of an earlier one.
-        unit: what lengths are counted in: "tokens", or "characters" of base text.
-        kept: rows that are conversations, prepared or not; None: as many as `lengths`.
-        passed_over: of those how many cannot be trained on for what, as far as they were prepared.
+        duplicates: rows that are exact copies of an earlier one.
+        unit: of the lengths: "tokens", or "characters" of base text.
+        kept: rows that are conversations, encoded or not; None: as many as `lengths`.
+        excluded: why conversations cannot be trained on, with counts, of those encoded.
 
     Returns:
-        Plain data; `length_percentiles` maps a percentage to tokens.
+        Plain data; `length_percentiles` maps a percentage to a length.
     """
     ordered = np.sort(np.asarray(lengths, dtype=np.int64))
     prepared = {}
     if kept is not None:
         prepared = {
-            "passed_over": dict((passed_over or Counter()).most_common()),
+            "excluded": dict((excluded or Counter()).most_common()),
             "prepared": len(ordered),
         }
     return {
@@ -75,12 +74,20 @@ def audit_source(
 
 
 def bad_rows(audit: dict[str, Any]) -> int:
-    """How many of a source's rows are malformed."""
+    """How many of a source's rows are malformed.
+
+    Args:
+        audit: as `audit_source` returns it.
+    """
     return sum(count for reason, count in audit["refused"].items() if reason not in NOT_BAD)
 
 
 def too_many_bad_rows(audit: dict[str, Any]) -> bool:
-    """What `on_bad_rows` refuses by default: any of fewer than 100 rows, else above one percent."""
+    """The default of `on_bad_rows`: refuse any bad row of fewer than 100, else above one percent.
+
+    Args:
+        audit: as `audit_source` returns it.
+    """
     allowed = audit["read"] / 100 if audit["read"] >= 100 else 0
     return bad_rows(audit) > allowed
 
@@ -90,8 +97,8 @@ def write_audit(folder: Path, audit: dict[str, Any], rejected: list[dict[str, An
 
     Args:
         folder: the stage's.
-        audit: `sources`, and the sizes of the training and the held-out set.
-        rejected: each refused row's `source`, `row` (counted from 0) and `reason`.
+        audit: `sources`, and the sizes of the training and held-out sets.
+        rejected: each refused row's `source`, `row` (from 0) and `reason`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "data.json").write_text(json.dumps(audit, indent=1) + "\n")
@@ -100,71 +107,87 @@ def write_audit(folder: Path, audit: dict[str, Any], rejected: list[dict[str, An
 
 
 def audit_console() -> Console:
-    """A console as wide as the table needs where the output is no terminal."""
+    """A console, 100 columns wide if the output is not a terminal."""
     return Console(highlight=False, width=None if sys.stdout.isatty() else 100)
 
 
 def print_audit(stage: str, audit: dict[str, Any], console: Console) -> None:
-    """Print the table of a stage's sources; of a stream nothing is known before it is read.
+    """Print the table of a stage's sources, why rows are missing, and the sizes of the sets.
 
-    Of conversations: rows `read` and `kept`, conversations `held` out, an `epoch`'s after copies,
-    the run's examples that `use` them, and of those `prepared` tokens, lengths and how many were
-    cut or split.
+    Args:
+        stage: its name.
+        audit: as `write_audit` takes it; a stream has no sources yet.
+        console: prints it.
     """
     if not audit["sources"]:
-        console.print(f"{stage}: its data streams and is counted as it is read")
+        console.print(f"{stage}: its data streams and is counted while it is read")
         return
-    base = "characters" in audit["sources"][0]
-    unit = "characters" if base else "tokens"
+    is_text = "characters" in audit["sources"][0]
+    console.print(_table(stage, audit["sources"], is_text))
+    for source in audit["sources"]:
+        for line in _losses(source):
+            console.print(f"{source['source']}: {line}", soft_wrap=True)
+    prepared = sum(source.get("prepared", 0) for source in audit["sources"])
+    if not is_text and prepared < sum(source["kept"] for source in audit["sources"]):
+        console.print(f"tokens, median, max and long cover the {prepared:,} prepared")
+    console.print(_sizes(audit, is_text), soft_wrap=True)
+
+
+def _table(stage: str, sources: list[dict[str, Any]], is_text: bool) -> Table:
+    """The counts of each source, in the order that rows go through them.
+
+    Of conversations: rows `read` and `kept`; conversations `held` out, in an `epoch` after copies,
+    `used` as the run's examples, and `prepared`, which is those that tokens and lengths are of.
+    """
+    unit = "characters" if is_text else "tokens"
     columns = {"read": "read", "kept": "kept", "epoch": "train"}
-    if not base:
+    if not is_text:
         columns = {"read": "read", "kept": "kept", "held": "held_out", "epoch": "train"}
         columns |= {"used": "used", "prepared": "prepared"}
     table = Table(header_style="bold", box=None, pad_edge=False, collapse_padding=True)
     table.add_column(f"{stage}: data", overflow="fold")
-    for column in (*columns, unit, "trained", "median", "max", "cut"):
+    for column in (*columns, unit, "trained", "median", "max", "long"):
         table.add_column(column, justify="right", no_wrap=True)
-    for source in audit["sources"]:
+    for source in sources:
         trained = source["trained_tokens"] / source[unit] if source[unit] else 0
         lengths = source["length_percentiles"]
         table.add_row(
             source["source"],
             *(f"{source[key]:,}" for key in columns.values()),
             f"{source[unit]:,}",
-            "all" if base else f"{trained:.0%}",
+            "all" if is_text else f"{trained:.0%}",
             f"{lengths.get('50', 0):,}",
             f"{lengths.get('100', 0):,}",
             f"{source['truncated'] + source['split']:,}",
         )
-    console.print(table)
-    for source in audit["sources"]:
-        for line in _fates(source):
-            console.print(f"{source['source']}: {line}", soft_wrap=True)
-    prepared = sum(source.get("prepared", 0) for source in audit["sources"])
-    if not base and prepared < sum(source["kept"] for source in audit["sources"]):
-        console.print(f"tokens, median, max and cut are of the {prepared:,} prepared")
-    if "rows" in audit:
-        console.print(f"{audit['rows']:,} rows of {audit['tokens_a_row']:,} tokens", end=": ")
-    kind = "documents" if base else "conversations"
+    return table
+
+
+def _losses(source: dict[str, Any]) -> Iterator[str]:
+    """Why a source's epoch does not have exactly its rows, where the table does not show it."""
+    for reason, count in source["refused"].items():
+        yield f"{count:,} refused: {reason}"
+    for reason, count in source.get("excluded", {}).items():
+        yield f"{count:,} excluded: {reason}"
+    if source["duplicates"] and "exact duplicate" not in source["refused"]:
+        yield f"{source['duplicates']:,} exact copies kept (to drop them: duplicates: drop)"
+    if source.get("copies_of_held_out"):
+        yield f"{source['copies_of_held_out']:,} excluded: exact copies of held-out conversations"
+    if source.get("copies", 1) != 1:
+        yield f"each seen {source['copies']:g} times per epoch"
+
+
+def _sizes(audit: dict[str, Any], is_text: bool) -> str:
+    """The sizes of the sets, and of sft how much of them the run uses."""
+    rows = (
+        f"{audit['rows']:,} rows of {audit['tokens_a_row']:,} tokens: " if "rows" in audit else ""
+    )
+    kind = "documents" if is_text else "conversations"
     held_out = f", {audit['held_out']:,} held out" if audit["held_out"] else ""
     used = ""
     if "examples_per_step" in audit:
         examples, count = audit["examples_per_step"], audit["used"]
         used = f"; this run's {count // examples:,} steps of {examples} use {audit['different']:,}"
         if audit["different"] < count:
-            used += f", {count:,} times in all"
-    console.print(f"{audit['train']:,} {kind} to train on{held_out}{used}", soft_wrap=True)
-
-
-def _fates(source: dict[str, Any]) -> Iterator[str]:
-    """What leads from a source's rows to its epoch, where that is not plain from the table."""
-    for reason, count in source["refused"].items():
-        yield f"{count:,} refused: {reason}"
-    for reason, count in source.get("passed_over", {}).items():
-        yield f"{count:,} passed over: {reason}"
-    if source["duplicates"] and "exact duplicate" not in source["refused"]:
-        yield f"{source['duplicates']:,} exact copies are kept (duplicates: drop would drop them)"
-    if source.get("copies_of_held_out"):
-        yield f"{source['copies_of_held_out']:,} left out: exact copies of held-out conversations"
-    if source.get("copies", 1) != 1:
-        yield f"an epoch sees each {source['copies']:g} times"
+            used += f", {count:,} times in total"
+    return f"{rows}{audit['train']:,} {kind} to train on{held_out}{used}"

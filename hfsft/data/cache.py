@@ -1,4 +1,4 @@
-"""What is made of rows once and kept in the datasets cache."""
+"""The cache of prepared rows: Arrow files in the datasets cache, keyed by content and by code."""
 
 import hashlib
 import os
@@ -15,37 +15,85 @@ from hfsft.recipe.schema import Stage
 from hfsft.run.disk import writing_to
 
 PACKAGE = Path(__file__).parents[1]
-IMPORTS = re.compile(r"^\s*from hfsft\.?([\w.]*) import ([\w, ]*)", re.M)
+
+# `from hfsft.a import b, c` on one line or in parentheses, and `import hfsft.a`
+IMPORTS = re.compile(
+    r"^[ \t]*(?:from (hfsft[\w.]*) import (?:\(([^)]*)\)|([^(\n]*))|import (hfsft[\w.]*))", re.M
+)
+
+
+# --- keys ---
 
 
 @cache
-def code_digest(module: str = "data/text", package: Path = PACKAGE) -> str:
-    """A digest of the code that cached rows depend on: a module and all of hfsft it imports.
+def code_digest(module: str = "hfsft.data.text", package: Path = PACKAGE) -> str:
+    """A digest of the code that cached rows depend on.
 
     Args:
-        module: where to begin, by its path in the package; the default imports all that makes rows.
+        module: the module that makes the rows; the default imports all of them.
         package: hfsft's folder.
+    """
+    code = sorted(imported_code(module, package).items())
+    return hashlib.blake2b(repr(code).encode()).hexdigest()
+
+
+def imported_code(module: str, package: Path = PACKAGE) -> dict[str, str]:
+    """The code of a module and of everything in hfsft that it imports, directly or not.
+
+    Args:
+        module: its dotted name, `hfsft` included.
+        package: hfsft's folder.
+
+    Returns:
+        Dotted module name → source text. Imports within functions count too, and so do the
+        packages that hold an imported module.
     """
     wanted, found = [module], {}
     while wanted:
         name = wanted.pop()
-        path = package / f"{name}.py"
-        if name not in found and path.is_file():
-            found[name] = path.read_text(encoding="utf-8")
-            for module, names in IMPORTS.findall(found[name]):
-                folder = module.replace(".", "/")
-                wanted += [folder, *(f"{folder}/{one.strip()}" for one in names.split(","))]
-    return hashlib.blake2b(repr(sorted(found.items())).encode()).hexdigest()
+        path = package.joinpath(*name.split(".")[1:])
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        if name in found or not path.is_file():  # `from hfsft.a import b`, where b is no module
+            continue
+        found[name] = path.read_text(encoding="utf-8")
+        parent = name.rpartition(".")[0]
+        wanted += [parent] if parent else []
+        for source, bracketed, plain, whole in IMPORTS.findall(found[name]):
+            imported = re.findall(r"(\w+)(?: as \w+)?", bracketed or plain)
+            wanted += [source or whole, *(f"{source}.{one}" for one in imported)]
+    return found
 
 
-def once(
+def cache_file(key: str) -> Path:
+    """The cache file of the rows that `key` describes, as the current code makes them."""
+    name = hashlib.blake2b(f"{code_digest()}{key}".encode(), digest_size=16).hexdigest()
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "hfsft"
+    with writing_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{name}.arrow"
+
+
+def files_digest(files: list[Path]) -> str:
+    """A digest of the contents of files, in order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in files:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+# --- rows ---
+
+
+def cached_rows(
     key: str, rows: Callable[[], Iterator[dict[str, Any]]], features: dict[str, Any]
 ) -> datasets.Dataset:
-    """Rows that are made and written to the datasets cache once, and memory-mapped from then on.
+    """Write rows to the cache once, and memory-map them from then on.
 
     Args:
-        key: says all that the rows depend on.
-        rows: makes them; called only if the cache holds none of that key.
+        key: describes everything that the rows depend on, except the code.
+        rows: generates them; called only if the cache does not hold them.
         features: their columns.
     """
     path = cache_file(key)
@@ -65,34 +113,24 @@ def once(
     return datasets.Dataset.from_file(str(path))
 
 
-def cache_file(key: str) -> Path:
-    """Where the datasets cache keeps what this code makes of what `key` says."""
-    name = hashlib.blake2b(f"{code_digest()}{key}".encode(), digest_size=16).hexdigest()
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "hfsft"
-    with writing_to(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"{name}.arrow"
-
-
-def content_of(files: list[Path]) -> str:
-    """A digest of what files hold."""
-    digest = hashlib.blake2b(digest_size=16)
-    for path in files:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-def mapped(
+def cached_map(
     rows: datasets.Dataset,
     function: Callable[[dict[str, list[Any]]], Any],
     features: dict[str, Any],
     key: str,
     stage: Stage,
-    shown: str,
+    description: str,
 ) -> datasets.Dataset:
-    """What a function makes of each batch of rows, in the cache under what `key` says."""
+    """Map batches of rows to new rows, in the cache.
+
+    Args:
+        rows: the input.
+        function: takes a batch as columns and returns the new rows' columns.
+        features: of the new rows.
+        key: describes everything that the new rows depend on, except the code.
+        stage: its `dataset_num_proc` processes share 1,000 rows or more.
+        description: the progress bar's.
+    """
     path = cache_file(key)
     with writing_to(path.parent):
         return rows.map(
@@ -100,7 +138,7 @@ def mapped(
             batched=True,
             remove_columns=rows.column_names,
             num_proc=stage.dataset_num_proc if len(rows) >= 1000 else None,
-            desc=shown,
+            desc=description,
             features=datasets.Features(features),
             cache_file_name=str(path),
             new_fingerprint=path.stem,

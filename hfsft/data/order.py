@@ -1,4 +1,4 @@
-"""Which examples a run sees, and in which order: epochs, copies, what is held out."""
+"""Which examples a run sees and in which order: epochs, copies of a source, the held-out set."""
 
 import itertools
 import random
@@ -17,24 +17,24 @@ class Origins:
     """Which row of which source each conversation of a training set was."""
 
     sources: list[str]
-    # of every conversation that was encoded
+    # of every encoded conversation
     source_of: list[int]
     row_of: list[int]
-    places: list[int]  # of them, those of the training set
+    examples: list[int]  # the encoded conversation of each example of the training set
 
-    def __getitem__(self, conversation: int) -> dict[str, Any]:
-        place = self.places[conversation]
-        return {"source": self.sources[self.source_of[place]], "row": self.row_of[place]}
+    def __getitem__(self, example: int) -> dict[str, Any]:
+        item = self.examples[example]
+        return {"source": self.sources[self.source_of[item]], "row": self.row_of[item]}
 
 
 def run_order(items: list[Any], seed: int) -> Iterator[Any]:
-    """The order of examples, without end: one seeded permutation after another.
+    """The infinite order of examples: one seeded permutation of the epoch after another.
 
-    Every step then has its full number of examples, also where an epoch ends within it, and neither
-    the device batch, nor the number of processes, nor a larger `max_steps` changes the order.
+    Every step gets its full number of examples, even one in which an epoch ends. The order does not
+    depend on the device batch, the world size or `max_steps`.
 
     Args:
-        items: an epoch's.
+        items: one epoch's.
         seed: the run's.
     """
     for epoch in itertools.count() if items else ():
@@ -44,60 +44,67 @@ def run_order(items: list[Any], seed: int) -> Iterator[Any]:
 
 
 class RunOrder(datasets.Dataset):
-    """The examples of a whole run: item i is the i-th that is trained on.
+    """The examples of an entire run: item i is the i-th that is trained on.
 
-    Its columns are `input_ids` and `labels`. It is a `datasets.Dataset` as trl takes no other.
+    Its columns are `input_ids` and `labels`. It is a `datasets.Dataset` because trl's trainer
+    requires one.
     """
 
     origins: Origins  # of its examples
 
-    def __init__(self, conversations: datasets.Dataset, places: list[int], epoch: int):
-        """Lay out the run.
+    def __init__(self, conversations: datasets.Dataset, indices: list[int], epoch: int):
+        """Select the run's examples.
 
         Args:
             conversations: with `input_ids`, `labels` and `length`.
-            places: the conversation of each example.
-            epoch: examples of an epoch.
+            indices: the conversation of each example.
+            epoch: the number of examples in an epoch.
         """
-        run = conversations.select_columns(["input_ids", "labels"]).select(places)
+        run = conversations.select_columns(["input_ids", "labels"]).select(indices)
         super().__init__(run.data, run.info, run.split, run._indices, run._fingerprint)
-        self.conversations, self.places, self.epoch = conversations, places, epoch
+        self.conversations, self.indices, self.epoch = conversations, indices, epoch
         lengths = conversations["length"][:]
-        self.lengths = [lengths[place] for place in places]  # tokens of each example
+        self.lengths = [lengths[index] for index in indices]  # tokens of each example
 
 
 def copies(items: list[Any], source: Source, seed: int) -> list[Any]:
-    """The items of one epoch: each as often as the source says, a seeded part once more."""
-    whole = int(source.copies)
-    part = round(len(items) * (source.copies - whole))
-    more = random.Random(f"{seed}:weight:{source}").sample(range(len(items)), part)
-    return items * whole + [items[i] for i in sorted(more)]
+    """The items of one epoch: all of them `copies` times, the fraction being a seeded sample.
+
+    Args:
+        items: the source's.
+        source: says how many copies, such as 2.5.
+        seed: the run's.
+    """
+    full = int(source.copies)
+    rest = round(len(items) * (source.copies - full))
+    sample = random.Random(f"{seed}:weight:{source}").sample(range(len(items)), rest)
+    return items * full + [items[i] for i in sorted(sample)]
 
 
-def choose_held_out(stage: Stage, different: Sequence[Any]) -> set[Any]:
-    """What a stage holds out, chosen by its seed.
+def choose_held_out(stage: Stage, distinct: Sequence[Any]) -> set[Any]:
+    """Choose what a stage holds out, by its seed.
 
     Args:
         stage: says how many, or which share.
-        different: digests of all content, or their places: sorted, none twice.
+        distinct: digests of all content, or their indices: sorted, without repeats.
 
     Raises:
         DataError: if that leaves nothing to train on.
     """
     if not stage.validates:
         return set()
-    count = stage.held_out if stage.held_out >= 1 else max(1, int(stage.held_out * len(different)))
-    if count >= len(different):
+    count = stage.held_out if stage.held_out >= 1 else max(1, int(stage.held_out * len(distinct)))
+    if count >= len(distinct):
         kind = "documents" if stage.name == "base" else "conversations"
         raise DataError(
-            f"{stage.name}: held_out: {count} of {len(different)} different {kind} leaves none to "
+            f"{stage.name}: held_out: {count} of {len(distinct)} distinct {kind} leaves none to "
             "train on"
         )
-    return set(random.Random(f"{stage.seed}:held_out").sample(different, int(count)))
+    return set(random.Random(f"{stage.seed}:held_out").sample(distinct, int(count)))
 
 
 def packing_order(conversations: int, seed: int) -> list[int]:
-    """The order in which mid lays so many conversations into rows."""
+    """The seeded order in which mid packs its conversations into rows."""
     order = list(range(conversations))
     random.Random(f"{seed}:packing").shuffle(order)
     return order

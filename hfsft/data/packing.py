@@ -1,4 +1,11 @@
-"""Rows of at most so many tokens: documents and conversations laid into them best-fit."""
+"""Packing: documents and conversations into rows, a step's examples into micro-batches.
+
+- `fit_rows` packs base text, `PackedConversations` packs mid's conversations, both ahead of time.
+- `StepCollator` packs the examples of one optimizer step (sft); `micro_batches` splits the step,
+  and `model_inputs` makes what the model's forward pass takes.
+
+Each document of a row attends to itself alone: its `position_ids` start at 0.
+"""
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable
@@ -8,40 +15,43 @@ import torch
 
 from hfsft.tokens.encoding import IGNORED
 
+# --- bins ---
+
 
 def best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
-    """Lay items into as few bins as best-fit decreasing finds.
+    """Pack items into bins by best-fit decreasing (Johnson 1973).
 
     Args:
         lengths: tokens of each item, each at most `capacity`.
-        capacity: tokens a bin.
+        capacity: tokens per bin.
 
     Returns:
-        Bins of item positions, fullest placement first (Johnson 1973, best-fit decreasing).
+        Bins of item indices.
     """
     bins: list[list[int]] = []
-    rooms: list[tuple[int, int]] = []  # free tokens and -position of each bin: the latest first
+    # free tokens and negated index of each bin, sorted: of equally full bins the latest comes first
+    free_bins: list[tuple[int, int]] = []
     for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        place = bisect_left(rooms, (lengths[item],))
-        if place == len(rooms):
+        best = bisect_left(free_bins, (lengths[item],))
+        if best == len(free_bins):
             bins.append([])
             free, index = capacity, 1 - len(bins)
         else:
-            free, index = rooms.pop(place)
+            free, index = free_bins.pop(best)
         bins[-index].append(item)
-        insort(rooms, (free - lengths[item], index))
+        insort(free_bins, (free - lengths[item], index))
     return bins
 
 
 def tightest_fit(lengths: list[int], capacity: int) -> list[list[int]]:
-    """The bins of `best_fit`, as many of them, but of the smallest size that they all fit.
+    """Pack into as many bins as `best_fit`, but of the smallest capacity that suffices.
 
     Args:
         lengths: tokens of each item, each at most `capacity`.
-        capacity: tokens a bin at most.
+        capacity: the most tokens per bin.
 
     Returns:
-        Bins of item positions, evenly filled: 9.3 rows' worth of tokens in 10 rows of 0.93.
+        Bins of item indices, evenly filled: 9.3 rows of tokens take 10 rows of 0.93 the width.
     """
     bins = best_fit(lengths, capacity)
     low, high = max(max(lengths), -(-sum(lengths) // len(bins))), capacity
@@ -55,42 +65,47 @@ def tightest_fit(lengths: list[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def fit_rows(documents: Iterable[list[int]], bos: int, length: int) -> list[list[int]]:
-    """Lay documents into rows, each behind a `bos`; one that fits a row is never cut.
+# --- rows packed ahead of time ---
 
-    A longer document becomes full rows and a rest; rests and short documents are laid best-fit.
+
+def fit_rows(documents: Iterable[list[int]], bos: int, length: int) -> list[list[int]]:
+    """Pack documents into rows, a BOS token before each; one that fits a row is never split.
+
+    A longer document becomes full rows and a remainder; remainders and short documents are packed
+    best-fit.
 
     Args:
         documents: token ids of each.
-        bos: the token that begins a row and a document.
-        length: tokens a row.
+        bos: the token that starts a row and a document.
+        length: tokens per row.
 
     Returns:
         Rows of at most `length` token ids; no token is dropped.
     """
-    rows, pieces = [], []
+    rows, segments = [], []
     for ids in documents:
         for start in range(0, max(len(ids), 1), length - 1):
-            piece = [bos, *ids[start : start + length - 1]]
-            (rows if len(piece) == length else pieces).append(piece)
-    for items in best_fit([len(piece) for piece in pieces], length):
-        rows.append([token for item in items for token in pieces[item]])
+            segment = [bos, *ids[start : start + length - 1]]
+            (rows if len(segment) == length else segments).append(segment)
+    for items in best_fit([len(segment) for segment in segments], length):
+        rows.append([token for item in items for token in segments[item]])
     return rows
 
 
 class PackedConversations(torch.utils.data.Dataset):
-    """Whole conversations in rows of at most `length` tokens, each attending to itself alone."""
+    """Conversations packed into rows of at most `length` tokens, none of them split."""
 
-    origins: Any  # `mixture.Origins` of the conversations, where they come from a recipe
+    origins: Any  # the conversations' `Origins`, if they come from a recipe
 
     def __init__(self, conversations: Any, length: int, order: list[int], window: int = 1000):
         """Choose the rows.
 
         Args:
-            conversations: a dataset of `input_ids` and `labels`.
-            length: tokens a row.
-            order: the conversations' positions in the order they are laid.
-            window: conversations that are fitted together; more fills rows better, by ever less.
+            conversations: a dataset of `input_ids`, `labels` and `length`.
+            length: tokens per row.
+            order: the conversations' indices in the order they are packed.
+            window: conversations packed together; a larger one fills rows better, with
+                diminishing returns.
         """
         self.conversations = conversations
         lengths = conversations["length"][:]
@@ -110,40 +125,43 @@ class PackedConversations(torch.utils.data.Dataset):
         for item in self.rows[row]:
             conversation = self.conversations[item]
             ids += conversation["input_ids"]
-            # its first token would be predicted from the conversation before it
+            # its first token would be predicted from the previous conversation
             labels += [IGNORED, *conversation["labels"][1:]]
             positions += range(len(conversation["input_ids"]))
         return {"input_ids": ids, "labels": labels, "position_ids": positions}
 
 
-class StepCollator:
-    """Lay the examples of one optimizer step into rows.
+# --- a step ---
 
-    Conversations are laid best-fit, whole, into as few rows of at most `max_length` tokens as they
-    fit, and those as short as they can be. What comes with `position_ids` (mid) or without labels
-    (base) is a row already.
+
+class StepCollator:
+    """Pack the examples of one optimizer step into rows.
+
+    Conversations are packed unsplit into as few rows of at most `max_length` tokens as best-fit
+    finds, and into the shortest such rows. Examples with `position_ids` (mid) or without labels
+    (base) are rows already.
     """
 
     def __init__(self, pad_token_id: int, max_length: int | None = None, alone: bool = False):
-        """Set it up.
+        """Set up.
 
         Args:
-            pad_token_id: fills rows up; never trained on, and a document of its own.
-            max_length: tokens a row; None: those of the step's longest conversation.
-            alone: one conversation a row, for a model that cannot keep several apart.
+            pad_token_id: pads rows; never trained on, and a document of its own.
+            max_length: tokens per row; None: those of the step's longest conversation.
+            alone: one conversation per row, for a model that cannot separate packed ones.
         """
         self.pad_token_id, self.max_length, self.alone = pad_token_id, max_length, alone
 
     def __call__(self, examples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-        """Lay them.
+        """Pack a step.
 
         Args:
             examples: `input_ids`, and `labels` unless every token is trained on.
 
         Returns:
             int64 `input_ids`, `labels` and `position_ids` of shape [rows, max_length], the fullest
-            rows first. `position_ids` begin at 0 in each document, padding is one too. Where the
-            examples have a `number` (validation's), each token's `numbers` as well.
+            rows first. `position_ids` start at 0 in each document, and so in the padding. If the
+            examples have a `number` (validation), `numbers` has that of each token's example.
         """
         documents = [_document(example) for example in examples]
         capacity = self.max_length or max(len(ids) for ids, _, _ in documents)
@@ -156,19 +174,19 @@ class StepCollator:
             tuple([token for item in items for token in documents[item][part]] for part in range(3))
             for items in bins
         ]
-        width = capacity
+        shape = (len(rows), capacity)
         batch = {
-            "input_ids": torch.full((len(rows), width), self.pad_token_id),
-            "labels": torch.full((len(rows), width), IGNORED),
-            "position_ids": torch.zeros((len(rows), width), dtype=torch.int64),
+            "input_ids": torch.full(shape, self.pad_token_id),
+            "labels": torch.full(shape, IGNORED),
+            "position_ids": torch.zeros(shape, dtype=torch.int64),
         }
         for index, row in enumerate(rows):
             length = len(row[0])
             for tensor, values in zip(batch.values(), row, strict=True):
                 tensor[index, :length] = torch.tensor(values)
-            batch["position_ids"][index, length:] = torch.arange(width - length)
+            batch["position_ids"][index, length:] = torch.arange(capacity - length)
         if "number" in examples[0]:
-            batch["numbers"] = torch.zeros((len(rows), width), dtype=torch.int64)
+            batch["numbers"] = torch.zeros(shape, dtype=torch.int64)
             for index, items in enumerate(bins):
                 numbers = [examples[item]["number"] for item in items for _ in documents[item][0]]
                 batch["numbers"][index, : len(numbers)] = torch.tensor(numbers)
@@ -176,21 +194,22 @@ class StepCollator:
 
 
 def _document(example: dict[str, list[int]]) -> tuple[list[int], list[int], Any]:
+    """An example's token ids, labels and position ids."""
     ids = example["input_ids"]
     labels = example.get("labels", ids)
-    # its first token would be predicted from the document before it
+    # its first token would be predicted from the previous document
     return ids, [IGNORED, *labels[1:]], example.get("position_ids", range(len(ids)))
 
 
 def micro_batches(step: dict[str, torch.Tensor], rows: int) -> list[dict[str, torch.Tensor]]:
-    """Cut a step into micro-batches, each no wider than what its longest row needs.
+    """Split a step into micro-batches, each only as wide as its longest row needs.
 
     Args:
-        step: as `StepCollator` makes it, on the CPU.
-        rows: a micro-batch's; 0: each document by itself.
+        step: as `StepCollator` returns it, on the CPU.
+        rows: per micro-batch; 0: one document per micro-batch, without packing.
 
     Returns:
-        For each `input_ids`, `labels` and `position_ids` of shape [rows, longest].
+        For each micro-batch `input_ids`, `labels` and `position_ids` of shape [rows, longest].
     """
     if rows == 0:
         return _single_documents(step)
@@ -202,28 +221,28 @@ def micro_batches(step: dict[str, torch.Tensor], rows: int) -> list[dict[str, to
 
 
 def _single_documents(step: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    """A micro-batch for each document that has a trained token."""
     parts = []
     for row in range(len(step["input_ids"])):
         starts = (step["position_ids"][row] == 0).nonzero().flatten().tolist()
         for start, end in zip(starts, [*starts[1:], None], strict=True):
             part = {name: tensor[row : row + 1, start:end] for name, tensor in step.items()}
-            if (part["labels"] != IGNORED).any():  # padding has none
+            if (part["labels"] != IGNORED).any():  # padding has no trained token
                 parts.append(part)
     return parts
 
 
 def _width(part: dict[str, torch.Tensor]) -> int:
-    """The longest row up to the padding that the step's longest row asked for.
+    """The width up to the last trained token of any row.
 
-    Padding is a document of its own, behind the last 0 of `position_ids`, and none of it is trained
-    on. So what follows the last trained token of every row is needed by no loss.
+    No loss depends on the tokens after it: a document's trailing untrained ones, and padding.
     """
     trained = (part["labels"] != IGNORED).any(0).nonzero()
     return int(trained[-1]) + 1 if len(trained) else 1
 
 
 def model_inputs(part: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """A micro-batch as the patched forward takes it (see `fuse_head`), without an attention mask.
+    """The arguments of the patched forward pass (see `fuse_head`), without an attention mask.
 
     Args:
         part: one of `micro_batches`, on the CPU.
@@ -231,7 +250,7 @@ def model_inputs(part: dict[str, torch.Tensor]) -> dict[str, Any]:
     Returns:
         `input_ids` and `position_ids` [rows, longest]; `targets` and `target_positions` [trained
         tokens]; `cu_seq_lens_q`, `cu_seq_lens_k` (int32 [documents + 1]) and `max_length_q`,
-        `max_length_k`, by transformers' names.
+        `max_length_k`, as transformers names them.
     """
     labels, positions = part["labels"], part["position_ids"]
     trained = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)

@@ -1,4 +1,4 @@
-"""What the model will see: a stage's audit and real examples, before anything trains."""
+"""`hfsft data`: each stage's audit and its first examples, before anything trains."""
 
 import itertools
 import sys
@@ -21,11 +21,11 @@ def preview(recipe: Recipe, show: int) -> dict[str, Any]:
     """Load and encode the data of every stage; nothing is written and no model is loaded.
 
     Args:
-        recipe: whose stages.
-        show: examples of each stage, the first of its run.
+        recipe: a recipe with any stages.
+        show: how many of each stage's first examples to return.
 
     Returns:
-        Stage → `audit`, and `examples`: lists of `{"text", "trained"}` pieces in order.
+        Stage → `audit`, and `examples`: each a list of `{"text", "trained"}` segments in order.
 
     Raises:
         DataError, ModelError: as the stage itself would.
@@ -42,31 +42,31 @@ def preview(recipe: Recipe, show: int) -> dict[str, Any]:
             mixture = mix_conversations(stage, tokenizer)
             require_rows(mixture, stage)
         first = itertools.islice(mixture.train, show)
-        if name == "mid":  # its rows are laid from conversations in this order
+        if name == "mid":  # its conversations are packed in this order
             order = packing_order(len(mixture.train), stage.seed)
-            first = [mixture.train[place] for place in order[:show]]
-        examples = [pieces(row, tokenizer) for row in first]
+            first = [mixture.train[index] for index in order[:show]]
+        examples = [text_segments(row, tokenizer) for row in first]
         seen[name] = {"audit": mixture.audit, "examples": examples}
     return seen
 
 
 def _tokenizer(recipe: Recipe, stage: Stage) -> Any:
-    """The tokenizer that the stage will have; one still to be trained is trained, and not kept."""
+    """The tokenizer that the stage will use; if it is yet to be trained, a temporary one."""
     start = stage.model_name_or_path
     if start is not None and (Path(start).is_dir() or "base" not in recipe.stages):
         return stage_tokenizer(recipe, stage)
     return new_tokenizer(recipe, base_texts(recipe.base))
 
 
-def pieces(row: dict[str, Any], tokenizer: Any) -> list[dict[str, Any]]:
-    """An encoded example as text, cut where training on it begins and ends.
+def text_segments(row: dict[str, Any], tokenizer: Any) -> list[dict[str, Any]]:
+    """Decode an encoded example, split into trained and untrained segments.
 
     Args:
         row: `input_ids` and, for conversations, `labels`.
-        tokenizer: that encoded it.
+        tokenizer: the one that encoded it.
 
     Returns:
-        `{"text", "trained"}` in order, special tokens as they are written.
+        `{"text", "trained"}` in order, special tokens included.
     """
     ids, labels = row["input_ids"], row.get("labels", row["input_ids"])
     found: list[tuple[bool, list[int]]] = []
@@ -79,14 +79,18 @@ def pieces(row: dict[str, Any], tokenizer: Any) -> list[dict[str, Any]]:
 
 
 def print_preview(seen: dict[str, Any]) -> None:
-    """Print the tables and examples; trained text is bold, and green where there is colour."""
+    """Print the tables and examples; trained text is bold, and green if the terminal has colors.
+
+    Args:
+        seen: as `preview` returns it.
+    """
     console = audit_console()
     for stage, data in seen.items():
         print_audit(stage, data["audit"], console)
         for number, example in enumerate(data["examples"], 1):
             console.print(f"\n{stage}, example {number} (bold is trained on):", style="dim")
             text = Text()
-            for piece in example:
-                text.append(piece["text"], style="bold green" if piece["trained"] else "")
+            for segment in example:
+                text.append(segment["text"], style="bold green" if segment["trained"] else "")
             console.print(text, soft_wrap=True)
         console.print()

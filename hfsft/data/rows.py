@@ -1,4 +1,4 @@
-"""Every row of a source read as messages and checked."""
+"""Every row of a source, read as messages and checked; nothing is tokenized yet."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -6,41 +6,53 @@ from typing import Any
 
 import datasets
 
-from hfsft.data.cache import mapped
-from hfsft.data.sources import ROW_COLUMN, columns_of, load_rows, renamed
+from hfsft.data.cache import cached_map
+from hfsft.data.sources import ROW_COLUMN, columns_of, load_rows, parse_row
 from hfsft.errors import DataError
 from hfsft.recipe.schema import Source, Stage
 from hfsft.tokens.formats import BadRow, content_digest, detect_format, to_messages
 
+Row = tuple[int, int]  # the position of a source in the stage's data, and of a row in the source
+
+CHECKED = {"digest": datasets.Value("string"), "refused": datasets.Value("string")}
+
 
 @dataclass
-class CheckedSource:
+class SourceRows:
     """A source's rows, each read and checked."""
 
     source: Source
     rows: datasets.Dataset
     row_format: str
-    numbers: list[int]  # of the rows in the source
+    indices: list[int]  # of the rows in the source, before sampling
     digests: list[str]  # of their content
-    refused: dict[int, str]  # position → why it is no conversation
+    refused: dict[int, str]  # position → why it is not a conversation
     duplicates: int = 0
-    passed_over: dict[int, str] = field(default_factory=dict)  # why it cannot be trained on
+    excluded: dict[int, str] = field(default_factory=dict)  # position → why it is not trained on
 
     @property
     def kept(self) -> list[int]:
         """The positions of the rows that are conversations."""
-        return [row for row in range(len(self.numbers)) if row not in self.refused]
+        return [row for row in range(len(self.indices)) if row not in self.refused]
 
     def rejected(self) -> list[dict[str, Any]]:
         """An entry for each row that is not trained on, in the order of the rows."""
         return [
-            {"source": str(self.source), "row": self.numbers[row], "reason": reason}
-            for row, reason in sorted((self.refused | self.passed_over).items())
+            {"source": str(self.source), "row": self.indices[row], "reason": reason}
+            for row, reason in sorted((self.refused | self.excluded).items())
         ]
 
 
-def check_source(source: Source, stage: Stage) -> CheckedSource:
-    """Read every row of a source as messages; no text is encoded."""
+def check_source(source: Source, stage: Stage) -> SourceRows:
+    """Read every row of a source as messages.
+
+    Args:
+        source: one of the stage's.
+        stage: gives the seed and the number of processes.
+
+    Raises:
+        DataError: if the source cannot be read, or its format is unknown.
+    """
     rows = load_rows(source, stage.seed)
     row_format = source.format or detect_format(columns_of(rows, source), str(source))
 
@@ -48,7 +60,7 @@ def check_source(source: Source, stage: Stage) -> CheckedSource:
         out: dict[str, list[Any]] = {"digest": [], "refused": []}
         for row in rows_of_batch(batch):
             try:
-                digest, reason = content_digest(to_messages(renamed(row, source), row_format)), ""
+                digest, reason = content_digest(to_messages(parse_row(row, source), row_format)), ""
             except BadRow as bad:
                 digest, reason = "", str(bad)
             out["digest"].append(digest)
@@ -57,12 +69,12 @@ def check_source(source: Source, stage: Stage) -> CheckedSource:
 
     key = ("checked", rows._fingerprint, row_format, source.columns)
     try:
-        checked = mapped(rows, check, CHECKED, repr(key), stage, f"{source}: read")
-    except UnicodeDecodeError:  # Arrow looks into no text before it is read
-        raise DataError(f"{source}: holds text that is not UTF-8") from None
+        checked = cached_map(rows, check, CHECKED, repr(key), stage, f"{source}: read")
+    except UnicodeDecodeError:  # Arrow does not check a text's encoding before it is read
+        raise DataError(f"{source}: has text that is not UTF-8") from None
     refused = {row: reason for row, reason in enumerate(checked["refused"][:]) if reason}
-    numbers, digests = rows[ROW_COLUMN][:], checked["digest"][:]
-    return CheckedSource(source, rows, row_format, numbers, digests, refused)
+    indices, digests = rows[ROW_COLUMN][:], checked["digest"][:]
+    return SourceRows(source, rows, row_format, indices, digests, refused)
 
 
 def rows_of_batch(batch: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
@@ -72,8 +84,8 @@ def rows_of_batch(batch: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
         yield dict(zip(names, values, strict=True))
 
 
-def refuse_duplicates(sources: list[CheckedSource], stage: Stage) -> None:
-    """Count exact copies of an earlier row, and refuse them if the stage drops them."""
+def count_duplicates(sources: list[SourceRows], stage: Stage) -> None:
+    """Count exact copies of earlier rows, and refuse them if the stage drops duplicates."""
     seen: set[str] = set()
     for source in sources:
         for row in source.kept:
@@ -82,9 +94,3 @@ def refuse_duplicates(sources: list[CheckedSource], stage: Stage) -> None:
                 if stage.duplicates == "drop":
                     source.refused[row] = "exact duplicate"
             seen.add(source.digests[row])
-
-
-Row = tuple[int, int]  # the position of a source in the stage's data, of a row in the source
-
-
-CHECKED = {"digest": datasets.Value("string"), "refused": datasets.Value("string")}

@@ -1,4 +1,9 @@
-"""The rows of one source: built-in, local files and folders, or the Hub."""
+"""The rows of one source: a built-in task or text, local files, a folder, or the Hub.
+
+`load_rows` is the entry point. What it returns has one of two shapes: the dataset's own columns
+(Parquet, CSV, the Hub), or each row as JSON text under `JSON_COLUMN` (JSON files, tasks), since
+the rows of a JSON file need not share a schema. `parse_row` makes a plain mapping of either.
+"""
 
 import glob
 import io
@@ -17,32 +22,21 @@ import numpy as np
 import pandas
 import zstandard
 
-from hfsft.data.cache import content_of, once
-from hfsft.data.tasks import TASKS, TEXTS, task_rows
-from hfsft.data.tasks import text_rows as embedded_texts
+from hfsft.data.cache import cached_rows, files_digest
+from hfsft.data.tasks import TASKS, TEXTS, task_rows, text_rows
 from hfsft.errors import DataError, first_line, nearest
 from hfsft.hub.client import require_on_hub
 from hfsft.recipe.schema import Source
 from hfsft.tokens.formats import BadRow, known_format
 
 JSON_COLUMN = "hfsft_json"  # a row as its JSON text
-
-
-ROW_COLUMN = "hfsft_row"  # a row's number in its source, from 0
-
-
+ROW_COLUMN = "hfsft_row"  # a row's index in its source, from 0
 SOURCE_COLUMN = "source"  # the name of the source that a held-out row comes from
 
-
 READERS = {".parquet": "parquet", ".csv": "csv", ".txt": "text"}
-
-
 JSON = (".jsonl", ".json")
 
-
 BROKEN_FILE = (OSError, EOFError, zlib.error, zstandard.ZstdError)
-
-
 # what datasets raises for a folder or a dataset that it cannot load
 NOT_LOADED = (
     *(*BROKEN_FILE, ValueError, KeyError, RuntimeError, AttributeError, TypeError),
@@ -50,13 +44,12 @@ NOT_LOADED = (
 )
 
 
-# --- rows of one source ---
-
-
 def load_rows(source: Source, seed: int) -> datasets.Dataset:
-    """The rows of a source, sampled, with each row's number under `ROW_COLUMN`.
+    """Load a source's rows, sampled if it asks for fewer, each with its index under `ROW_COLUMN`.
 
-    Rows of JSON come as their text under `JSON_COLUMN`: rows of one file need not share a schema.
+    Args:
+        source: a recipe's.
+        seed: of the sample and of generated rows, unless the source has its own.
 
     Raises:
         DataError: if the source is missing, unreadable or empty.
@@ -70,14 +63,7 @@ def load_rows(source: Source, seed: int) -> datasets.Dataset:
         return _json_rows([json.dumps(row) for row in made])
     if source.path == "reasoning_gym":
         return _json_rows(_reasoning_gym(source, seed))
-    if source.path in TEXTS:
-        rows = datasets.Dataset.from_list(embedded_texts(source.path))
-    elif files := _local_files(source):
-        rows = _read_files(files, source)
-    elif os.path.isdir(os.path.expanduser(source.path)):
-        rows = _read_folder(source)
-    else:
-        rows = _foreign(read_hub(source, streaming=False))
+    rows = _stored_rows(source)
     if len(rows) == 0:
         raise DataError(f"{source}: has no rows")
     if ROW_COLUMN not in rows.column_names:
@@ -90,25 +76,18 @@ def load_rows(source: Source, seed: int) -> datasets.Dataset:
     return rows
 
 
-def _foreign(rows: datasets.Dataset) -> datasets.Dataset:
-    """A dataset that others made, without columns that bear our names, its pictures undecoded."""
-    ours = {JSON_COLUMN, ROW_COLUMN} & set(rows.column_names)
-    rows = rows.remove_columns(sorted(ours)) if ours else rows
-    for name, feature in rows.features.items():
-        if (undecoded := _undecoded(feature)) != feature:
-            rows = rows.cast_column(name, undecoded)
-    return rows
+def _stored_rows(source: Source) -> datasets.Dataset:
+    """All rows of a source that is stored somewhere, rather than generated."""
+    if source.path in TEXTS:
+        return datasets.Dataset.from_list(text_rows(source.path))
+    if files := _local_files(source):
+        return _read_files(files, source)
+    if os.path.isdir(os.path.expanduser(source.path)):
+        return _read_folder(source)
+    return _plain_columns(read_hub(source, streaming=False))
 
 
-def _undecoded(feature: Any) -> Any:
-    """The feature with images and sounds as bytes: to decode them takes packages and time."""
-    if isinstance(feature, dict):
-        return {name: _undecoded(held) for name, held in feature.items()}
-    if isinstance(feature, datasets.List | datasets.LargeList):
-        return replace(feature, feature=_undecoded(feature.feature))
-    if getattr(feature, "decode", False) and not isinstance(feature, datasets.Json):
-        return replace(feature, decode=False)
-    return feature
+# --- generated rows ---
 
 
 def _json_rows(lines: list[str]) -> datasets.Dataset:
@@ -116,12 +95,12 @@ def _json_rows(lines: list[str]) -> datasets.Dataset:
 
 
 def _reasoning_gym(source: Source, seed: int) -> list[str]:
-    """Rows of one of reasoning-gym's seeded generators, 500 unless `rows` says otherwise."""
+    """Rows of one of reasoning-gym's seeded generators, 500 by default."""
     try:
         import reasoning_gym
         from reasoning_gym.factory import DATASETS
     except ImportError:
-        raise DataError(f"{source}: needs its package: pip install 'hfsft[tasks]'") from None
+        raise DataError(f"{source}: needs a package: pip install 'hfsft[tasks]'") from None
     if source.name not in DATASETS:
         hint = nearest(source.name or "", DATASETS) or ", such as chain_sum"
         raise DataError(f"{source}: name is none of its {len(DATASETS)} generators{hint}")
@@ -131,12 +110,15 @@ def _reasoning_gym(source: Source, seed: int) -> list[str]:
     ]
 
 
+# --- files ---
+
+
 def _local_files(source: Source) -> list[Path]:
     path = os.path.expanduser(source.path)
-    if os.path.isfile(path):  # unlike pathlib's it is no error where the name is too long
+    if os.path.isfile(path):  # pathlib's raises where a name is too long
         return [Path(path)]
     if glob.has_magic(path):
-        files: dict[str, Path] = {}  # real path → as it was found: `**` follows links
+        files: dict[str, Path] = {}  # real path → the path found: `**` follows links
         for found in sorted(glob.glob(path, recursive=True)):
             files.setdefault(os.path.realpath(found), Path(found))
         for file in files.values():
@@ -175,26 +157,27 @@ def _read_files(files: list[Path], source: Source) -> datasets.Dataset:
         )
     except (*BROKEN_FILE, ValueError, datasets.exceptions.DatasetGenerationError) as error:
         raise _unreadable(source, error) from None
-    return _foreign(rows)
+    return _plain_columns(rows)
 
 
 def _unreadable(source: Source, error: Exception) -> DataError:
-    """What `datasets` raised, as ours."""
+    """What `datasets` raised, as a `DataError`."""
     cause = error.__cause__ or error
-    # the second: in the types of their columns
+    # the second condition: the columns' types differ
     if isinstance(cause, datasets.table.CastError) or "Couldn't cast array" in str(cause):
         return DataError(f"{source}: its files differ in their columns")
-    if "corresponds to no data" in str(cause):  # a CSV that is but a header
+    if "corresponds to no data" in str(cause):  # a CSV of a header alone
         return DataError(f"{source}: has no rows")
     return DataError(f"{source}: cannot be read: {first_line(cause)}")
 
 
 def _csv_options(files: list[Path], source: Source, **settings: Any) -> dict[str, Any]:
-    """What has `datasets` read every cell as the text it is: not `True`, `4` or `null`."""
+    """Options for `datasets` to read every cell as text, rather than as `True`, `4` or `null`."""
     headers = []
     for file in files:
         start = pandas.read_csv(file, **settings | {"nrows": 1, "chunksize": None, "dtype": str})
-        if not isinstance(start.index, pandas.RangeIndex):  # pandas took the first for a label
+        # else pandas took the first field of a row for its label
+        if not isinstance(start.index, pandas.RangeIndex):
             raise DataError(f"{source}: cannot be read: a row has more fields than the header")
         headers.append(list(start.columns))
     if any(header != headers[0] for header in headers):
@@ -204,12 +187,18 @@ def _csv_options(files: list[Path], source: Source, **settings: Any) -> dict[str
 
 
 def _read_json(files: list[Path], suffixes: list[str], source: Source) -> datasets.Dataset:
-    """Rows of JSON files, each read as its suffix says: a list, or a row a line."""
+    """Rows of JSON files as `JSON_COLUMN`, cached.
+
+    Args:
+        files: in order.
+        suffixes: how to read each: `.json` is a list of rows, `.jsonl` has one row per line.
+        source: for errors.
+    """
     try:
         key = [
             (suffix, os.path.getsize(file)) for file, suffix in zip(files, suffixes, strict=True)
         ]
-        key = repr((key, content_of(files)))
+        key = repr((key, files_digest(files)))
     except OSError as error:
         raise DataError(f"{source}: cannot be read: {first_line(error)}") from None
     lines = (
@@ -217,7 +206,7 @@ def _read_json(files: list[Path], suffixes: list[str], source: Source) -> datase
         for file, suffix in zip(files, suffixes, strict=True)
         for line in _json_lines(file, suffix, source)
     )
-    return once(
+    return cached_rows(
         f"json:{key}",
         lambda: ({JSON_COLUMN: line, ROW_COLUMN: n} for n, line in enumerate(lines)),
         {JSON_COLUMN: datasets.Value("large_string"), ROW_COLUMN: datasets.Value("int64")},
@@ -231,17 +220,17 @@ def _suffix(file: Path) -> str:
 
 def _refuse_split(source: Source) -> None:
     if source.split != "train":
-        raise DataError(f"{source}: split: {source.split}: a file is all one split")
+        raise DataError(f"{source}: split: {source.split}: a file has no splits")
 
 
 def _json_lines(file: Path, suffix: str, source: Source) -> Iterator[str]:
-    """Each row's JSON text, line by line of a .jsonl, from the list of a .json."""
-    place = str(source) if str(source) == str(file) else f"{source}: {file.name}"
+    """Each row's JSON text: a line of a .jsonl, or an item of the list in a .json."""
+    name = str(source) if str(source) == str(file) else f"{source}: {file.name}"
     number = 0
     try:
         with fsspec.open(str(file), "rb", compression="infer") as opened:
             if suffix == ".jsonl":
-                # of the readers zstandard's alone gives no lines
+                # zstandard's reader does not iterate over lines by itself
                 for number, line in enumerate(io.BufferedReader(opened), 1):
                     text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
                     if text.strip():
@@ -250,14 +239,17 @@ def _json_lines(file: Path, suffix: str, source: Source) -> Iterator[str]:
             held = json.loads(opened.read().decode("utf-8-sig"))
     except UnicodeDecodeError:
         where = f" (line {number})" if number else ""
-        raise DataError(f"{place}: not UTF-8 text{where}") from None
+        raise DataError(f"{name}: not UTF-8 text{where}") from None
     except BROKEN_FILE as error:
-        raise DataError(f"{place}: cannot be read: {first_line(error)}") from None
+        raise DataError(f"{name}: cannot be read: {first_line(error)}") from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{place}: not a JSON list of rows: {first_line(error)}") from None
+        raise DataError(f"{name}: not a JSON list of rows: {first_line(error)}") from None
     if not isinstance(held, list):
-        raise DataError(f"{place}: holds no list of rows")
+        raise DataError(f"{name}: is not a list of rows")
     yield from (json.dumps(row) for row in held)
+
+
+# --- folders and the Hub ---
 
 
 def _read_folder(source: Source) -> datasets.Dataset:
@@ -265,38 +257,43 @@ def _read_folder(source: Source) -> datasets.Dataset:
     try:
         if (Path(folder) / "state.json").is_file():
             _refuse_split(source)
-            return _foreign(datasets.load_from_disk(folder))
+            return _plain_columns(datasets.load_from_disk(folder))
         if (Path(folder) / "dataset_dict.json").is_file():
             splits = datasets.load_from_disk(folder)
             if source.split not in splits:
-                raise DataError(f"{source}: has no split {source.split} but {', '.join(splits)}")
-            return _foreign(splits[source.split])
+                raise DataError(f"{source}: has no split {source.split}, only {', '.join(splits)}")
+            return _plain_columns(splits[source.split])
         builder = datasets.load_dataset_builder(folder, source.name)
         found = (builder.config.data_files or {}).get(source.split, [])
         files = [Path(file) for file in sorted(found)]
         suffixes = {_suffix(file) for file in files}
-        if not files or suffixes - set(JSON) or builder.config.field:  # rows under a key of a file
+        # with `field` the rows are under a key of the file
+        if not files or suffixes - set(JSON) or builder.config.field:
             options = {}
             if suffixes == {".csv"}:
                 options = _csv_options(files, source, **builder.config.pd_read_csv_kwargs)
             rows = datasets.load_dataset(folder, source.name, split=source.split, **options)
-            return _foreign(rows)
+            return _plain_columns(rows)
         kinds = [_json_kind(file) for file in files]
     except NOT_LOADED as error:
         raise _unreadable(source, error) from None
-    # Arrow's reader of JSON dies of a deep row, and wants one schema of all rows
+    # Arrow's JSON reader crashes on a deeply nested row, and wants one schema for all rows
     return _read_json(files, kinds, source)
 
 
 def _json_kind(file: Path) -> str:
-    """How a JSON file of a folder is written: there a .json may have a row a line, too."""
+    """The suffix to read a folder's JSON file by: there a .json may have one row per line too."""
     with fsspec.open(str(file), "rb", compression="infer") as opened:
         start = opened.read(100).removeprefix(b"\xef\xbb\xbf").lstrip()
     return ".json" if start.startswith(b"[") else ".jsonl"
 
 
 def read_hub(source: Source, streaming: bool) -> Any:
-    """A dataset on the Hub.
+    """Load a dataset from the Hub.
+
+    Args:
+        source: names it.
+        streaming: return an iterable that downloads while it is read.
 
     Raises:
         DataError: if it cannot be reached or loaded.
@@ -315,22 +312,58 @@ def read_hub(source: Source, streaming: bool) -> Any:
         raise DataError(f"{source}: cannot be loaded: {first_line(cause)}") from None
 
 
-def renamed(row: dict[str, Any], source: Source) -> dict[str, Any]:
-    """The row with the columns that `source.columns` names under the format's own names."""
+def _plain_columns(rows: datasets.Dataset) -> datasets.Dataset:
+    """The dataset without columns that have our names, and with images and audio as bytes."""
+    ours = {JSON_COLUMN, ROW_COLUMN} & set(rows.column_names)
+    rows = rows.remove_columns(sorted(ours)) if ours else rows
+    for name, feature in rows.features.items():
+        if (undecoded := _undecoded(feature)) != feature:
+            rows = rows.cast_column(name, undecoded)
+    return rows
+
+
+def _undecoded(feature: Any) -> Any:
+    """The feature with images and audio as bytes, as decoding them takes packages and time."""
+    if isinstance(feature, dict):
+        return {name: _undecoded(held) for name, held in feature.items()}
+    if isinstance(feature, datasets.List | datasets.LargeList):
+        return replace(feature, feature=_undecoded(feature.feature))
+    if getattr(feature, "decode", False) and not isinstance(feature, datasets.Json):
+        return replace(feature, decode=False)
+    return feature
+
+
+# --- one row ---
+
+
+def parse_row(row: dict[str, Any], source: Source) -> dict[str, Any]:
+    """A row as a mapping of columns, those in `source.columns` under the format's names too.
+
+    Args:
+        row: of `load_rows`.
+        source: whose row it is.
+
+    Raises:
+        BadRow: if it is not JSON, or not a mapping.
+    """
     if JSON_COLUMN in row:
         try:
             row = json.loads(row[JSON_COLUMN])
         except (ValueError, RecursionError):  # also an integer of 5,000 digits
             raise BadRow("not JSON") from None
         if not isinstance(row, dict):
-            raise BadRow("not a mapping of columns")
+            raise BadRow("not a JSON object")
     return row | {new: row[old] for new, old in source.columns.items() if old in row}
 
 
 def columns_of(rows: datasets.Dataset, source: Source) -> list[str]:
-    """The columns of a source; where rows are JSON, those of the first that tells a format.
+    """The columns that tell a source's format.
 
-    It is looked for in the first 100 that can be read.
+    Rows of JSON each have their own: then it is the first row of a known format that counts, among
+    the first 100 that can be parsed.
+
+    Raises:
+        DataError: if no row of JSON can be parsed.
     """
     if JSON_COLUMN not in rows.column_names:
         names = [name for name in rows.column_names if name != ROW_COLUMN]
@@ -338,7 +371,7 @@ def columns_of(rows: datasets.Dataset, source: Source) -> list[str]:
     found: list[list[str]] = []
     for row in rows:
         try:
-            found.append(list(renamed(row, source)))
+            found.append(list(parse_row(row, source)))
         except BadRow:
             continue
         if known_format(found[-1]):
@@ -346,5 +379,5 @@ def columns_of(rows: datasets.Dataset, source: Source) -> list[str]:
         if len(found) == 100:
             break
     if not found:
-        raise DataError(f"{source}: no row is JSON with columns")
+        raise DataError(f"{source}: no row is a JSON object")
     return found[0]

@@ -1,4 +1,8 @@
-"""Base text encoded while it streams."""
+"""Base text encoded while it streams from the Hub, and resumable at any row.
+
+`TextStream` is the training set; `take_block`, `is_text` and `require_column` are shared with the
+cached path in `text.py`.
+"""
 
 import copy
 import os
@@ -17,10 +21,12 @@ from hfsft.errors import DataError
 from hfsft.recipe.schema import Source, Stage
 from hfsft.tokens.encoding import encode_texts
 
-BLOCK = 2048  # documents that are encoded and laid into rows together,
+# documents are encoded and packed in blocks of at most
+BLOCK = 2048  # documents and
+BLOCK_CHARACTERS = 16_000_000  # characters, whose tokens take 250 MB
 
 
-BLOCK_CHARACTERS = 16_000_000  # as far as they are no longer than this: their tokens take 250 MB
+# --- documents ---
 
 
 def is_text(text: Any) -> bool:
@@ -32,18 +38,26 @@ def is_text(text: Any) -> bool:
 
 
 def require_column(source: Source, names: list[str]) -> None:
-    """Raise a `DataError` unless the source has its text column."""
+    """Check that a source has its text column.
+
+    Args:
+        source: names the column, or it is `text`.
+        names: the columns it has.
+
+    Raises:
+        DataError: if it is missing.
+    """
     column = source.columns.get("text", "text")
     if column not in names:
         others = ", ".join(name for name in names if name != ROW_COLUMN)
         raise DataError(
-            f"{source}: has no column '{column}' but {others}; name its text with "
+            f"{source}: has no column '{column}', only {others}; name its text column with "
             "`columns: {text: YOUR_COLUMN}`"
         )
 
 
-def block_of(texts: Iterator[str], size: int) -> list[str]:
-    """The next texts, `size` of them, or fewer where they are long: memory bounds them too."""
+def take_block(texts: Iterator[str], size: int) -> list[str]:
+    """The next `size` texts, or fewer if they reach `BLOCK_CHARACTERS`, which bounds memory."""
     block, characters = [], 0
     while len(block) < size and characters < BLOCK_CHARACTERS:
         text = next(texts, None)
@@ -58,9 +72,13 @@ def block_of(texts: Iterator[str], size: int) -> list[str]:
 
 
 def open_stream(source: Source) -> datasets.IterableDataset:
-    """Open a dataset on the Hub to be read while training."""
+    """Open a dataset on the Hub to be read while training.
+
+    Raises:
+        DataError: if the source is local, cannot be opened, or lacks its text column.
+    """
     if os.path.exists(os.path.expanduser(source.path)):
-        raise DataError(f"{source}: streaming is for datasets on the Hub; leave it out")
+        raise DataError(f"{source}: streaming is for datasets on the Hub; remove `streaming`")
     stream = read_hub(source, streaming=True)
     if stream.column_names is not None:
         require_column(source, stream.column_names)
@@ -68,7 +86,7 @@ def open_stream(source: Source) -> datasets.IterableDataset:
 
 
 def stream_texts(stream: Iterable[dict[str, Any]], source: Source) -> Iterator[str]:
-    """The texts of a stream's rows."""
+    """The texts of a stream's rows, without blank and invalid ones."""
     column = source.columns.get("text", "text")
     return (row[column] for row in stream if is_text(row.get(column)))
 
@@ -76,7 +94,20 @@ def stream_texts(stream: Iterable[dict[str, Any]], source: Source) -> Iterator[s
 def open_text_stream(
     stage: Stage, stream: datasets.IterableDataset, tokenizer: Any, length: int
 ) -> tuple["TextStream", Any]:
-    """A stream's rows to train on, and those of its first documents, which are held out."""
+    """Split a stream into a training set and its first documents, which are held out.
+
+    Args:
+        stage: says how many documents to hold out.
+        stream: as `open_stream` returns it.
+        tokenizer: encodes the documents.
+        length: tokens per row.
+
+    Returns:
+        The training set, and rows held out or None.
+
+    Raises:
+        DataError: if `held_out` is a share, or the first documents have no text.
+    """
     source = stage.data[0]
     if not stage.validates:
         return TextStream(stream, source, tokenizer, length, stage.seed, set()), None
@@ -96,11 +127,11 @@ def open_text_stream(
 
 
 class TextStream(torch.utils.data.IterableDataset):
-    """Rows of a streaming source, encoded while it is read, epoch after epoch, without end.
+    """Rows of a streaming source, encoded while it is read, epoch after epoch without end.
 
-    Documents are read in blocks; each block is shuffled, encoded and laid into rows while the one
-    before it is trained on. A block depends on the seed, the epoch and its number alone: to go on
-    from a row, one block is made again and nothing before it is read.
+    Documents are read in blocks. While one block is trained on, the next is shuffled, encoded and
+    packed into rows. A block depends only on the seed, the epoch and its number: to resume at a
+    row, one block is prepared again and nothing before it is read.
     """
 
     def __init__(
@@ -113,34 +144,35 @@ class TextStream(torch.utils.data.IterableDataset):
         held_out: set[str],
         block: int = BLOCK,
     ):
-        """Set the stream up; nothing is read yet.
+        """Set up; nothing is read yet.
 
         Args:
-            stream: the documents' rows.
-            source: names the column of their text.
+            stream: rows of documents.
+            source: names the text column.
             tokenizer: encodes them.
-            length: tokens a row.
+            length: tokens per row.
             seed: of the order within a block.
-            held_out: documents to leave out wherever they turn up.
-            block: documents a block.
+            held_out: documents to leave out wherever they occur.
+            block: documents per block.
         """
         self.stream, self.source, self.tokenizer = stream, source, tokenizer
         self.length, self.seed, self.held_out, self.block = length, seed, held_out, block
         self.beginning = copy.deepcopy(stream.state_dict())
         self.start = {"epoch": 0, "block": 0, "stream": self.beginning}
-        self.skip = self.given = 0  # rows to pass over in the first block; rows before it
-        # where each block that may still be trained on began: rows given before it, its position
+        # rows to skip in the first block, and rows of the blocks before it
+        self.skip = self.given = 0
+        # of each block that may still be trained on: the rows before it, and its position
         self.marks: deque[tuple[int, dict[str, Any]]] = deque()
 
     def state_after(self, rows: int) -> dict[str, Any]:
-        """What `resume` needs to give the row that follows the first `rows` ones."""
+        """The state with which `resume` continues after the first `rows` rows."""
         while len(self.marks) > 1 and self.marks[1][0] <= rows:
             self.marks.popleft()
         before, position = self.marks[0]
         return {"position": position, "skip": rows - before, "given": rows}
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Begin behind the row that `state_after` was asked for."""
+        """Continue after the row that `state_after` was called with."""
         self.start, self.skip = state["position"], state["skip"]
         self.given = state["given"] - state["skip"]
 
@@ -158,22 +190,24 @@ class TextStream(torch.utils.data.IterableDataset):
                 given, skip = given + len(rows), 0
 
     def _blocks(self) -> Iterator[tuple[dict[str, Any], list[list[int]]]]:
-        epoch, number, place = self.start["epoch"], self.start["block"], self.start["stream"]
+        """Each block's position and rows, from `start` on."""
+        epoch, number, state = self.start["epoch"], self.start["block"], self.start["stream"]
         while True:
-            self.stream.load_state_dict(copy.deepcopy(place))
+            self.stream.load_state_dict(copy.deepcopy(state))
             texts = stream_texts(iter(self.stream), self.source)
-            while block := block_of(texts, self.block):
-                position = {"epoch": epoch, "block": number, "stream": place}
-                # taken behind the block: before its first row a loaded stream does not know it
-                place = copy.deepcopy(self.stream.state_dict())
+            while block := take_block(texts, self.block):
+                position = {"epoch": epoch, "block": number, "stream": state}
+                # taken after the block, as a loaded stream has no state before its first row
+                state = copy.deepcopy(self.stream.state_dict())
                 block = [text for text in block if text not in self.held_out]
                 yield position, self._rows(block, epoch, number)
                 number += 1
             if number == 0:
-                raise DataError(f"{self.source}: holds no text but what is held out")
-            epoch, number, place = epoch + 1, 0, self.beginning
+                raise DataError(f"{self.source}: has no text except what is held out")
+            epoch, number, state = epoch + 1, 0, self.beginning
 
     def _rows(self, texts: list[str], epoch: int, number: int) -> list[list[int]]:
+        """A block's documents, shuffled, encoded and packed."""
         order = random.Random(f"{self.seed}:{epoch}:{number}")
         order.shuffle(texts)
         ids = encode_texts(texts, self.tokenizer)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from hfsft.data.mixture import mix_conversations
-from hfsft.data.sources import load_rows, renamed
+from hfsft.data.sources import load_rows, parse_row
 from hfsft.data.tasks import grade, task_rows
 from hfsft.data.text import mix_text
 from hfsft.errors import DataError, HfsftError, nearest
@@ -166,7 +166,7 @@ def load_task(
     questions = []
     for number, row in enumerate(load_rows(source, seed)):
         try:
-            questions.append(read(renamed(row, source)))
+            questions.append(read(parse_row(row, source)))
         except (BadRow, KeyError, TypeError) as error:
             reason = error if isinstance(error, BadRow) else f"no row of {name}"
             raise DataError(f"{source}: row {row.get('hfsft_row', number)}: {reason}") from None

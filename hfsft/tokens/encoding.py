@@ -1,4 +1,10 @@
-"""`messages` to token ids, with the trained ones marked."""
+"""`messages` to token ids, with the tokens to train on marked.
+
+A conversation is first rendered as segments of text, each special or not and trained or not; then
+the texts of a batch are tokenized together. Each segment is tokenized by itself, so a special token
+written inside a message stays plain text. Templates other than hfsft's two are rendered by Jinja in
+`templates.py`.
+"""
 
 import json
 from collections.abc import Iterator
@@ -14,60 +20,71 @@ IGNORED = -100  # the label of a token that is not trained on, in torch and tran
 
 
 class TooLong(Exception):
-    """A conversation above `max_length` where `on_too_long` is error."""
+    """A conversation above `max_length`, where `on_too_long` is error."""
 
 
-# --- encoding ---
+# --- rendering ---
 
-# a piece of a rendered conversation: its text, whether a special token's, and whether trained;
-# None is a tool's result, which is not trained on whatever `assistant_only` says
-Piece = tuple[str, bool, bool | None]
+# a segment of a rendered conversation: its text, whether it is a special token, and whether it is
+# trained on; None: a tool's result, which is never trained on, whatever `assistant_only` is
+Segment = tuple[str, bool, bool | None]
 
 
-def nanochat_pieces(messages: Messages) -> list[Piece]:
-    """Render messages as chat_templates/nanochat.jinja does: (text, is special, is trained).
+def nanochat_segments(messages: Messages) -> list[Segment]:
+    """Render messages as chat_templates/nanochat.jinja does.
 
-    Tool calls and their results are parts of the assistant's one turn, as in nanochat's GSM8K: a
-    call is a python part that holds `{"name": ..., "arguments": ...}`, its result a python_output.
+    Tool calls and their results are parts of one assistant turn, as in nanochat's GSM8K: a call is
+    a python part with `{"name": ..., "arguments": ...}`, its result a python_output part.
+
+    Args:
+        messages: as `check_messages` returns them.
+
+    Raises:
+        BadRow: if the template cannot render them.
     """
-    pieces: list[Piece] = [("<|bos|>", True, False)]
+    segments: list[Segment] = [("<|bos|>", True, False)]
     system, in_turn = "", False
     for index, message in enumerate(messages):
         content, role = message["content"], message["role"]
         if role == "system":
             if index:
-                raise BadRow("a system turn in the middle, which the chat template cannot write")
+                raise BadRow("a later system message, which the chat template cannot render")
             system = content + "\n\n"
         elif role == "user":
-            pieces += [
+            segments += [
                 ("<|user_start|>", True, False),
                 (system + content, False, False),
                 ("<|user_end|>", True, False),
             ]
             system = ""
         elif role == "tool":
-            pieces += _tool_part("output", content, None)
+            segments += _tool_part("output", content, None)
         else:
             if not in_turn:
-                pieces.append(("<|assistant_start|>", True, False))
-            for part in (
-                [{"type": "text", "text": content}] if isinstance(content, str) else content
-            ):
-                if part["type"] == "text":
-                    pieces.append((part["text"], False, True))
-                elif part["type"] == "python":
-                    pieces += _tool_part("python", part["text"], True)
-                else:
-                    pieces += _tool_part("output", part["text"], None)
-            for call in message.get("tool_calls", ()):
-                pieces += _tool_part("python", _call_text(call), True)
+                segments.append(("<|assistant_start|>", True, False))
+            segments += _assistant_parts(message)
             in_turn = "tool_calls" in message
             if not in_turn:
-                pieces.append(("<|assistant_end|>", True, True))
-    return pieces
+                segments.append(("<|assistant_end|>", True, True))
+    return segments
 
 
-def _tool_part(kind: str, text: str, trained: bool | None) -> list[Piece]:
+def _assistant_parts(message: dict[str, Any]) -> list[Segment]:
+    """The text, python parts and tool calls of an assistant message, in nanochat's form."""
+    content, segments = message["content"], []
+    for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+        if part["type"] == "text":
+            segments.append((part["text"], False, True))
+        elif part["type"] == "python":
+            segments += _tool_part("python", part["text"], True)
+        else:
+            segments += _tool_part("output", part["text"], None)
+    for call in message.get("tool_calls", ()):
+        segments += _tool_part("python", _call_text(call), True)
+    return segments
+
+
+def _tool_part(kind: str, text: str, trained: bool | None) -> list[Segment]:
     start, end = f"<|{kind}_start|>", f"<|{kind}_end|>"
     return [(start, True, trained), (text, False, trained), (end, True, trained)]
 
@@ -76,58 +93,71 @@ def _call_text(call: dict[str, Any]) -> str:
     return json.dumps(call["function"], ensure_ascii=False)
 
 
-def chatml_pieces(messages: Messages) -> list[Piece]:
-    """Render messages as chat_templates/chatml.jinja does: (text, is special, is trained).
+def chatml_segments(messages: Messages) -> list[Segment]:
+    """Render messages as chat_templates/chatml.jinja does.
 
-    Tool calls and results are written as Hermes and Qwen write them: `<tool_call>` with a line of
+    Tool calls and results have the form of Hermes and Qwen: `<tool_call>` with a line of
     `{"name": ..., "arguments": ...}` in the assistant's turn, and each result in a turn of role
-    tool between `<tool_response>` lines. A system turn may stand anywhere. What follows
-    "assistant\\n" is encoded apart from it, as a chat's prompt ends there.
+    tool between `<tool_response>` lines. System messages may come anywhere. The text after
+    "assistant\\n" is a segment of its own, because a chat's prompt ends there.
+
+    Args:
+        messages: as `check_messages` returns them.
+
+    Raises:
+        BadRow: if the template cannot render them.
     """
-    pieces: list[Piece] = []
+    segments: list[Segment] = []
     for message in messages:
         content, role = message["content"], message["role"]
         trained = None if role == "tool" else False
-        pieces.append(("<|im_start|>", True, trained))
+        segments.append(("<|im_start|>", True, trained))
         if role == "assistant":
             calls = [
                 f"<tool_call>\n{_call_text(call)}\n</tool_call>"
                 for call in message.get("tool_calls", ())
             ]
-            text = text_alone(message)
-            pieces.append(("assistant\n", False, False))
-            pieces.append(("\n".join([text] * bool(text) + calls), False, True))
+            text = plain_text(message)
+            segments.append(("assistant\n", False, False))
+            segments.append(("\n".join([text] * bool(text) + calls), False, True))
         elif role == "tool":
             text = f"tool\n<tool_response>\n{content}\n</tool_response>"
-            pieces.append((text, False, None))
+            segments.append((text, False, None))
         else:
-            pieces.append((f"{role}\n{content}", False, False))
-        pieces += [("<|im_end|>", True, role == "assistant" or trained), ("\n", False, trained)]
-    return pieces
+            segments.append((f"{role}\n{content}", False, False))
+        segments += [("<|im_end|>", True, role == "assistant" or trained), ("\n", False, trained)]
+    return segments
 
 
-def text_alone(message: dict[str, Any]) -> str:
-    """A message's text without python parts and results, for templates that cannot write them."""
+def plain_text(message: dict[str, Any]) -> str:
+    """A message's text without python parts and their outputs, which only nanochat has.
+
+    Raises:
+        BadRow: if nothing remains.
+    """
     content = message["content"]
     if isinstance(content, str):
         return content
     text = "".join(part["text"] for part in content if part["type"] == "text")
     if not text.strip() and "tool_calls" not in message:
-        raise BadRow("tool calls alone, which the chat template cannot write")
+        raise BadRow("only tool calls, which the chat template cannot render")
     return text
+
+
+# --- encoding ---
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Encoded:
     """A conversation as tokens."""
 
-    ids: np.ndarray  # int32
-    trained: np.ndarray  # bool, one a token
-    cut: bool = False  # to `max_length`
+    ids: np.ndarray  # int32 [tokens]
+    trained: np.ndarray  # bool [tokens]
+    truncated: bool = False  # to `max_length`
 
     @property
     def labels(self) -> np.ndarray:
-        """The ids that are trained on, -100 elsewhere; int32."""
+        """The ids of trained tokens, -100 elsewhere; int32 [tokens]."""
         return np.where(self.trained, self.ids, np.int32(IGNORED))
 
 
@@ -136,65 +166,68 @@ def encode_conversations(
 ) -> list[Encoded | BadRow]:
     """Encode conversations, all their texts in one call of the tokenizer.
 
-    A special token written inside a message is never read as one.
+    A special token written inside a message is encoded as plain text.
 
     Args:
         conversations: each as `check_messages` returns it.
         tokenizer: as `load_tokenizer` returns it.
-        assistant_only: train on the assistant's tokens and its end-of-turn token alone; otherwise
-            on every token but the results of tool calls.
+        assistant_only: train only on the assistant's tokens and its end-of-turn tokens; otherwise
+            on every token except the results of tool calls.
 
     Returns:
-        One a conversation; where the template cannot write it, a `BadRow` with the reason.
+        One per conversation; a `BadRow` with the reason if the template cannot render it.
     """
-    pieces_of = {"nanochat": nanochat_pieces, "chatml": chatml_pieces}.get(tokenizer.hfsft_template)
-    if pieces_of is None:
+    render = {"nanochat": nanochat_segments, "chatml": chatml_segments}.get(
+        tokenizer.hfsft_template
+    )
+    if render is None:
         return [_encode_foreign(messages, tokenizer, assistant_only) for messages in conversations]
-    rendered: list[list[Piece] | BadRow] = []
+    rendered: list[list[Segment] | BadRow] = []
     for messages in conversations:
         try:
-            rendered.append(pieces_of(messages))
+            rendered.append(render(messages))
         except BadRow as bad:
             rendered.append(bad)
-    written = [pieces for pieces in rendered if not isinstance(pieces, BadRow)]
-    texts = [text for pieces in written for text, special, _ in pieces if not special]
+    written = [segments for segments in rendered if not isinstance(segments, BadRow)]
+    texts = [text for segments in written for text, special, _ in segments if not special]
     encoded = iter(encode_texts(texts, tokenizer))
     special_ids = {
         text: [tokenizer.convert_tokens_to_ids(text)]
-        for text in {text for pieces in written for text, special, _ in pieces if special}
+        for text in {text for segments in written for text, special, _ in segments if special}
     }
     found: list[Encoded | BadRow] = []
-    for pieces in rendered:
-        if isinstance(pieces, BadRow):
-            found.append(pieces)
+    for segments in rendered:
+        if isinstance(segments, BadRow):
+            found.append(segments)
             continue
         ids: list[int] = []
         lengths, marks = [], []
-        for text, special, trained in pieces:
-            piece = special_ids[text] if special else next(encoded)
-            ids += piece
-            lengths.append(len(piece))
+        for text, special, trained in segments:
+            segment_ids = special_ids[text] if special else next(encoded)
+            ids += segment_ids
+            lengths.append(len(segment_ids))
             marks.append(trained or (not assistant_only and trained is not None))
         found.append(Encoded(np.array(ids, np.int32), np.repeat(np.array(marks, bool), lengths)))
     return found
 
 
 def encode_texts(texts: list[str], tokenizer: Any) -> list[list[int]]:
-    """Token ids of each text, in parallel on every core; a special token in it is read as text."""
+    """Token ids of each text, in parallel on all cores; special tokens in it are plain text."""
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
     before, backend.encode_special_tokens = backend.encode_special_tokens, True
     try:
-        # encode_batch also counts each token's characters, for a third of its time
+        # encode_batch would also compute character offsets, a third of its time
         return [text.ids for text in backend.encode_batch_fast(texts, add_special_tokens=False)]
     finally:
         backend.encode_special_tokens = before
 
 
 def _encode_foreign(messages: Messages, tokenizer: Any, assistant_only: bool) -> Encoded | BadRow:
+    """Encode a conversation through a template that is not hfsft's."""
     try:
-        plain = [message | {"content": text_alone(message)} for message in messages]
+        plain = [message | {"content": plain_text(message)} for message in messages]
         ids, mask = templates.encode(plain, tokenizer, assistant_only)
     except BadRow as bad:
         return bad
@@ -209,15 +242,18 @@ def encode_conversation(
     """Encode one conversation; arguments as `encode_conversations`.
 
     Returns:
-        Token ids and labels of the same length; untrained labels are -100.
+        Token ids and labels of the same length; the labels of untrained tokens are -100.
 
     Raises:
-        BadRow: where the template cannot write the conversation.
+        BadRow: if the template cannot render it.
     """
     (encoded,) = encode_conversations([messages], tokenizer, assistant_only)
     if isinstance(encoded, BadRow):
         raise encoded
     return encoded.ids.tolist(), encoded.labels.tolist()
+
+
+# --- fitting into max_length ---
 
 
 def fit_conversations(
@@ -232,24 +268,24 @@ def fit_conversations(
     Args:
         conversations: each as `check_messages` returns it.
         tokenizer: as `load_tokenizer` returns it.
-        max_length: tokens; None: as long as it is.
-        on_too_long: "truncate" keeps the beginning and cuts no character in two; "drop" refuses it;
-            "split" makes several of it, each with the system message and whole exchanges, and
+        max_length: tokens; None: no limit.
+        on_too_long: "truncate" keeps the beginning and splits no character; "drop" refuses it;
+            "split" makes several of it, each with the system message and complete exchanges, and
             truncates an exchange that is too long by itself; "error" gives `TooLong`.
         assistant_only: as `encode_conversations`.
 
     Returns:
-        For each what it became, several only where it was split; or why it is refused, also where
-        no trained token is left.
+        For each the conversations it became, several only if it was split; or why it is refused,
+        also if no trained token is left.
     """
     found: list[list[Encoded] | BadRow | TooLong] = []
     encoded = encode_conversations(conversations, tokenizer, assistant_only)
-    for messages, whole in zip(conversations, encoded, strict=True):
+    for messages, full in zip(conversations, encoded, strict=True):
         try:
-            if isinstance(whole, BadRow):
-                raise whole
-            if max_length is None or len(whole.ids) <= max_length:
-                found.append([_checked_trained(whole)])
+            if isinstance(full, BadRow):
+                raise full
+            if max_length is None or len(full.ids) <= max_length:
+                found.append([_require_trained(full)])
             elif on_too_long == "error":
                 raise TooLong
             elif on_too_long == "drop":
@@ -262,33 +298,33 @@ def fit_conversations(
                         raise part
                 found.append([part[0] for part in fitted])
             else:
-                end = _character_end(whole.ids, max_length, tokenizer)
-                found.append(
-                    [_checked_trained(Encoded(whole.ids[:end], whole.trained[:end], True))]
-                )
+                end = _character_end(full.ids, max_length, tokenizer)
+                truncated = Encoded(full.ids[:end], full.trained[:end], truncated=True)
+                found.append([_require_trained(truncated)])
         except (BadRow, TooLong) as reason:
             found.append(reason)
     return found
 
 
-def _checked_trained(encoded: Encoded) -> Encoded:
-    # the first token is predicted by none before it
+def _require_trained(encoded: Encoded) -> Encoded:
+    """The conversation itself, if it has a trained token."""
+    # no position predicts the first token
     if not encoded.trained[1:].any():
         raise BadRow("nothing left to train on")
     return encoded
 
 
 def _character_end(ids: np.ndarray, end: int, tokenizer: Any) -> int:
-    """The last position up to `end` that cuts no character: one takes at most four byte tokens."""
+    """The last position up to `end` that splits no character, of at most four byte tokens."""
     for position in range(end, max(end - 4, 0), -1):
         last = ids[max(0, position - 8) : position].tolist()
         if not tokenizer.decode(last).endswith("\ufffd"):
             return position
-    return end  # the text itself holds replacement characters
+    return end  # the text itself has replacement characters
 
 
 def _exchanges(messages: Messages) -> Iterator[Messages]:
-    """Each user's turn with all that answers it; the system message at the beginning is in none."""
+    """Each user turn with everything that answers it, without the first system message."""
     exchange: Messages = []
     for message in messages[1:] if messages[0]["role"] == "system" else messages:
         if (
@@ -305,7 +341,7 @@ def _exchanges(messages: Messages) -> Iterator[Messages]:
 def _split(
     messages: Messages, tokenizer: Any, max_length: int, assistant_only: bool
 ) -> list[Messages]:
-    """Cut a conversation between exchanges, as few times as its exchanges in order allow."""
+    """Split a conversation between exchanges, greedily into as few parts as possible."""
     system = messages[:1] if messages[0]["role"] == "system" else []
     parts: list[Messages] = []
     for exchange in _exchanges(messages):

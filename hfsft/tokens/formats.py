@@ -1,4 +1,8 @@
-"""Any row format to `messages`."""
+"""Rows of any known format to `messages`, checked and in one canonical form.
+
+`FORMATS` lists the formats, the columns that identify each, and its reader; `to_messages` reads a
+row. A row that cannot be trained on raises `BadRow` with a reason that the audit counts.
+"""
 
 import hashlib
 import json
@@ -10,8 +14,7 @@ from hfsft.errors import DataError
 
 Messages = list[dict[str, Any]]
 
-
-ROLES = {
+ROLES = {  # of ShareGPT and others
     "human": "user",
     "gpt": "assistant",
     "bot": "assistant",
@@ -19,18 +22,15 @@ ROLES = {
     "observation": "tool",
 }
 
-
-EMPTY_JSON = ("", "[]", "{}", "null")  # a column that is there but says nothing
-
-
+EMPTY_JSON = ("", "[]", "{}", "null")  # a column that exists but is empty
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 
 class BadRow(Exception):
-    """A row that cannot be trained on; its text is the reason, in the audit's words."""
+    """A row that cannot be trained on; its message is the reason that the audit shows."""
 
 
-# --- formats ---
+# --- one reader per format ---
 
 
 def from_messages(row: dict[str, Any]) -> Messages:
@@ -41,7 +41,8 @@ def from_messages(row: dict[str, Any]) -> Messages:
 def from_sharegpt(row: dict[str, Any]) -> Messages:
     """ShareGPT: `conversations` of `from` and `value`, with an optional `system`.
 
-    LLaMA-Factory's `function_call` (JSON of one call or a list) and `observation` are tool turns.
+    LLaMA-Factory's `function_call` (JSON of one call or a list of them) and `observation` become
+    tool calls and tool results.
     """
     turns = row["conversations"]
     if not isinstance(turns, list):
@@ -68,7 +69,7 @@ def _from_sharegpt_turn(turn: dict[str, Any]) -> dict[str, Any]:
 
 
 def from_prompt_completion(row: dict[str, Any]) -> Messages:
-    """`prompt` and `completion`, each a text or a list of messages."""
+    """Prompt and completion: `prompt` and `completion`, each a text or a list of messages."""
     prompt, completion = row["prompt"], row["completion"]
     if prompt is None or completion is None:
         raise BadRow("empty content")
@@ -99,26 +100,26 @@ def from_alpaca(row: dict[str, Any]) -> Messages:
 def from_multiple_choice(row: dict[str, Any]) -> Messages:
     """Multiple choice: ARC (`choices: {text, label}`, `answerKey`) or MMLU (`choices`, `answer`).
 
-    The letter follows its choice, as in karpathy/nanochat: a small model binds them better so.
+    The letter follows its choice, as in karpathy/nanochat: a small model associates them better so.
     """
     choices = row["choices"]
     if isinstance(choices, dict):
         texts, labels, answer = choices["text"], choices["label"], row["answerKey"]
     else:
         texts, labels, answer = choices, None, row["answer"]
-    if not isinstance(texts, list):  # a CSV holds the list as one text
-        raise BadRow("choices that are no list")
+    if not isinstance(texts, list):  # in a CSV the list is one text
+        raise BadRow("choices that are not a list")
     if labels is None:
         labels = [chr(ord("A") + index) for index in range(len(texts))]
         if type(answer) is int and 0 <= answer < len(labels):
             answer = labels[answer]
-    said = [row["question"], *texts, *labels]
-    if any(text in (None, "") for text in said):
+    contents = [row["question"], *texts, *labels]
+    if any(content in (None, "") for content in contents):
         raise BadRow("empty content")
-    if isinstance(answer, bool) or any(type(text) not in (str, int, float) for text in said):
+    if isinstance(answer, bool) or any(type(one) not in (str, int, float) for one in contents):
         raise BadRow("content that is not text")
     if answer not in labels:
-        raise BadRow("the answer is none of the choices")
+        raise BadRow("the answer is not among the choices")
     lines = [f"- {text}={label}" for text, label in zip(texts, labels, strict=True)]
     question = "\n".join(
         [
@@ -132,24 +133,24 @@ def from_multiple_choice(row: dict[str, Any]) -> Messages:
 
 
 def from_gsm8k(row: dict[str, Any]) -> Messages:
-    """GSM8K: `question` and `answer`, whose `<<48/2=24>>` marks become tool calls and results."""
+    """GSM8K: `question` and `answer`, whose `<<48/2=24>>` marks become python parts and outputs."""
     parts = []
-    for piece in re.split(r"(<<[^>]*>>)", row["answer"]):
-        if piece.startswith("<<"):
-            expression, equals, result = piece[2:-2].rpartition("=")
+    for text in re.split(r"(<<[^>]*>>)", row["answer"]):
+        if text.startswith("<<"):
+            expression, equals, result = text[2:-2].rpartition("=")
             if not equals:
                 raise BadRow("a calculation without a result")
             parts.append({"type": "python", "text": expression})
             parts.append({"type": "python_output", "text": result})
-        elif piece:
-            parts.append({"type": "text", "text": piece})
+        elif text:
+            parts.append({"type": "text", "text": text})
     return [
         {"role": "user", "content": row["question"]},
         {"role": "assistant", "content": parts},
     ]
 
 
-# format → the columns that tell it, and its reader; the first whose columns are all there is taken
+# format → the columns that identify it, and its reader; the first with all its columns wins
 FORMATS: dict[str, tuple[tuple[str, ...], Callable[[dict[str, Any]], Messages]]] = {
     "messages": (("messages",), from_messages),
     "sharegpt": (("conversations",), from_sharegpt),
@@ -160,17 +161,24 @@ FORMATS: dict[str, tuple[tuple[str, ...], Callable[[dict[str, Any]], Messages]]]
 }
 
 
+# --- choosing and applying one ---
+
+
 def known_format(columns: list[str]) -> str | None:
-    """The format that columns tell, if any."""
+    """The format that the columns identify, or None."""
     formats = (name for name, (needed, _) in FORMATS.items() if set(needed) <= set(columns))
     return next(formats, None)
 
 
 def detect_format(columns: list[str], source: str) -> str:
-    """The format that a source's columns tell.
+    """The format that a source's columns identify.
+
+    Args:
+        columns: their names.
+        source: the source's name, for the error.
 
     Raises:
-        DataError: listing the columns and the formats known.
+        DataError: if there is none; it lists the columns and the known formats.
     """
     found = known_format(columns)
     if found is not None:
@@ -183,23 +191,27 @@ def detect_format(columns: list[str], source: str) -> str:
 
 
 def to_messages(row: dict[str, Any], name: str) -> Messages:
-    """Read a row as messages and check that they make a conversation.
+    """Read a row as messages and check that they form a conversation.
+
+    Args:
+        row: its columns.
+        name: a key of `FORMATS`.
 
     Raises:
         BadRow: with the reason.
     """
     for column in ("chat_template", "chat_template_kwargs", "tools"):
-        brought = row.get(column)
-        if brought and not (isinstance(brought, str) and brought.strip() in EMPTY_JSON):
-            raise BadRow(f"brings its own {column}")
+        value = row.get(column)
+        if value and not (isinstance(value, str) and value.strip() in EMPTY_JSON):
+            raise BadRow(f"has its own {column}")
     if any(row.get(column) for column in MEDIA):
         raise BadRow("has images, video or audio")
-    # beside `messages` they are another view of the same row, as in ultrafeedback_binarized
+    # next to `messages` they repeat the same row, as in ultrafeedback_binarized
     if name != "messages" and row.get("chosen") and row.get("rejected"):
         raise BadRow("a preference row (chosen and rejected)")
-    # KTO's; a CSV holds it as text
+    # KTO's; in a CSV it is text
     if name == "prompt_completion" and str(row.get("label")).lower() == "false":
-        raise BadRow("an answer to avoid (label: false)")
+        raise BadRow("an undesirable answer (label: false)")
     try:
         messages = FORMATS[name][1](row)
     except (KeyError, TypeError, ValueError, AttributeError):
@@ -207,11 +219,17 @@ def to_messages(row: dict[str, Any], name: str) -> Messages:
     return check_messages(messages)
 
 
-def check_messages(messages: Any) -> Messages:
-    """Check roles, their order and contents; returns the messages in canonical form.
+# --- checking messages ---
 
-    System messages at the beginning become one, with a blank line between them; one further on is
-    kept between exchanges, and the chat template decides. A tool call's arguments become a mapping.
+
+def check_messages(messages: Any) -> Messages:
+    """Check roles, their order and contents, and return the messages in canonical form.
+
+    System messages at the beginning are joined with a blank line; a later one is kept between
+    exchanges, and it is up to the chat template. A tool call's arguments become a mapping.
+
+    Args:
+        messages: as a row has them.
 
     Raises:
         BadRow: with the reason.
@@ -265,14 +283,14 @@ def _check_calls(calls: Any) -> list[dict[str, Any]]:
         except (ValueError, TypeError, RecursionError):
             raise BadRow("tool call arguments that are not JSON") from None
         if not isinstance(arguments, dict):
-            raise BadRow("tool call arguments that are no mapping")
+            raise BadRow("tool call arguments that are not a mapping")
         function = {"name": name, "arguments": arguments}
-        number = {"id": call["id"]} if call.get("id") else {}
-        checked.append(number | {"type": "function", "function": function})
+        call_id = {"id": call["id"]} if call.get("id") else {}
+        checked.append(call_id | {"type": "function", "function": function})
     return checked
 
 
-# what came last → the roles that may follow it
+# the last turn → the roles that may follow it
 FOLLOWS = {
     "nothing": ("user",),
     "user": ("assistant",),
@@ -324,7 +342,7 @@ def _check_content(content: Any, role: str) -> Any:
         text = content
     else:
         raise BadRow("content that is not text" if content is not None else "empty content")
-    if (not text or text.isspace()) and role != "tool":  # a tool may have nothing to say
+    if (not text or text.isspace()) and role != "tool":  # a tool may return nothing
         raise BadRow("empty content")
     try:
         if not text.isascii():
@@ -335,15 +353,16 @@ def _check_content(content: Any, role: str) -> Any:
 
 
 def content_digest(messages: Messages) -> str:
-    """The same for conversations that say the same, whatever ids their tool calls have.
+    """A digest that is equal for equal conversations, whatever ids their tool calls have.
 
     Args:
         messages: as `check_messages` returns them.
     """
-    said = [
+    content = [
         [message["role"], message["content"], [c["function"] for c in message["tool_calls"]]]
         if "tool_calls" in message
         else [message["role"], message["content"]]
         for message in messages
     ]
-    return hashlib.blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=16).hexdigest()
+    text = json.dumps(content, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -1,4 +1,9 @@
-"""Foreign chat templates: what they render, and which characters of it are the assistant's."""
+"""Chat templates that are not hfsft's: rendered by Jinja, within bounds of time and memory.
+
+`render` returns the text and the spans of it to train on, `encode` the token ids and a mask. Spans
+come from the template's `{% generation %}` marks, or else from what each turn adds to the rendering
+of the turns before it.
+"""
 
 import json
 import os
@@ -16,23 +21,15 @@ from hfsft.errors import ModelError, first_line
 
 Messages = list[dict[str, Any]]
 
-
 # bounds of one rendering, a hundred times what a long conversation takes
-SECONDS = 5.0  # of processor time, so that a busy machine counts for nothing
+SECONDS = 5.0  # of processor time, so that a busy machine does not count
+MEMORY = 2**28  # bytes, in addition to what the process holds
+# characters: LONGEST + TIMES * those of the messages
+LONGEST = 2**16
+TIMES = 100
 
-
-MEMORY = 2**28  # bytes on top of what the process holds
-
-
-LONGEST = 2**16  # characters, and so many more as the messages have,
-
-
-TIMES = 100  # times this
-
-
-# stand for the special tokens written inside a message while a template renders it
+# stand for special tokens written inside a message while a template renders it
 SENTINELS = 0xF0000  # the first of Unicode's supplementary private use characters
-
 
 PROBE = [
     {"role": "user", "content": "one"},
@@ -43,23 +40,29 @@ PROBE = [
 
 
 class TemplateError(Exception):
-    """A template cannot render a conversation, or not so that its assistant's turns can be told."""
+    """A template cannot render a conversation, or the assistant's turns cannot be identified."""
 
 
 class _Spent(BaseException):
-    """A rendering's time is up; jinja itself catches whatever is an `Exception`."""
+    """A rendering's time is up; a `BaseException`, as Jinja catches every `Exception`."""
+
+
+# --- bounds ---
 
 
 def bounded(name: str, make: Callable[[], Any], ceiling: int | None = None) -> Any:
-    """What a chat template makes, within `SECONDS` and `MEMORY`.
+    """Call a function that renders a chat template, within `SECONDS` and `MEMORY`.
 
-    Jinja's sandbox keeps a template from files and code, not from `{{ 'a' * 500000000 }}`. Outside
-    of the main thread neither bound holds, and where there is no /proc (macOS) not that of memory.
+    Jinja's sandbox protects files and code, but not against `{{ 'a' * 500000000 }}`. Outside of the
+    main thread neither bound applies, and without /proc (macOS) the bound on memory does not.
 
     Args:
         name: the model or tokenizer whose template it is, for the error.
         make: renders it.
-        ceiling: as `memory_ceiling` gave it a moment ago, for several renderings in a row.
+        ceiling: as `memory_ceiling` has just returned it, for several renderings in a row.
+
+    Returns:
+        What `make` returns.
 
     Raises:
         ModelError: if it takes more.
@@ -69,7 +72,7 @@ def bounded(name: str, make: Callable[[], Any], ceiling: int | None = None) -> A
     _take_signal()
     try:
         return _limited(make, memory_ceiling() if ceiling is None else ceiling)
-    except (MemoryError, SystemError):  # the second where C code forgets to say why it failed
+    except (MemoryError, SystemError):  # the second if C code fails without setting an error
         raise too_much(name, f"takes more than {MEMORY // 2**20} MiB of memory") from None
     except _Spent:
         signal.setitimer(signal.ITIMER_PROF, 0)
@@ -77,21 +80,22 @@ def bounded(name: str, make: Callable[[], Any], ceiling: int | None = None) -> A
 
 
 def too_much(name: str, what: str) -> ModelError:
-    """The error of a chat template that is beyond a bound."""
+    """The error of a chat template that exceeds a bound."""
     return ModelError(
-        f"{name}: its chat template {what} for one conversation\n  Give another: "
+        f"{name}: its chat template {what} for one conversation\n  Choose another: "
         "tokenizer: {chat_template: FILE}, or chatml, or nanochat"
     )
 
 
 def _limited(make: Callable[[], Any], ceiling: int) -> Any:
+    """Call a function with the address space limited to `ceiling` and a processor-time alarm."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     limits = [limit for limit in (ceiling, soft) if limit != resource.RLIM_INFINITY]
     try:
         if limits:
             resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
         try:
-            # more than once: what is raised in a destructor is lost
+            # repeatedly, as an exception raised in a destructor is lost
             signal.setitimer(signal.ITIMER_PROF, SECONDS, 0.1)
             return make()
         finally:
@@ -102,7 +106,7 @@ def _limited(make: Callable[[], Any], ceiling: int) -> Any:
 
 @cache
 def _take_signal() -> None:
-    """Once a process: it takes 7 µs, a tenth of a rendering."""
+    """Handle the alarm; once per process, as it takes 7 µs, a tenth of a rendering."""
 
     def stop(number: int, frame: Any) -> None:
         raise _Spent
@@ -111,7 +115,7 @@ def _take_signal() -> None:
 
 
 def memory_ceiling() -> int:
-    """Bytes of address space up to which a rendering may go, from what the process holds now."""
+    """The address space in bytes that a rendering may use: what the process holds, and `MEMORY`."""
     try:
         file = os.open("/proc/self/statm", os.O_RDONLY)
     except OSError:
@@ -122,15 +126,18 @@ def memory_ceiling() -> int:
         os.close(file)
 
 
+# --- rendering ---
+
+
 def prompt_text(messages: Messages, tokenizer: Any) -> str:
-    """A conversation that the assistant is to go on with, as its template writes it.
+    """Render a conversation as the prompt for the assistant's next turn.
 
     Args:
         messages: in OpenAI's form, the last one the user's.
         tokenizer: any with a chat template.
 
     Raises:
-        ModelError: if the template takes more than a rendering may, or refuses the messages.
+        ModelError: if the template exceeds a bound or refuses the messages.
     """
     try:
         return bounded(
@@ -148,9 +155,9 @@ def prompt_text(messages: Messages, tokenizer: Any) -> str:
 
 
 def special_tokens(tokenizer: Any) -> list[str]:
-    """Every token that the tokenizer reads as a control token.
+    """Every special token of a tokenizer, longest first.
 
-    `all_special_tokens` names but two of Llama 3's.
+    `all_special_tokens` has only two of Llama 3's.
     """
     added = tokenizer.added_tokens_decoder.values()
     return sorted({token.content for token in added if token.special}, key=len, reverse=True)
@@ -163,87 +170,110 @@ def render(
 
     Args:
         messages: in OpenAI's form, with plain text contents.
-        tokenizer: `hfsft_training_template` is its template with `{% generation %}` marks; None:
-            there is none, and a turn is what it adds to the rendering of the turns before.
-        assistant_only: as below; otherwise all is trained but the results of tool calls.
+        tokenizer: `hfsft_training_template` is its template with `{% generation %}` marks; None: it
+            has none, and a turn is what it adds to the rendering of the previous turns.
+        assistant_only: train only on the assistant's turns; otherwise on everything except the
+            results of tool calls.
 
     Returns:
-        The text, and the spans of its characters that are the assistant's, end token included.
+        The text, and the spans of characters to train on, end-of-turn tokens included.
 
     Raises:
-        TemplateError: with the reason, also where it leaves a tool call, a result or a system
-            message out.
-        ModelError: if it takes more than a rendering may.
+        TemplateError: with the reason, also if it leaves out a tool call, a tool's result or a
+            system message.
+        ModelError: if it exceeds a bound.
     """
+    ceiling = memory_ceiling()  # 6 µs, so not for each rendering
+    marked = tokenizer.hfsft_training_template is not None and assistant_only
+    text, spans = _rendered(messages, tokenizer, ceiling, return_assistant_tokens_mask=marked)
+    _check_nothing_left_out(messages, text, tokenizer, ceiling)
+    if not assistant_only:
+        results = [
+            _added_span(messages, first, last, False, text, tokenizer, ceiling)
+            for first, last in _result_runs(messages)
+        ]
+        edges = [0, *(edge for span in results for edge in span), len(text)]
+        return text, list(zip(edges[::2], edges[1::2], strict=True))
+    if not marked:
+        spans = [
+            _added_span(messages, index, index + 1, True, text, tokenizer, ceiling)
+            for index, message in enumerate(messages)
+            if message["role"] == "assistant"
+        ]
+    return text, spans
+
+
+def _rendered(
+    messages: Messages, tokenizer: Any, ceiling: int, **settings: Any
+) -> tuple[str, list[tuple[int, int]]]:
+    """The text of a conversation, and the spans of its `{% generation %}` marks if asked for."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    template = tokenizer.hfsft_training_template or tokenizer.chat_template
-    ceiling = memory_ceiling()  # 6 µs, so not for each rendering
+    try:
+        texts, spans = bounded(
+            tokenizer.name_or_path,
+            lambda: render_jinja_template(
+                conversations=[messages],
+                chat_template=tokenizer.hfsft_training_template or tokenizer.chat_template,
+                **settings,
+                **tokenizer.special_tokens_map,
+            ),
+            ceiling,
+        )
+    except ModelError:
+        raise
+    except Exception as error:  # a template can raise anything, such as ZeroDivisionError
+        raise TemplateError(f"the chat template refuses it: {first_line(error)}") from None
+    length = len(texts[0])
+    if length > LONGEST and length > LONGEST + TIMES * len(json.dumps(messages)):
+        raise too_much(tokenizer.name_or_path, f"writes {length:,} characters")
+    return texts[0], spans[0] if spans else []
 
-    def rendered(turns: Messages, **settings: Any) -> tuple[list[str], Any]:
-        try:
-            found = bounded(
-                tokenizer.name_or_path,
-                lambda: render_jinja_template(
-                    conversations=[turns],
-                    **{"chat_template": template} | settings,
-                    **tokenizer.special_tokens_map,
-                ),
-                ceiling,
-            )
-        except ModelError:
-            raise
-        except Exception as error:  # a template can raise anything, such as ZeroDivisionError
-            raise TemplateError(f"the chat template refuses it: {first_line(error)}") from None
-        length = len(found[0][0])
-        if length > LONGEST and length > LONGEST + TIMES * len(json.dumps(turns)):
-            raise too_much(tokenizer.name_or_path, f"writes {length:,} characters")
-        return found
 
-    def added(first: int, last: int, prompt: bool, whole: str) -> tuple[int, int]:
-        """The span that the turns from `first` to before `last` add to the turns before them."""
-        before = rendered(messages[:first], add_generation_prompt=prompt)[0][0]
-        after = rendered(messages[:last])[0][0]
-        if not whole.startswith(after) or not after.startswith(before):
-            raise TemplateError("the chat template rewrites earlier turns")
-        return len(before), _turn_end(after, len(before), tokenizer) if prompt else len(after)
+def _added_span(
+    messages: Messages,
+    first: int,
+    last: int,
+    prompt: bool,
+    text: str,
+    tokenizer: Any,
+    ceiling: int,
+) -> tuple[int, int]:
+    """The span that the turns from `first` to before `last` add to the rendering of the previous.
 
-    spans: list[tuple[int, int]] = []
-    if tokenizer.hfsft_training_template is not None and assistant_only:
-        texts, marked = rendered(messages, return_assistant_tokens_mask=True)
-        text, spans = texts[0], marked[0]
-    else:
-        text = rendered(messages)[0][0]
+    With `prompt` it starts after the generation prompt, and ends with the turn's last special
+    token.
+    """
+    before, _ = _rendered(messages[:first], tokenizer, ceiling, add_generation_prompt=prompt)
+    after, _ = _rendered(messages[:last], tokenizer, ceiling)
+    if not text.startswith(after) or not after.startswith(before):
+        raise TemplateError("the chat template rewrites earlier turns")
+    return len(before), _turn_end(after, len(before), tokenizer) if prompt else len(after)
+
+
+def _check_nothing_left_out(messages: Messages, text: str, tokenizer: Any, ceiling: int) -> None:
+    """Check that a rendering has the conversation's tool calls, tool results and system message."""
     if any("tool_calls" in message for message in messages):
-        silent = [
+        without_calls = [
             {key: value for key, value in message.items() if key != "tool_calls"}
             for message in messages
         ]
-        if rendered(silent)[0][0] == text:
-            raise TemplateError("tool calls, which the chat template cannot write")
+        if _rendered(without_calls, tokenizer, ceiling)[0] == text:
+            raise TemplateError("tool calls, which the chat template cannot render")
     for message in messages:
         if message["role"] in ("system", "tool") and not _is_written(message["content"], text):
             kind = {"system": "system message", "tool": "tool's result"}[message["role"]]
             raise TemplateError(f"a {kind}, which the chat template leaves out")
-    if not assistant_only:
-        results = [added(first, last, False, text) for first, last in _result_runs(messages)]
-        edges = [0, *(edge for span in results for edge in span), len(text)]
-        return text, list(zip(edges[::2], edges[1::2], strict=True))
-    if tokenizer.hfsft_training_template is None:
-        for index, message in enumerate(messages):
-            if message["role"] == "assistant":
-                spans.append(added(index, index + 1, True, text))
-    return text, spans
 
 
 def _is_written(content: str, text: str) -> bool:
-    """Whether a content is in a rendering: as it is, trimmed, or as a JSON text."""
+    """Whether a content is in a rendering: as it is, trimmed, or as a JSON string."""
     quoted = json.dumps(content, ensure_ascii=False)[1:-1]
     return content.strip() in text or quoted.strip() in text
 
 
 def _result_runs(messages: Messages) -> Iterator[tuple[int, int]]:
-    """Where tool results begin and end: templates write those that follow each other as one."""
+    """First and end index of each run of tool results, which templates may write as one turn."""
     first = None
     for index, message in enumerate([*messages, {"role": "end"}]):
         if message["role"] == "tool" and first is None:
@@ -254,34 +284,37 @@ def _result_runs(messages: Messages) -> Iterator[tuple[int, int]]:
 
 
 def _turn_end(text: str, start: int, tokenizer: Any) -> int:
-    """Where a turn ends: behind its last special token, before the line break that follows it."""
+    """The end of a turn: after its last special token, before the line break that follows."""
     ends = [text.rfind(token, start) + len(token) for token in special_tokens(tokenizer)]
     return max((end for end in ends if end > start), default=len(text))
 
 
 def end_of_turn(tokenizer: Any) -> str:
-    """The token that ends an assistant's turn.
+    """The token that ends the assistant's turns.
 
     Raises:
-        TemplateError: if the assistant's turns cannot be told, or end in no token that a model
-            could stop at.
+        TemplateError: if the assistant's turns cannot be identified, or end in no special token
+            that generation could stop at.
     """
     text, spans = render(PROBE, tokenizer)
     turns = [text[start:end] for start, end in spans]
     if not turns or "four" not in turns[-1]:
-        raise TemplateError("its assistant's turns cannot be told")
+        raise TemplateError("the assistant's turns cannot be identified")
     for token in special_tokens(tokenizer):
         if turns[-1].rstrip().endswith(token):
             return token
-    raise TemplateError("its assistant's turns end in no special token")
+    raise TemplateError("the assistant's turns end in no special token")
+
+
+# --- encoding ---
 
 
 def encode(
     messages: Messages, tokenizer: Any, assistant_only: bool = True
 ) -> tuple[list[int], list[bool]]:
-    """Encode a conversation through a foreign template.
+    """Encode a conversation through the tokenizer's own template.
 
-    A special token written inside a message is kept apart and encoded as plain text.
+    A special token written inside a message is encoded as plain text.
 
     Args:
         messages: in OpenAI's form, with plain text contents.
@@ -289,7 +322,7 @@ def encode(
         assistant_only: see `render`.
 
     Returns:
-        Token ids, and for each whether it is trained.
+        Token ids, and for each whether it is trained on.
 
     Raises:
         TemplateError: with the reason.
@@ -309,18 +342,18 @@ def encode(
     text, spans = render([protected(m) for m in messages], tokenizer, assistant_only)
     edges = [edge for span in spans for edge in span]
     ids: list[int] = []
-    places: list[int] = []  # of each token's first character
+    starts: list[int] = []  # the position of each token's first character
     literals = {stand_in: token for token, stand_in in stand_ins.items()}
     start = 0
-    for piece in re.split(f"([{''.join(literals)}])" if literals else r"(?!)", text):
-        literal = piece in literals
+    for segment in re.split(f"([{''.join(literals)}])" if literals else r"(?!)", text):
+        literal = segment in literals
         encoded = tokenizer(
-            literals.get(piece, piece),
+            literals.get(segment, segment),
             add_special_tokens=False,
             split_special_tokens=literal,
             return_offsets_mapping=True,
         )
         ids += encoded["input_ids"]
-        places += [start + begin * (not literal) for begin, _ in encoded["offset_mapping"]]
-        start += len(piece)
-    return ids, (np.searchsorted(edges, places, side="right") % 2 == 1).tolist()
+        starts += [start + begin * (not literal) for begin, _ in encoded["offset_mapping"]]
+        start += len(segment)
+    return ids, (np.searchsorted(edges, starts, side="right") % 2 == 1).tolist()

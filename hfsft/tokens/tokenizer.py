@@ -1,4 +1,8 @@
-"""The tokenizer: trained on base text or loaded, with chat tokens, a template, and its own pad."""
+"""The tokenizer: trained on base text, or loaded and prepared for chat.
+
+Every tokenizer that is trained with has a chat template, an EOS token that ends the assistant's
+turns, and a pad token that is not its EOS token.
+"""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -15,8 +19,8 @@ from hfsft.recipe.schema import Recipe, Stage
 from hfsft.run.disk import writing_to
 from hfsft.tokens.templates import TemplateError, end_of_turn
 
-# karpathy/nanochat's nine, in its order, and a pad: as an embedding's padding_idx it gets no
-# gradient, so it can be no token that means anything
+# karpathy/nanochat's nine, in its order, and a pad token of its own: as the embedding's padding_idx
+# it gets no gradient, so no token with a meaning can serve
 SPECIAL_TOKENS = (
     "<|bos|>",
     "<|user_start|>",
@@ -30,8 +34,7 @@ SPECIAL_TOKENS = (
     "<|pad|>",
 )
 
-
-# GPT-4's split (openai/tiktoken, cl100k_base) with numbers of one or two digits, as nanochat has it
+# GPT-4's split (openai/tiktoken, cl100k_base) with numbers of one or two digits, as in nanochat
 SPLIT = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"
     r"|\s*[\r\n]|\s+(?!\S)|\s+"
@@ -40,9 +43,12 @@ SPLIT = (
 
 @cache
 def template(name: str) -> str:
-    """The text of a chat template that comes with hfsft: "nanochat" or "chatml"."""
+    """The text of one of hfsft's own chat templates: "nanochat" or "chatml"."""
     path = Path(__file__).parent / "chat_templates" / f"{name}.jinja"
     return path.read_text(encoding="utf-8")
+
+
+# --- trained ---
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
@@ -50,13 +56,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
 
     Args:
         texts: documents.
-        vocab_size: tokens in all, the ten special ones and the 256 bytes among them.
+        vocab_size: tokens, including the ten special ones and the 256 bytes.
 
     Returns:
         A `PreTrainedTokenizerFast` with the nanochat chat template.
 
     Raises:
-        RecipeError: if the text holds too few different words for that many tokens.
+        RecipeError: if the text has too few distinct words for that many tokens.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -79,8 +85,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     size = tokenizer.get_vocab_size()
     if size != vocab_size:
         raise RecipeError(
-            f"tokenizer: the base text yields {size:,} tokens only, not vocab_size: "
-            f"{vocab_size:,}; ask for fewer or give it more text"
+            f"tokenizer: the base text yields only {size:,} tokens, not vocab_size: "
+            f"{vocab_size:,}; lower vocab_size or add text"
         )
     trained = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -97,31 +103,61 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     return _with_template(trained, "nanochat")
 
 
+# --- loaded ---
+
+
 def load_tokenizer(
     start: str,
     chat_template: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
-    """Load a tokenizer and make it fit for chat.
+    """Load a tokenizer and prepare it for chat.
 
-    One without a chat template gets ChatML where its vocabulary has ChatML's tokens (SmolLM2's base
-    models), else nanochat's tokens and template. A foreign template without `{% generation %}`
-    marks is trained with trl's marked copy of it.
+    One without a chat template gets ChatML if its vocabulary has ChatML's tokens (SmolLM2's base
+    models), else nanochat's tokens and template. For another template without `{% generation %}`
+    marks, training uses trl's marked copy of it, if trl has one.
 
     Args:
         start: a folder or a Hub id.
-        chat_template: "nanochat", "chatml", or a Jinja file, to replace what the tokenizer brings.
+        chat_template: "nanochat", "chatml", or a Jinja file, to replace the tokenizer's own.
         revision: of the Hub repository.
         trust_remote_code: run the repository's own Python code.
 
     Returns:
-        A `PreTrainedTokenizerFast`; `hfsft_template` names its template if it is one of ours, else
-        `hfsft_training_template` holds the marked template to train with.
+        A `PreTrainedTokenizerFast`; `hfsft_template` is "nanochat", "chatml" or None for another
+        template, whose marked copy, if any, is `hfsft_training_template`.
 
     Raises:
-        ModelError: if there is no such tokenizer, or no way to tell its assistant's tokens.
+        ModelError: if there is no such tokenizer, or the assistant's tokens cannot be identified.
+        RecipeError: if `chat_template` is none of the three.
     """
+    tokenizer = _load(start, revision, trust_remote_code)
+    if chat_template is None and not tokenizer.chat_template:
+        is_chatml = {"<|im_start|>", "<|im_end|>"} <= set(tokenizer.get_vocab())
+        chat_template = "chatml" if is_chatml else "nanochat"
+    if chat_template in ("nanochat", "chatml"):
+        tokenizer = _with_template(tokenizer, chat_template)
+    else:
+        if chat_template is not None:
+            path = Path(chat_template)
+            if not path.is_file():
+                raise RecipeError(
+                    f"tokenizer.chat_template: {chat_template} is not nanochat, chatml or a file"
+                )
+            tokenizer.chat_template = path.read_text(encoding="utf-8")
+        tokenizer = _recognise_template(tokenizer, start)
+    if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
+        # if the pad were the EOS token, masking pads would keep a model from learning to stop
+        known = ("<|pad|>", "<pad>", "[PAD]", "<|endoftext|>")
+        vocabulary = tokenizer.get_vocab()
+        spare = [t for t in known if t in vocabulary and t != tokenizer.eos_token]
+        tokenizer.add_special_tokens({"pad_token": spare[0] if spare else "<|pad|>"})
+    return tokenizer
+
+
+def _load(start: str, revision: str | None, trust_remote_code: bool) -> Any:
+    """A fast tokenizer from a folder or the Hub, as it is."""
     from transformers import AutoTokenizer
 
     if not (Path(start) / "tokenizer.json").is_file():
@@ -137,34 +173,13 @@ def load_tokenizer(
         raise ModelError(f"{start}: cannot load its tokenizer: {why_not_loaded(error)}") from None
     if not tokenizer.is_fast:
         raise ModelError(f"{start}: has no fast tokenizer (tokenizer.json), which training needs")
-    if chat_template is None and not tokenizer.chat_template:
-        is_chatml = {"<|im_start|>", "<|im_end|>"} <= set(tokenizer.get_vocab())
-        chat_template = "chatml" if is_chatml else "nanochat"
-    if chat_template in ("nanochat", "chatml"):
-        tokenizer = _with_template(tokenizer, chat_template)
-    elif chat_template is not None:
-        path = Path(chat_template)
-        if not path.is_file():
-            raise RecipeError(
-                f"tokenizer.chat_template: {chat_template} is neither nanochat, chatml nor a file"
-            )
-        tokenizer.chat_template = path.read_text(encoding="utf-8")
-        tokenizer = _recognise_template(tokenizer, start)
-    else:
-        tokenizer = _recognise_template(tokenizer, start)
-    if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
-        # a pad that is the end token teaches a model never to stop, wherever pads are masked
-        known = ("<|pad|>", "<pad>", "[PAD]", "<|endoftext|>")
-        vocabulary = tokenizer.get_vocab()
-        spare = [t for t in known if t in vocabulary and t != tokenizer.eos_token]
-        tokenizer.add_special_tokens({"pad_token": spare[0] if spare else "<|pad|>"})
     return tokenizer
 
 
 def _with_template(tokenizer: Any, name: str) -> Any:
-    """Give a tokenizer one of our templates, the tokens it needs, and its end-of-turn as eos."""
+    """Give a tokenizer one of hfsft's templates, its tokens, and its end-of-turn token as EOS."""
     tokens = SPECIAL_TOKENS if name == "nanochat" else ("<|im_start|>", "<|im_end|>")
-    # also those in the vocabulary: as plain tokens they could be written inside a message
+    # even if they are in the vocabulary: as plain tokens they could be written inside a message
     tokenizer.add_special_tokens(
         {"extra_special_tokens": list(tokens)}, replace_extra_special_tokens=False
     )
@@ -177,7 +192,7 @@ def _with_template(tokenizer: Any, name: str) -> Any:
 
 
 def _recognise_template(tokenizer: Any, start: str) -> Any:
-    """Note which template a tokenizer has, and which marked one to train with."""
+    """Set `hfsft_template` and `hfsft_training_template`, and the EOS token of another template."""
     tokenizer.hfsft_template = next(
         (name for name in ("nanochat", "chatml") if tokenizer.chat_template == template(name)), None
     )
@@ -193,29 +208,32 @@ def _recognise_template(tokenizer: Any, start: str) -> Any:
         if has_generation_markers(tokenizer.chat_template):
             tokenizer.hfsft_training_template = tokenizer.chat_template
         else:
-            # trl looks it up by its text; what it renders before, unbounded, decides nothing here
+            # trl looks the template up by its text; the stand-in spares its unbounded rendering
             stand_in = SimpleNamespace(
                 chat_template=tokenizer.chat_template, apply_chat_template=lambda *_, **__: ""
             )
-            with contextlib.suppress(ValueError):  # a template that trl does not know
+            with contextlib.suppress(ValueError):  # trl does not know the template
                 tokenizer.hfsft_training_template = get_training_chat_template(stand_in)
         try:
             tokenizer.eos_token = end_of_turn(tokenizer)
         except TemplateError as error:
             raise ModelError(
-                f"{start}: cannot train with its chat template: {error}\n  Give another: "
+                f"{start}: cannot train with its chat template: {error}\n  Choose another: "
                 "tokenizer: {chat_template: FILE}, or chatml, or nanochat"
             ) from None
     return tokenizer
 
 
+# --- a stage's ---
+
+
 def base_tokenizer(recipe: Recipe, texts: Iterable[str], resuming: bool) -> Any:
-    """The tokenizer of a run that begins with base: trained before, trained now, or loaded.
+    """The tokenizer of the base stage: trained, trained before the run was resumed, or loaded.
 
     Args:
-        recipe: the `Recipe`; a trained tokenizer is kept in `<run>/tokenizer/`.
+        recipe: the `Recipe`; a trained tokenizer is saved in `<run>/tokenizer/`.
         texts: base documents to train on; read only if one is trained.
-        resuming: the run goes on from a checkpoint, with the tokenizer it began with.
+        resuming: the run resumes from a checkpoint, with the tokenizer it started with.
 
     Returns:
         As `load_tokenizer`.
@@ -233,7 +251,7 @@ def base_tokenizer(recipe: Recipe, texts: Iterable[str], resuming: bool) -> Any:
 
 
 def new_tokenizer(recipe: Recipe, texts: Iterable[str]) -> Any:
-    """The tokenizer that a recipe's `tokenizer` section asks for, trained on `texts` or loaded."""
+    """The tokenizer of a recipe's `tokenizer` section, trained on `texts` or loaded."""
     settings = recipe.tokenizer
     if not settings.get("train"):
         return load_tokenizer(
@@ -242,13 +260,13 @@ def new_tokenizer(recipe: Recipe, texts: Iterable[str]) -> Any:
             settings.get("revision"),
             recipe.trust_remote_code,
         )
-    limit = settings.get("max_chars", 200_000_000)  # some 8 GB of memory for the counts of words
+    limit = settings.get("max_chars", 200_000_000)  # counting the words of so many takes some 8 GB
     vocab_size = settings.get("vocab_size") or recipe.model["vocab_size"]
     return train_tokenizer(_take_chars(texts, limit), vocab_size)
 
 
 def stage_tokenizer(recipe: Recipe, stage: Stage) -> Any:
-    """The tokenizer of the model a stage starts from, with the recipe's chat template if any."""
+    """The tokenizer of the model a stage starts from, with the recipe's chat template, if any."""
     return load_tokenizer(
         stage.model_name_or_path,
         recipe.tokenizer.get("chat_template"),
@@ -258,6 +276,7 @@ def stage_tokenizer(recipe: Recipe, stage: Stage) -> Any:
 
 
 def _take_chars(texts: Iterable[str], limit: int) -> Iterator[str]:
+    """Texts up to so many characters in total, the last one truncated."""
     for text in texts:
         if limit <= 0:
             return

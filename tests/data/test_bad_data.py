@@ -59,12 +59,12 @@ def no_progress_bars():
 
 # the line of a .jsonl file, and why it is refused
 BAD_ROWS = {
-    "a list": (b'["user", "Hi"]', "not a mapping of columns"),
-    "a list of messages": (json.dumps([USER, ASSISTANT]).encode(), "not a mapping of columns"),
-    "a text": (b'"Hi"', "not a mapping of columns"),
+    "a list": (b'["user", "Hi"]', "not a JSON object"),
+    "a list of messages": (json.dumps([USER, ASSISTANT]).encode(), "not a JSON object"),
+    "a text": (b'"Hi"', "not a JSON object"),
     "another format": (b'{"prompt": "Hi", "completion": "Hello"}', "not a row of format messages"),
-    "null": (b"null", "not a mapping of columns"),
-    "NaN": (b"NaN", "not a mapping of columns"),
+    "null": (b"null", "not a JSON object"),
+    "NaN": (b"NaN", "not a JSON object"),
     "an empty mapping": (b"{}", "not a row of format messages"),
     "two rows on a line": (turns("Hi", "Hello") * 2, "not JSON"),
     "half a row": (turns("Hi", "Hello")[:-9], "not JSON"),
@@ -145,6 +145,7 @@ CHOICE = {"question": "Which?", "choices": ["x", "y"], "answer": 1}
 ARC = {"question": "Which?", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "B"}
 PAIR = {"prompt": "Hi", "completion": "Hello"}
 NOT_TEXT = "content that is not text"
+NO_LIST = "choices that are not a list"
 BAD_ROWS_OF_A_FORMAT = {
     "alpaca: a list": (ALPACA, {"instruction": ["Hi"]}, NOT_TEXT),
     "alpaca: a number beside": (ALPACA, {"input": 5}, NOT_TEXT),
@@ -156,11 +157,15 @@ BAD_ROWS_OF_A_FORMAT = {
     "choice: null": (CHOICE, {"choices": [None, "y"]}, "empty content"),
     "choice: a list asks": (CHOICE, {"question": ["Which?"]}, NOT_TEXT),
     "choice: true answers": (CHOICE, {"answer": True}, NOT_TEXT),
-    "choice: a list answers": (CHOICE, {"answer": ["B"]}, "the answer is none of the choices"),
-    "choice: null answers": (CHOICE, {"answer": None}, "the answer is none of the choices"),
-    "choice: none answers": (CHOICE, {"answer": 2}, "the answer is none of the choices"),
-    "choice: one text": (CHOICE, {"choices": "xy"}, "choices that are no list"),
-    "arc: one text": (ARC, {"choices": {"text": "xy", "label": "AB"}}, "choices that are no list"),
+    "choice: a list answers": (CHOICE, {"answer": ["B"]}, "the answer is not among the choices"),
+    "choice: null answers": (CHOICE, {"answer": None}, "the answer is not among the choices"),
+    "choice: none answers": (CHOICE, {"answer": 2}, "the answer is not among the choices"),
+    "choice: one text": (CHOICE, {"choices": "xy"}, "choices that are not a list"),
+    "arc: one text": (
+        ARC,
+        {"choices": {"text": "xy", "label": "AB"}},
+        "choices that are not a list",
+    ),
     "arc: a nested label": (ARC, {"choices": {"text": ["x"], "label": [["A"]]}}, NOT_TEXT),
     "arc: no label": (
         ARC,
@@ -170,7 +175,7 @@ BAD_ROWS_OF_A_FORMAT = {
     "pair: null prompt": (PAIR, {"prompt": None}, "empty content"),
     "pair: null completion": (PAIR, {"completion": None}, "empty content"),
     "pair: a number": (PAIR, {"completion": 4}, NOT_TEXT),
-    "pair: to avoid": (PAIR, {"label": False}, "an answer to avoid (label: false)"),
+    "pair: to avoid": (PAIR, {"label": False}, "an undesirable answer (label: false)"),
     "pair: preferred": (
         PAIR,
         {"chosen": "Hello", "rejected": "Bye"},
@@ -304,7 +309,7 @@ BAD_FILES = {
     "utf-16 without a mark": (
         {"r.jsonl": LINES.decode().encode("utf-16-le")},
         "r.jsonl",
-        "no row is JSON with columns",
+        "no row is a JSON object",
     ),
     "utf-32": ({"r.jsonl": LINES.decode().encode("utf-32")}, "r.jsonl", "not UTF-8 text (line 1)"),
     "latin-1 in the third row": (
@@ -324,7 +329,7 @@ BAD_FILES = {
     "a mapping of rows": (
         {"r.json": json.dumps({"a": chat(0)}).encode()},
         "r.json",
-        "holds no list of rows",
+        "is not a list of rows",
     ),
     "a list that ends early": (
         {"r.json": json.dumps([chat(0)]).encode()[:-4]},
@@ -336,7 +341,7 @@ BAD_FILES = {
         "r.json",
         "not a JSON list of rows: ",
     ),
-    "a list of texts": ({"r.json": b'["Hi", "Hello"]'}, "r.json", "no row is JSON with columns"),
+    "a list of texts": ({"r.json": b'["Hi", "Hello"]'}, "r.json", "no row is a JSON object"),
     "gzip under a plain name": (
         {"r.jsonl": gzip.compress(LINES)},
         "r.jsonl",
@@ -425,7 +430,7 @@ BAD_FILES = {
     "a folder of deep rows": (
         {"r/a.jsonl": b'{"messages": ' + b"[" * 10_000 + b"]" * 10_000 + b"}"},
         "r",
-        "no row is JSON with columns",
+        "no row is a JSON object",
     ),
     "a folder of a deep list": (
         {"r/a.json": b"[" * 10_000 + b"]" * 10_000},
@@ -471,7 +476,7 @@ BAD_FILES = {
     "latin-1 in parquet": (
         {"r.parquet": PARQUET_IN_LATIN_1},
         "r.parquet",
-        "holds text that is not UTF-8",
+        "has text that is not UTF-8",
     ),
     "csv files that differ": (
         {"a.csv": PAIRS, "b.csv": PAIRS.replace(b"completion", b"answer")},
@@ -559,7 +564,7 @@ def test_images_are_refused_and_not_decoded(tmp_path, make_stage, tokenizer):
 def test_a_weight_that_leaves_nothing_is_an_error(tmp_path, make_stage, tokenizer):
     (tmp_path / "r.jsonl").write_text(json.dumps(chat(0)))
     stage = make_stage(Source(str(tmp_path / "r.jsonl"), weight=0.1), name="mid")
-    with pytest.raises(DataError, match=r"^mid: no row is left to train on; `weight` leaves none"):
+    with pytest.raises(DataError, match=r"^mid: no row is left to train on; `weight` is too small"):
         load_conversations(stage, tokenizer)
 
 

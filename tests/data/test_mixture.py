@@ -198,7 +198,7 @@ BROKEN = {
     "rows.parquet.gz": "unknown kind of file '.gz'",
     "rows.xml": "unknown kind of file '.xml'; known are .jsonl, .json, .csv and .txt, each also "
     ".gz or .zst, and .parquet",
-    "object.json": "holds no list of rows",
+    "object.json": "is not a list of rows",
     "lines.json": "not a JSON list of rows: Extra data: line 2 column 1",
     "latin.jsonl": "not UTF-8 text (line 1)",
     "ragged.csv": "cannot be read: a row has more fields than the header",
@@ -208,7 +208,7 @@ BROKEN = {
     "empty.json": "not a JSON list of rows: Expecting value",
     "empty.csv": "cannot be read: No columns to parse from file",
     "empty.parquet": "cannot be read: Parquet file size is 0 bytes",
-    "number.jsonl": "no row is JSON with columns",
+    "number.jsonl": "no row is a JSON object",
     "folder": "cannot be read: The directory at",
 }
 
@@ -251,9 +251,9 @@ def test_a_source_that_is_not_there_is_an_error(tmp_path):
         ("none", "train", "no such file"),
         ("*.none", "train", "no file matches"),
         ("[ab].*", "train", "matches files of several kinds: .csv, .jsonl"),
-        ("a.jsonl", "test", "split: test: a file is all one split"),
-        ("saved", "test", "split: test: a file is all one split"),
-        ("splits", "test", "has no split test but train, few"),
+        ("a.jsonl", "test", "split: test: a file has no splits"),
+        ("saved", "test", "split: test: a file has no splits"),
+        ("splits", "test", "has no split test, only train, few"),
     ):
         with pytest.raises(DataError) as error:
             load_rows(Source(f"{tmp_path}/{path}", split=split), 0)
@@ -324,7 +324,7 @@ def test_refused_rows_are_listed_and_data_json_counts(tmp_path, make_stage, toke
         load_conversations(make_stage(*sources, max_length=48), tokenizer)
     folder = make_stage(*sources).folder
     assert str(error.value) == (
-        f"{path}: 6 of 10 rows are bad, the first is row 1 (not JSON)\n  Each is in "
+        f"{path}: 6 of 10 rows are bad, the first is row 1 (not JSON)\n  All are listed in "
         f"{folder / 'rejected.jsonl'}; to train on the rest: --on_bad_rows skip"
     )
     stage = make_stage(*sources, max_length=48, on_bad_rows="skip")
@@ -336,7 +336,7 @@ def test_refused_rows_are_listed_and_data_json_counts(tmp_path, make_stage, toke
         {"source": source, "row": 3, "reason": "no messages"},
         {"source": source, "row": 4, "reason": "nothing left to train on"},
         {"source": source, "row": 5, "reason": "not a row of format messages"},
-        {"source": source, "row": 6, "reason": "not a mapping of columns"},
+        {"source": source, "row": 6, "reason": "not a JSON object"},
         {"source": source, "row": 8, "reason": "empty content"},
         {"source": source, "row": 9, "reason": "no messages"},
     ]
@@ -357,7 +357,7 @@ def test_refused_rows_are_listed_and_data_json_counts(tmp_path, make_stage, toke
         "source": source,
         "read": 10,
         "kept": 4,
-        "passed_over": {"nothing left to train on": 1},
+        "excluded": {"nothing left to train on": 1},
         "prepared": 3,
         "train": 3,
         "used": 3,
@@ -370,7 +370,7 @@ def test_refused_rows_are_listed_and_data_json_counts(tmp_path, make_stage, toke
             "not JSON": 1,
             "no messages": 2,
             "not a row of format messages": 1,
-            "not a mapping of columns": 1,
+            "not a JSON object": 1,
             "empty content": 1,
         },
         "truncated": 1,
@@ -462,14 +462,14 @@ def test_only_what_a_run_uses_is_prepared(make_stage, tokenizer, tmp_path):
         stage = make_stage(*sources, max_steps=steps, **MIXED)
         train, held_out = load_conversations(stage, tokenizer)
         audit = json.loads((stage.folder / "data.json").read_text())
-        used = len(set(train.places)) + len(held_out)
+        used = len(set(train.indices)) + len(held_out)
         prepared = sum(source["prepared"] for source in audit["sources"])
         assert prepared == used == len(train.conversations)
         # and no more is tried than what takes the place of those that are too long
-        passed_over = sum(sum(source["passed_over"].values()) for source in audit["sources"])
-        assert 0 < passed_over < 0.25 * used
+        excluded = sum(sum(source["excluded"].values()) for source in audit["sources"])
+        assert 0 < excluded < 0.25 * used
         rejected = read_jsonl(stage.folder / "rejected.jsonl")
-        assert sum(entry["reason"] == "longer than max_length" for entry in rejected) == passed_over
+        assert sum(entry["reason"] == "longer than max_length" for entry in rejected) == excluded
         # a longer run begins with the same examples
         questions = used_rows(train, tokenizer)
         assert questions[: len(longest)] == longest
@@ -538,7 +538,7 @@ def test_counts_can_be_recounted_by_hand(make_stage, tokenizer, tmp_path, capsys
         mine = [row for source, row in by_hand if source == index]
         assert counted["used"] == len(mine)
         assert counted["prepared"] == len(set(mine)) + counted["held_out"]
-        assert counted["passed_over"] == {
+        assert counted["excluded"] == {
             "longer than max_length": refused.count("longer than max_length")
         }
         numbers = [
@@ -548,7 +548,7 @@ def test_counts_can_be_recounted_by_hand(make_stage, tokenizer, tmp_path, capsys
     assert sum(counted["used"] for counted in audit["sources"]) == audit["used"] == len(places)
     assert sum(counted["held_out"] for counted in audit["sources"]) == 30
     assert audit["train"] == sum(counted["train"] for counted in audit["sources"])
-    seen = [*(train.conversations[place] for place in sorted(set(train.places))), *held_out]
+    seen = [*(train.conversations[place] for place in sorted(set(train.indices))), *held_out]
     assert sum(counted["tokens"] for counted in audit["sources"]) == sum(
         len(row["input_ids"]) for row in seen
     )
@@ -557,9 +557,9 @@ def test_counts_can_be_recounted_by_hand(make_stage, tokenizer, tmp_path, capsys
     )
     assert shown[-1] == (
         f"{audit['train']} conversations to train on, 30 held out; "
-        f"this run's 25 steps of 8 use {len(set(train.places))}, 200 times in all"
+        f"this run's 25 steps of 8 use {len(set(train.indices))}, 200 times in total"
     )
-    assert max(map(len, shown)) > 80 and shown[0].endswith("trained median max cut")
+    assert max(map(len, shown)) > 80 and shown[0].endswith("trained median max long")
 
 
 PLACES = """
@@ -751,7 +751,7 @@ def test_held_out_may_be_a_share_or_none(make_stage, tokenizer, tmp_path):
     with pytest.raises(DataError) as error:
         load_conversations(make_stage(path, held_out=20), tokenizer)
     assert str(error.value) == (
-        "sft: held_out: 20 of 20 different conversations leaves none to train on"
+        "sft: held_out: 20 of 20 distinct conversations leaves none to train on"
     )
 
 
@@ -884,7 +884,7 @@ def test_rows_above_the_model_s_positions(tmp_path, make_stage, tokenizer, make_
     train, _ = load_conversations(stage, tokenizer)
     assert len(train) == 1
     assert read_jsonl(stage.folder / "rejected.jsonl") == [
-        {"source": path, "row": 1, "reason": "longer than the model's positions"}
+        {"source": path, "row": 1, "reason": "longer than the model's context"}
     ]
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from hfsft.cli import app
 from hfsft.data.audit import audit_source, print_audit
-from hfsft.data.preview import pieces, preview
+from hfsft.data.preview import preview, text_segments
 from hfsft.recipe.loading import load_recipe
 
 RECIPE = {
@@ -37,13 +37,13 @@ def test_preview_counts_what_will_be_trained_on_and_writes_nothing(recipe, tmp_p
     assert [len(data["examples"]) for data in seen.values()] == [2, 2, 2]
     assert not (tmp_path / "runs").exists()
     for example in seen["sft"]["examples"]:
-        trained = [piece["text"] for piece in example if piece["trained"]]
+        trained = [segment["text"] for segment in example if segment["trained"]]
         word, spelled = trained[0].removesuffix("<|assistant_end|>").split(":")
         assert spelled.split(",") == list(word)
         assert example[0]["text"] == f"<|bos|><|user_start|>Spell the word: {word}" + (
             "<|user_end|><|assistant_start|>"
         )
-    assert all(piece["trained"] for piece in seen["base"]["examples"][0])
+    assert all(segment["trained"] for segment in seen["base"]["examples"][0])
 
 
 def test_examples_are_the_first_of_the_run(recipe):
@@ -63,7 +63,7 @@ def test_the_table_fits_a_hundred_columns_whatever_the_numbers():
         lengths=[100_000] * 64,
         trained_tokens=3_200_000,
         reasons=Counter({"no messages": 1_000}),
-        passed_over=Counter({"longer than max_length": 17}),
+        excluded=Counter({"longer than max_length": 17}),
     )
     sizes = {"train": 9_000_000, "held_out": 5_000, "used": 6_400, "different": 6_000}
     audit = {"sources": [source | counts | {"copies": 2.0}], "examples_per_step": 32, **sizes}
@@ -79,23 +79,23 @@ def test_the_table_fits_a_hundred_columns_whatever_the_numbers():
     name = source["source"]
     assert [line for line in lines if line.startswith(name)] == [
         f"{name}: 1,000 refused: no messages",
-        f"{name}: 17 passed over: longer than max_length",
-        f"{name}: 3 left out: exact copies of held-out conversations",
-        f"{name}: an epoch sees each 2 times",
+        f"{name}: 17 excluded: longer than max_length",
+        f"{name}: 3 excluded: exact copies of held-out conversations",
+        f"{name}: each seen 2 times per epoch",
     ]
-    assert lines[-2] == "tokens, median, max and cut are of the 64 prepared"
+    assert lines[-2] == "tokens, median, max and long cover the 64 prepared"
     assert lines[-1] == (
         "9,000,000 conversations to train on, 5,000 held out; this run's 200 steps of 32 use "
-        "6,000, 6,400 times in all"
+        "6,000, 6,400 times in total"
     )
 
 
-def test_pieces_put_the_example_together_again(tokenizer):
+def test_segments_join_to_the_example(tokenizer):
     ids = tokenizer.encode("one two three")
     labels = [-100, *ids[1:2], *[-100] * (len(ids) - 2)]
-    cut = pieces({"input_ids": ids, "labels": labels}, tokenizer)
-    assert [piece["trained"] for piece in cut] == [False, True, False]
-    assert "".join(piece["text"] for piece in cut) == "one two three"
+    segments = text_segments({"input_ids": ids, "labels": labels}, tokenizer)
+    assert [segment["trained"] for segment in segments] == [False, True, False]
+    assert "".join(segment["text"] for segment in segments) == "one two three"
 
 
 def test_command_prints_a_table_or_json(recipe, capsys):

@@ -1,4 +1,4 @@
-"""Built-in tasks and texts: the same rows everywhere, right answers, nothing held out in train."""
+"""Built-in tasks and texts: reproducible rows, correct answers, train and test kept apart."""
 
 import hashlib
 import json
@@ -69,9 +69,9 @@ def test_fewer_rows_are_a_prefix(name, split):
 
 
 @pytest.mark.parametrize("name", tasks.TASKS)
-def test_natural_size_and_variety(name):
+def test_default_size_and_variety(name):
     rows = tasks.task_rows(name)
-    assert len(rows) == tasks.NATURAL_ROWS[name] == (500 if name == "small_talk" else 1000)
+    assert len(rows) == tasks.DEFAULT_ROWS[name] == (500 if name == "small_talk" else 1000)
     distinct = {json.dumps(row) for row in rows}
     assert len(distinct) >= 0.93 * len(rows)
 
@@ -140,7 +140,7 @@ def test_simple_spelling_spells():
         assert answer == word + ":" + ",".join(word)
 
 
-def test_spelling_bee_counts_rightly():
+def test_spelling_bee_counts_correctly():
     counts = []
     for row in tasks.task_rows("spelling_bee", 2000):
         question, answer = contents(row)
@@ -163,7 +163,7 @@ def test_spelling_bee_counts_rightly():
 
 def test_spelling_bee_asks_in_many_ways():
     questions = [contents(row)[0] for row in tasks.task_rows("spelling_bee", 2000)]
-    assert len(set(tasks.LETTER_QUESTIONS)) >= 30
+    assert len(set(tasks.phrases("spelling_bee")["questions"])) >= 30
     assert sum(question.islower() for question in questions) > 200
     assert sum("'" in question or '"' in question for question in questions) > 200
     assert 200 < sum(question.endswith("?") for question in questions) < 1800
@@ -183,17 +183,19 @@ def test_arithmetic_is_right():
     assert signs == {"+", "-"}
 
 
-def test_every_question_of_arithmetic_says_what_to_do():
-    for question in tasks.PLUS_QUESTIONS + tasks.MINUS_QUESTIONS:
+def test_every_arithmetic_question_names_both_numbers():
+    plus, minus = tasks.phrases("arithmetic")["plus"], tasks.phrases("arithmetic")["minus"]
+    for question in plus + minus:
         assert "{a}" in question and "{b}" in question
-    assert tasks.MINUS_QUESTIONS[5].format(a=9, b=4) == "Take 4 away from 9."
+    assert minus[5].format(a=9, b=4) == "Take 4 away from 9."
 
 
 def test_identity_says_the_same_thing_about_itself():
-    _, answers = tasks.IDENTITY["who"]
+    topics = tasks.phrases("identity")["topics"]
+    answers = topics["who"]["answers"]
     assert all(answer.startswith("I am hfsft, a small language model") for answer in answers)
-    assert len(tasks.IDENTITY) >= 10
-    assert sum(len(questions) for questions, _ in tasks.IDENTITY.values()) >= 80
+    assert len(topics) >= 10
+    assert sum(len(topic["questions"]) for topic in topics.values()) >= 80
     replies = [
         message["content"]
         for row in tasks.task_rows("identity")
@@ -202,15 +204,17 @@ def test_identity_says_the_same_thing_about_itself():
     ]
     assert sum(reply.startswith("I am hfsft, a small language model") for reply in replies) > 400
     assert max(len(re.findall(r"[.!?](?:\s|$)", reply)) for reply in replies) <= 3
-    every = [question for questions, _ in tasks.IDENTITY.values() for question in questions]
+    every = [question for topic in topics.values() for question in topic["questions"]]
     assert len(every) == len(set(every))
 
 
 def test_small_talk_has_enough_to_say():
-    exchanges = tasks.OPENINGS + tasks.EVERYDAY + tasks.CLOSINGS
-    said = [exchange[0] for exchange in exchanges]
+    exchanges = [
+        exchange for section in tasks.phrases("small_talk").values() for exchange in section
+    ]
+    said = [exchange["user"] for exchange in exchanges]
     assert len(said) == len(set(said)) >= 60
-    assert all(len(exchange) >= 2 for exchange in exchanges)
+    assert all(exchange["answers"] for exchange in exchanges)
 
 
 @pytest.mark.parametrize("name", GRADED)
@@ -299,7 +303,8 @@ def test_words_are_plain_sorted_and_many():
 
 def test_data_stays_small():
     files = {path.name: path.stat().st_size for path in tasks.DATA.iterdir()}
-    assert set(files) == {"speeches.txt.gz", "facts.txt.gz", "words.txt"}
+    phrases = {f"{task}.yaml" for task in ("identity", "small_talk", "spelling_bee", "arithmetic")}
+    assert set(files) == {"speeches.txt.gz", "facts.txt.gz", "words.txt", *phrases}
     assert sum(files.values()) < 1_400_000
     assert files["speeches.txt.gz"] < 900_000
 
@@ -307,7 +312,9 @@ def test_data_stays_small():
 def test_import_reads_no_data_and_nothing_heavy():
     code = (
         "import sys, hfsft.data.tasks as tasks;"
-        "assert not {'torch', 'transformers', 'datasets', 'numpy', 'difflib'} & set(sys.modules);"
-        "assert tasks._words.cache_info().currsize == tasks._speeches.cache_info().currsize == 0"
+        "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'difflib', 'yaml'};"
+        "assert not heavy & set(sys.modules);"
+        "assert tasks._words.cache_info().currsize == tasks._speeches.cache_info().currsize == 0;"
+        "assert tasks.phrases.cache_info().currsize == 0"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

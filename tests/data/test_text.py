@@ -1,4 +1,4 @@
-"""Base text: documents to rows, cached and streamed, and a stream that goes on from any row."""
+"""Base text: documents to rows, cached and streamed, and a stream that resumes at any row."""
 
 import json
 import os
@@ -164,7 +164,7 @@ def test_held_out_documents_are_in_no_training_row(tmp_path, make_recipe, tokeni
         (
             documents(30),
             {"held_out": 30, "eval_steps": 1},
-            "base: held_out: 30 of 30 different documents leaves none to train on",
+            "base: held_out: 30 of 30 distinct documents leaves none to train on",
         ),
         ([{"body": "x"}], {}, "d.jsonl: no row has any text under 'text'"),
         ([{"text": ""}], {}, "d.jsonl: no row has any text under 'text'"),
@@ -183,7 +183,7 @@ def test_base_text_without_its_column(tmp_path, make_recipe, tokenizer):
     with pytest.raises(DataError) as error:
         load_text(make_recipe([{"path": str(tmp_path / "d.parquet")}]), tokenizer)
     assert str(error.value) == (
-        f"{tmp_path}/d.parquet: has no column 'text' but body, id; name its text with "
+        f"{tmp_path}/d.parquet: has no column 'text', only body, id; name its text column with "
         "`columns: {text: YOUR_COLUMN}`"
     )
 
@@ -287,7 +287,7 @@ def test_a_stream_goes_on_from_any_row(tokenizer):
     [
         (bodies(20), 0.1, "base.held_out: 0.1 is a share, but a stream's length is not known;"),
         ([{"body": ""}] * 9, 2, "base: held_out: the first 2 documents have no text"),
-        ([{"body": ""}] * 9, 0, "me/text: holds no text but what is held out"),
+        ([{"body": ""}] * 9, 0, "me/text: has no text except what is held out"),
     ],
 )
 def test_a_stream_that_does_not_do(rows, held_out, says, make_stage, tokenizer):
@@ -303,12 +303,12 @@ def test_a_stream_must_be_alone_and_on_the_hub(tmp_path, make_recipe, tokenizer)
     with pytest.raises(DataError, match=r"^base.data: a streaming source must be the only one$"):
         load_text(recipe, tokenizer)
     recipe = make_recipe([{"path": path, "streaming": True}])
-    with pytest.raises(DataError, match=r"d.jsonl: streaming is for datasets on the Hub; leave"):
+    with pytest.raises(DataError, match=r"d.jsonl: streaming is for datasets on the Hub; remove"):
         load_text(recipe, tokenizer)
     assert sorted(os.listdir(tmp_path)) == ["d.jsonl", "recipe.yaml"]
 
 
-def test_base_streams_from_the_hub_and_goes_on_to_the_bit(tmp_path):
+def test_base_streams_from_the_hub_and_resumes_bit_exactly(tmp_path):
     recipe = {
         "model": {"depth": 1, "vocab_size": 300, "max_position_embeddings": 64},
         "tokenizer": {"train": True},

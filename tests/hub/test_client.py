@@ -110,7 +110,7 @@ def test_what_the_hub_has_is_loaded(hub, tmp_path, tokenizer, make_model):
         "Document 7 ends.",
         [
             "DataError",
-            "me/chats: has no column 'text' but messages; name its text with "
+            "me/chats: has no column 'text', only messages; name its text column with "
             "`columns: {text: YOUR_COLUMN}`",
         ],
     ]

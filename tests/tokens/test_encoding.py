@@ -10,11 +10,11 @@ from hfsft.errors import DataError
 from hfsft.recipe.schema import FORMATS as RECIPE_FORMATS
 from hfsft.tokens.encoding import (
     IGNORED,
-    chatml_pieces,
+    chatml_segments,
     encode_conversation,
     encode_conversations,
     fit_conversations,
-    nanochat_pieces,
+    nanochat_segments,
 )
 from hfsft.tokens.formats import (
     FORMATS,
@@ -234,9 +234,9 @@ REFUSED = [
     ("prompt_completion", {"prompt": 5, "completion": "Hello"}, "content that is not text"),
     ("alpaca", {"instruction": None, "input": None, "output": "Hello"}, "empty content"),
     ("multiple_choice", {"question": "?", "choices": ["x", "y"], "answer": 2},
-     "the answer is none of the choices"),
+     "the answer is not among the choices"),
     ("multiple_choice", {"question": "?", "choices": "['x', 'y']", "answer": 0},
-     "choices that are no list"),
+     "choices that are not a list"),
     ("multiple_choice", {"question": None, "choices": ["x", "y"], "answer": 0}, "empty content"),
     ("multiple_choice", {"question": "?", "choices": ["x", None], "answer": 0}, "empty content"),
     ("multiple_choice",
@@ -286,7 +286,7 @@ REFUSED = [
     ("messages", {"messages": [user("Hi"), calling(call("f", "{"))]},
      "tool call arguments that are not JSON"),
     ("messages", {"messages": [user("Hi"), calling(call("f", "[1]"))]},
-     "tool call arguments that are no mapping"),
+     "tool call arguments that are not a mapping"),
     ("messages", {"messages": [user("Hi"), calling(call("f", {"a": "\ud800"}))]},
      "invalid Unicode"),
     ("messages", {"messages": [user("Hi"), calling(call(None, {}))]},
@@ -300,7 +300,7 @@ REFUSED = [
     ("sharegpt", {"conversations": [{"from": "human", "value": "Hi"},
                                     {"from": "function_call", "value": "[]"}]},
      "a tool call without a name"),
-    ("messages", {"messages": HELLO, "tools": '[{"name": "f"}]'}, "brings its own tools"),
+    ("messages", {"messages": HELLO, "tools": '[{"name": "f"}]'}, "has its own tools"),
 ]  # fmt: skip
 
 
@@ -444,9 +444,9 @@ def test_templates_take_arguments_as_json_text_too(tokenizer, chatml):
 
 def test_a_system_turn_in_the_middle(tokenizer, chatml):
     messages = [system("Be kind."), *HELLO, system("Now be rude."), *HELLO]
-    reason = "^a system turn in the middle, which the chat template cannot write$"
+    reason = "^a later system message, which the chat template cannot render$"
     with pytest.raises(BadRow, match=reason):
-        nanochat_pieces(messages)
+        nanochat_segments(messages)
     with pytest.raises(Exception, match="has no role system here"):
         tokenizer.apply_chat_template(messages, tokenize=False)
     text, trained = text_and_trained(messages, chatml)
@@ -493,8 +493,8 @@ def test_chatml_writes_no_python_parts(chatml):
     trained = chatml.decode([label for label in labels if label != IGNORED])
     assert trained == "Let me see: It is 24.<|im_end|>Bye<|im_end|>"
     assert chatml.apply_chat_template(TOOL, tokenize=False) == chatml.decode(ids)
-    with pytest.raises(BadRow, match="tool calls alone"):
-        chatml_pieces([user("Hi"), assistant([{"type": "python", "text": "48/2"}])])
+    with pytest.raises(BadRow, match="only tool calls"):
+        chatml_segments([user("Hi"), assistant([{"type": "python", "text": "48/2"}])])
 
 
 ODD = (
@@ -670,7 +670,7 @@ def test_a_foreign_template_that_has_tools_writes_them(foreign):
 
 def test_what_a_foreign_template_leaves_out_is_a_reason(foreign):
     made = foreign(UNMARKED)
-    with pytest.raises(BadRow, match=r"^tool calls, which the chat template cannot write$"):
+    with pytest.raises(BadRow, match=r"^tool calls, which the chat template cannot render$"):
         encode_conversation(CALLS, made)
     assert encode_conversation([*HELLO, system("Be rude."), *HELLO], made)  # any role is written
     made = foreign(
@@ -692,7 +692,7 @@ def test_truncation_cuts_no_character(tokenizer):
     for limit in range(12, 60):
         ((fitted,),) = fit_conversations([messages], tokenizer, limit)
         ids = fitted.ids.tolist()
-        assert fitted.cut and limit - 4 < len(ids) <= limit
+        assert fitted.truncated and limit - 4 < len(ids) <= limit
         assert ids == whole[: len(ids)] and len(fitted.labels) == len(ids)
         assert "\ufffd" not in tokenizer.decode(ids)
 
@@ -701,8 +701,8 @@ def test_a_split_keeps_exchanges_with_tools_whole(tokenizer):
     messages = [system("Be brief."), *CALLS, *CALLS]
     whole, _ = encode_conversation(messages, tokenizer)
     (parts,) = fit_conversations([messages], tokenizer, len(whole) - 1, "split")
-    assert len(parts) == 2 and not any(part.cut for part in parts)
-    # of four exchanges the last begins anew, behind the system message
+    assert len(parts) == 2 and not any(part.truncated for part in parts)
+    # of four exchanges the last is a part of its own, after the system message
     first, last = messages[:-2], [messages[0], *messages[-2:]]
     assert [part.ids.tolist() for part in parts] == [
         encode_conversation(part, tokenizer)[0] for part in (first, last)
@@ -711,7 +711,7 @@ def test_a_split_keeps_exchanges_with_tools_whole(tokenizer):
 
 @pytest.mark.parametrize("column", ["tools", "chat_template", "chat_template_kwargs"])
 def test_a_row_cannot_bring_its_own_template(column):
-    with pytest.raises(BadRow, match=f"^brings its own {column}$"):
+    with pytest.raises(BadRow, match=f"^has its own {column}$"):
         to_messages({"messages": HELLO, column: {"a": 1}}, "messages")
 
 

@@ -92,8 +92,8 @@ def test_too_little_text_is_an_error():
     with pytest.raises(RecipeError) as error:
         train_tokenizer(["one two two"], 400)
     assert str(error.value) == (
-        "tokenizer: the base text yields 271 tokens only, not vocab_size: 400; "
-        "ask for fewer or give it more text"
+        "tokenizer: the base text yields only 271 tokens, not vocab_size: 400; "
+        "lower vocab_size or add text"
     )
 
 
@@ -113,7 +113,7 @@ def test_trained_tokenizer_survives_saving(tokenizer, save):
     )
 
 
-def test_base_trains_on_so_many_characters_and_goes_on_with_the_same(tmp_path):
+def test_base_trains_on_so_many_characters_and_resumes_with_the_same(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text(
         f"output_dir: {tmp_path}\nmodel: {{depth: 2, vocab_size: 300}}\n"
@@ -189,7 +189,7 @@ def test_another_template_can_be_chosen(save, tokenizer, tmp_path):
     file.write_text(MARKED)
     own = load_tokenizer(folder, str(file))
     assert (own.hfsft_template, own.hfsft_training_template) == (None, MARKED)
-    with pytest.raises(RecipeError, match=r"chatlm is neither nanochat, chatml nor a file"):
+    with pytest.raises(RecipeError, match=r"chatlm is not nanochat, chatml or a file"):
         load_tokenizer(folder, "chatlm")
 
 
@@ -239,7 +239,7 @@ def test_a_template_that_cannot_be_trained_with(save, template, problem):
         load_tokenizer(folder)
     first, second = str(error.value).splitlines()
     assert first.startswith(f"{folder}: cannot train with its chat template: ") and problem in first
-    assert second.strip().startswith("Give another: tokenizer: {chat_template: FILE}")
+    assert second.strip().startswith("Choose another: tokenizer: {chat_template: FILE}")
     assert load_tokenizer(folder, "chatml").hfsft_template == "chatml"
 
 
