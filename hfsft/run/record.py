@@ -6,6 +6,7 @@ from typing import Any
 
 from hfsft.errors import RecipeError
 from hfsft.recipe.schema import HUB_KEYS, Recipe, Stage
+from hfsft.run.files import write_text_atomically
 
 # settings that leave the trained bits alone: they may differ when the same command goes on
 FREE_KEYS = {
@@ -134,8 +135,5 @@ def finished_line(stage: Stage) -> str:
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
-    """Write a stage's `stage.json`, whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / "stage.json.partial"
-    partial.write_text(json.dumps(record, indent=1) + "\n")
-    partial.replace(folder / "stage.json")
+    """Write a stage's `stage.json` atomically."""
+    write_text_atomically(folder / "stage.json", json.dumps(record, indent=1) + "\n")

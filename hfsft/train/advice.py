@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from hfsft.noise import ratio_error
+
 RATE = 0.8  # of the intervals: so many of them are to hold what comes
 
 
@@ -89,7 +91,7 @@ class Validation:
     @cached_property
     def error(self) -> float:
         """Standard error of `loss` over conversations, in nats; infinite if there is only one."""
-        return _ratio_error(self.losses, self.tokens)
+        return ratio_error(self.losses, self.tokens)
 
 
 @dataclass(frozen=True)
@@ -202,19 +204,10 @@ def advise(
     return Advice(last.step, says, falling, plateau, projected)
 
 
-def _ratio_error(sums: np.ndarray, tokens: np.ndarray) -> float:
-    """Standard error of a ratio of sums over conversations (Cochran, Sampling Techniques, 2.11)."""
-    count = len(sums)
-    if count < 2:
-        return math.inf
-    rest = sums - sums.sum() / tokens.sum() * tokens
-    return float(math.sqrt(count / (count - 1) * (rest**2).sum()) / tokens.sum())
-
-
 def _change(earlier: Validation, later: Validation) -> float:
     """The change of the loss, 0 where it may be chance; paired, conversation by conversation."""
     change = later.loss - earlier.loss
-    error = _ratio_error(later.losses - earlier.losses, later.tokens)
+    error = ratio_error(later.losses - earlier.losses, later.tokens)
     # Student's quantile from the normal one (Cornish and Fisher): few conversations count less
     quantile = Z + (Z**3 + Z) / (4 * max(len(later.losses) - 1, 1))
     return change if abs(change) > quantile * error else 0.0
@@ -263,7 +256,7 @@ def _observed(
     is_train = np.arange(len(steps)) >= len(seen)
     # what a validation wanders by is taken from the spread of its changes over conversations
     pairs = itertools.pairwise(validations[-4:])
-    paired = [_ratio_error(later.losses - earlier.losses, later.tokens) for earlier, later in pairs]
+    paired = [ratio_error(later.losses - earlier.losses, later.tokens) for earlier, later in pairs]
     noise = np.full(len(steps), np.median(paired) / math.sqrt(2))
     if is_train.any():  # from one log line to the next; 0.954: the median of normal noise's jumps
         noise[is_train] = np.median(np.abs(np.diff(losses[is_train]))) / 0.954
