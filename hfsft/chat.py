@@ -1,4 +1,4 @@
-"""Talk to a model in the terminal, its answer streamed as it is made."""
+"""Chat with a model in the terminal; its answers are streamed."""
 
 from collections.abc import Iterator
 from threading import Thread
@@ -7,13 +7,13 @@ import torch
 from rich.console import Console
 from transformers import TextIteratorStreamer
 
-from hfsft.errors import ModelError
+from hfsft.errors import ModelError, printable
 from hfsft.evaluation.answering import load_for_answers, load_its_tokenizer
 from hfsft.tokens.templates import prompt_text
 
 
 class Chat:
-    """A conversation with a model; `messages` holds what was said so far."""
+    """A conversation with a model; `messages` holds its turns so far."""
 
     def __init__(
         self,
@@ -28,18 +28,18 @@ class Chat:
 
         Args:
             model: a folder or a Hub id.
-            system: a system message to begin with.
-            max_new_tokens: tokens an answer at most.
-            temperature: 0 takes the likeliest token each time.
-            top_k: sample from this many likeliest tokens.
+            system: an optional system message.
+            max_new_tokens: at most this many per answer.
+            temperature: of the sampling; 0 decodes the top-1 token.
+            top_k: sample from this many of the most probable tokens.
             seed: of the sampling.
 
         Raises:
-            ModelError: if there is no such model, or it has no chat template.
+            ModelError: if the model cannot be loaded, or has no chat template.
         """
         self.tokenizer = load_its_tokenizer(model)
         if not self.tokenizer.chat_template:
-            raise ModelError(f"{model}: has no chat template; it is no chat model")
+            raise ModelError(f"{model}: has no chat template, so it is not a chat model")
         self.model = load_for_answers(model)
         torch.manual_seed(seed)
         self.sampling = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
@@ -48,7 +48,7 @@ class Chat:
         self.messages = [{"role": "system", "content": system}] if system else []
 
     def stream(self, prompt: str) -> Iterator[str]:
-        """Say something; yields the answer piece by piece and keeps both in `messages`."""
+        """Send a message and yield the answer in segments; both are added to `messages`."""
         self.messages.append({"role": "user", "content": prompt})
         text = prompt_text(self.messages, self.tokenizer)
         inputs = self.tokenizer(text, add_special_tokens=False, return_tensors="pt").to(
@@ -62,22 +62,22 @@ class Chat:
             daemon=True,
         )
         thread.start()
-        pieces = []
-        for piece in streamer:
-            pieces.append(piece)
-            yield piece
+        segments = []
+        for segment in streamer:
+            segments.append(segment)
+            yield segment
         thread.join()
-        self.messages.append({"role": "assistant", "content": "".join(pieces)})
+        self.messages.append({"role": "assistant", "content": "".join(segments)})
 
     def answer(self, prompt: str) -> str:
-        """Say something; returns the whole answer."""
+        """Send a message and return the complete answer."""
         return "".join(self.stream(prompt))
 
 
 def talk(chat: Chat) -> None:
-    """Talk until the user leaves with an empty line's end, /exit, Ctrl-D or Ctrl-C."""
+    """Chat until the user exits with /exit, Ctrl-D or Ctrl-C."""
     console = Console(highlight=False)
-    console.print("Ask something. /clear begins anew, /exit or Ctrl-D leaves.", style="dim")
+    console.print("Type a message. /clear starts over; /exit or Ctrl-D exits.", style="dim")
     system = list(chat.messages)
     while True:
         try:
@@ -88,8 +88,8 @@ def talk(chat: Chat) -> None:
                 chat.messages = list(system)
             elif prompt:
                 console.print("model: ", style="bold", end="")
-                for piece in chat.stream(prompt):
-                    console.out(piece, end="")
+                for segment in chat.stream(prompt):
+                    console.out(printable(segment), end="")
                 console.print()
         except (EOFError, KeyboardInterrupt):
             console.print()

@@ -1,4 +1,4 @@
-"""The command `hfsft`; what is heavy is imported late, so that --help answers at once."""
+"""The command `hfsft`; heavy modules are imported late, so that --help is instant."""
 
 import json
 import sys
@@ -9,6 +9,7 @@ import typer
 from rich.markup import escape
 
 from hfsft import __version__
+from hfsft.errors import printable
 from hfsft.process import run_main
 
 app = typer.Typer(
@@ -20,17 +21,18 @@ app = typer.Typer(
     help="Train a small chat model through base, mid and SFT, driven by one YAML recipe.",
     epilog="Every key of a recipe can be set on the command line: --sft.max_steps 300.",
 )
-# the recipe's keys are no options of typer's: load_recipe checks them, with the nearest known key
+# typer does not know the recipe's keys: load_recipe checks them and suggests the nearest one
 OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 RecipeArgument = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A YAML file, or one that comes with hfsft: demo.")
+    str,
+    typer.Argument(metavar="RECIPE", help="A YAML file, or a built-in recipe: demo."),
 ]
 ConfigOption = Annotated[
     str | None,
     typer.Option(
         "--config_file",
         metavar="FILE",
-        help="Accelerate's config; by default your own, else one process.",
+        help="An Accelerate config; by default your own, or else one process.",
     ),
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
@@ -60,7 +62,7 @@ def run(
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Run every stage of a recipe in order; finished ones are skipped, a stopped one goes on."""
+    """Run every stage of a recipe in order; skip finished ones, resume an interrupted one."""
     from hfsft.recipe.loading import load_recipe
 
     quiet = quiet or as_json
@@ -69,7 +71,7 @@ def run(
     if not checked.stages:
         from hfsft.errors import RecipeError
 
-        raise RecipeError(f"{recipe} has no stage; it needs a base, mid or sft section")
+        raise RecipeError(f"{recipe} has no stage; add a base, mid or sft section")
     from hfsft.launch import launch_stage
     from hfsft.run.record import finished_line, is_finished
 
@@ -82,7 +84,7 @@ def run(
     from hfsft.report.summary import print_summary, run_summary
 
     summary = run_summary(checked)
-    from hfsft.report.report import write_report  # it reads what the summary has graded
+    from hfsft.report.report import write_report  # after the summary, whose grades it reads
 
     summary["report"] = str(write_report(checked.folder)[1])
     if as_json:
@@ -132,7 +134,7 @@ def sft(
     config_file: ConfigOption = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Train the sft stage: the assistant's style, from conversations."""
+    """Train the SFT stage: the assistant's style, from conversations."""
     _stage("sft", context, recipe, config_file, quiet)
 
 
@@ -141,11 +143,11 @@ def data(
     context: typer.Context,
     recipe: RecipeArgument,
     show: Annotated[
-        int, typer.Option("--show", min=0, help="Examples of each stage to print.")
+        int, typer.Option("--show", min=0, help="Number of examples to print per stage.")
     ] = 1,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what the model will see: rows kept and refused, lengths, and real examples."""
+    """Show the data a model will see: rows kept and rejected, lengths, and real examples."""
     from hfsft.recipe.loading import load_recipe
 
     checked = load_recipe(recipe, *context.args)
@@ -171,7 +173,7 @@ def plan(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what each stage will need: memory, time, disk, and whether it fits."""
+    """Show the memory, time and disk that each stage needs, and whether it fits."""
     from hfsft.recipe.loading import load_recipe
     from hfsft.recipe.schema import size_in_bytes
 
@@ -193,14 +195,15 @@ def report(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder: runs/demo.")],
     other: Annotated[
         str | None,
-        typer.Argument(metavar="[RUN]", help="Another one to compare it to.", show_default=False),
+        typer.Argument(metavar="[RUN]", help="Another run to compare it with.", show_default=False),
     ] = None,
     as_html: Annotated[
-        bool, typer.Option("--html", help="Leave one HTML file too, with the pictures inside.")
+        bool,
+        typer.Option("--html", help="Also write one HTML file with embedded pictures."),
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a run's report.md with pictures, wherever the run stands; or compare two runs."""
+    """Write the report.md of a run, finished or not, with pictures; or compare two runs."""
     from rich.console import Console
     from rich.markdown import Markdown
 
@@ -230,18 +233,19 @@ def push(
     repo: Annotated[
         str | None,
         typer.Argument(
-            metavar="[REPO]", help="me/fast; by default as the recipe says.", show_default=False
+            metavar="[REPO]", help="me/fast; by default the recipe's.", show_default=False
         ),
     ] = None,
     revision: Annotated[
-        str | None, typer.Option("--revision", metavar="BRANCH", help="By default main.")
+        str | None,
+        typer.Option("--revision", metavar="BRANCH", help="By default the recipe's or main."),
     ] = None,
     private: Annotated[
         bool | None, typer.Option("--private", help="Make a new repository private.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Push a finished model to the Hub, or go on with a push: what is there is not sent again."""
+    """Push a finished model to the Hub, or resume a push; uploaded files are not sent again."""
     from hfsft.hub.push import push_run
 
     pushes = push_run(folder, repo, revision, private)
@@ -264,34 +268,35 @@ def evaluate_models(
             "--tasks",
             metavar="NAME,...",
             help="arc_easy, arc_challenge, mmlu, gsm8k, humaneval, simple_spelling, spelling_bee, "
-            "arithmetic, held_out, reasoning_gym:NAME, lm_eval:NAME. By default what runs offline "
-            "for a stage of a run, nanochat's chat tasks for others.",
+            "arithmetic, held_out, reasoning_gym:NAME, lm_eval:NAME. By default those that run "
+            "offline for a stage of a run, else nanochat's chat tasks.",
         ),
     ] = None,
     rows: Annotated[
-        int | None, typer.Option("--rows", min=1, help="Rows of each task at most.")
+        int | None, typer.Option("--rows", min=1, help="At most this many rows per task.")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of their choice.")] = 0,
-    batch_size: Annotated[int, typer.Option("--batch_size", min=1, help="Prompts at a time.")] = 16,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the choice of rows.")] = 0,
+    batch_size: Annotated[int, typer.Option("--batch_size", min=1, help="Prompts per batch.")] = 16,
     data: Annotated[
         list[str] | None,
         typer.Option(
             "--data",
             metavar="FOLDER|NAME=FILE",
             help="Rows of the same schema instead of the Hub's: arc_easy=mine.jsonl, or a folder "
-            "of such files, each with its task's name.",
+            "of files named after tasks.",
         ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="Where eval.json and eval/ go; by default to the model's."),
+        typer.Option("--out", help="Folder for eval.json and eval/; by default the model's."),
     ] = None,
     allow_code: Annotated[
-        bool, typer.Option("--allow_code", help="Run the programs that humaneval asks for.")
+        bool,
+        typer.Option("--allow_code", help="Let humaneval run programs the model writes."),
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Ask models the rows of benchmarks; what was asked before is not asked again."""
+    """Evaluate models on benchmarks; answers that are already on disk are reused."""
     from hfsft.evaluation.printing import evaluate_and_print
 
     names = [name for given in tasks or () for name in given.split(",") if name]
@@ -314,24 +319,25 @@ def evaluate_models(
 def chat(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model's folder, or a Hub id.")],
     prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", help="Answer this one prompt and leave.")
+        str | None, typer.Option("--prompt", "-p", help="Answer this prompt and exit.")
     ] = None,
     system: Annotated[str | None, typer.Option("--system", help="A system message.")] = None,
     max_new_tokens: Annotated[
-        int, typer.Option("--max_new_tokens", min=1, help="Tokens an answer at most.")
+        int, typer.Option("--max_new_tokens", min=1, help="At most this many tokens per answer.")
     ] = 256,
     temperature: Annotated[
-        float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token.")
+        float, typer.Option("--temperature", min=0.0, help="0 always picks the top-1 token.")
     ] = 0.0,
     top_k: Annotated[
-        int, typer.Option("--top_k", min=1, help="Sample from this many likeliest tokens.")
+        int,
+        typer.Option("--top_k", min=1, help="Sample from this many most probable tokens."),
     ] = 50,
-    seed: Annotated[int, typer.Option("--seed", help="Of the sampling.")] = 42,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the sampling.")] = 42,
     as_json: Annotated[
-        bool, typer.Option("--json", help="With -p: print the whole conversation as JSON.")
+        bool, typer.Option("--json", help="With -p: print the conversation as JSON.")
     ] = False,
 ) -> None:
-    """Talk to a model in the terminal."""
+    """Chat with a model in the terminal."""
     from hfsft.chat import Chat, talk
 
     session = Chat(model, system, max_new_tokens, temperature, top_k, seed)
@@ -341,8 +347,8 @@ def chat(
         session.answer(prompt)
         print(json.dumps(session.messages, ensure_ascii=False))
     else:
-        for piece in session.stream(prompt):
-            print(piece, end="", flush=True)
+        for segment in session.stream(prompt):
+            print(printable(segment), end="", flush=True)
         print()
 
 

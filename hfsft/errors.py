@@ -1,16 +1,26 @@
-"""What a user can mend; the text of an error is the whole message."""
+"""Errors that the user can fix, and how foreign text is shown; an error's text is the message."""
 
+import re
 from collections.abc import Iterable
+
+# what a terminal or browser would act on instead of showing: control characters (but not tab and
+# newline) and those that change the direction of writing
+CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """`text` with every control character replaced by U+FFFD; tabs and newlines stay."""
+    return CONTROL_CHARACTERS.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def quoted(text: str) -> str:
-    """`text` in quotes on one line: cut at 60 characters, control characters escaped."""
+    """`text` in quotes on one line: truncated to 60 characters, control characters escaped."""
     return repr(text if len(text) <= 60 else text[:57] + "...")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """The end of an error message: `; did you mean 'max_steps'?`, or nothing if none is near."""
-    import difflib  # 15 ms, needed on errors only
+    """The end of an error message: `; did you mean 'max_steps'?`, or "" if nothing is close."""
+    import difflib  # 15 ms, needed for errors only
 
     by_plain_name = {name.lower(): name for name in known}
     plain = word.lower().replace("-", "_").replace(" ", "_")
@@ -19,14 +29,19 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean '{by_plain_name[matches[0]]}'?" if matches else ""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text without control characters, or its type's name."""
+    return printable((str(error).splitlines() or [type(error).__name__])[0])
+
+
 class HfsftError(Exception):
-    """Something the user can mend; its text is the whole message, no traceback follows."""
+    """Something the user can fix; its text is the full message, printed without a traceback."""
 
     exit_status = 2
 
 
 class RecipeError(HfsftError):
-    """A recipe or a command line that cannot be run as it is written."""
+    """A recipe or command line that cannot be run as written."""
 
 
 class DataError(HfsftError):
@@ -34,33 +49,28 @@ class DataError(HfsftError):
 
 
 class ModelError(HfsftError):
-    """A model or tokenizer that is missing, out of reach or does not suit the stage."""
+    """A model or tokenizer that is missing, unreachable or unsuitable for the stage."""
 
 
 class MemoryShortage(HfsftError):
-    """A step that does not fit into memory, however it is cut."""
+    """A step that does not fit into memory, even in the smallest micro-batches."""
 
 
 class DiskShortage(HfsftError):
-    """A disk that is full, or cannot be written to."""
+    """A disk that is full or not writable."""
 
 
 class TrainingError(HfsftError):
-    """A training that came to nothing, as by numbers that are no numbers."""
+    """A training run that failed, such as by losses that are NaN."""
 
 
 class CheckpointError(HfsftError):
-    """A checkpoint that is not whole, or cannot be written."""
+    """A checkpoint that is incomplete or corrupt, or cannot be written."""
 
 
 class Interrupted(HfsftError):
-    """A stage stopped by a signal, with a checkpoint on disk to go on from."""
+    """A stage stopped by a signal, with a checkpoint on disk to resume from."""
 
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)
         self.exit_status = 128 + signal_number
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its type where it has none."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,4 +1,4 @@
-"""Start a stage with `accelerate launch`, and pass its exit status and signals on.
+"""Start a stage with `accelerate launch`, forwarding its signals and its exit status.
 
 Accelerate's own command turns every exit status of the script into 1 and adds a traceback.
 """
@@ -14,14 +14,15 @@ from typing import Any
 from hfsft.errors import RecipeError
 from hfsft.process import unignored
 
-# what `accelerate launch` would choose with a warning where nothing is configured
+# the defaults of `accelerate launch` where nothing is configured, given explicitly to avoid its
+# warning
 ONE_PROCESS = (
     "--num_processes=1",
     "--num_machines=1",
     "--mixed_precision=no",
     "--dynamo_backend=no",
 )
-SLOWEST_STEP = 900  # seconds for step and checkpoint of several processes that are signalled
+SHUTDOWN_SECONDS = 900  # for several ranks to finish their step and checkpoint after a signal
 
 
 def launch_stage(stage: str, recipe: str, arguments: list[str], config_file: str | None) -> None:
@@ -31,47 +32,32 @@ def launch_stage(stage: str, recipe: str, arguments: list[str], config_file: str
         stage: base, mid or sft.
         recipe: as the user gave it.
         arguments: the rest of the stage's command line.
-        config_file: an Accelerate config; None: the user's own, else one process.
+        config_file: an Accelerate config; None: the user's default config, or else one process.
 
     Raises:
         RecipeError: if there is no such config.
-        SystemExit: with the stage's own exit status, if it is not 0; 2 where one of
-            several processes was killed or stopped, and another names it.
+        SystemExit: with the stage's own exit status, if it is not 0; 2 if one of several ranks was
+            killed or stopped, which another rank reports.
     """
-    import psutil
-    from accelerate.commands.config.config_args import default_config_file
-    from accelerate.commands.launch import launch_command, launch_command_parser
+    from accelerate.commands.launch import launch_command
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    if config_file is not None:
-        options = [f"--config_file={_find_config(config_file)}"]
-    else:
-        options = [] if Path(default_config_file).is_file() else list(ONE_PROCESS)
-    command = launch_command_parser().parse_args(
-        [*options, "--module", f"hfsft.{stage}", recipe, *arguments]
-    )
-    # of several processes torch passes the signals on: for a step that takes longer than its 30 s,
-    # and not those that are ignored, as SIGHUP is under nohup
-    os.environ.setdefault("PET_SHUTDOWN_TIMEOUT", str(SLOWEST_STEP))
-    heard = unignored()
-    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", ",".join(number.name for number in heard))
-    logging.disable(logging.ERROR)  # the processes say themselves what happened
-    received = []
-
-    def forward(number: int, frame: Any) -> None:
-        # a terminal's signal has reached the child already: two that come together count as one
-        received.append(number)
-        for child in psutil.Process().children():
-            child.send_signal(number)
-
-    before = {number: signal.signal(number, forward) for number in heard}
+    command = _command(stage, recipe, arguments, config_file)
+    handled = unignored()
+    # torchelastic forwards signals to the ranks: give a step longer than its 30 s, and leave out
+    # signals that are ignored, as SIGHUP is under nohup
+    os.environ.setdefault("PET_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
+    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", ",".join(number.name for number in handled))
+    logging.disable(logging.ERROR)  # the stage's processes print their own errors
+    received: list[int] = []
+    before = {number: signal.signal(number, _forwarder(received)) for number in handled}
     try:
         launch_command(command)
     except subprocess.CalledProcessError as error:
         sys.exit(_status(error.returncode))
     except ChildFailedError as error:
-        # what a rank says itself, before what one was killed with; the first, as it ends the others
+        # prefer an exit status a rank chose over a kill signal; of those, the earliest failure
         failures = sorted(error.failures.values(), key=lambda failure: failure.timestamp)
         codes = [failure.exitcode for failure in failures]
         sys.exit(_status(next((code for code in codes if code > 0), codes[0])))
@@ -81,12 +67,40 @@ def launch_stage(stage: str, recipe: str, arguments: list[str], config_file: str
         logging.disable(logging.NOTSET)
         for number, handler in before.items():
             signal.signal(number, handler)
-    if received:  # the stage was at its end already; what would come next is not begun
+    if received:  # the stage finished before the signal took effect; do not start the next one
         os.kill(os.getpid(), received[0])
 
 
+def _command(stage: str, recipe: str, arguments: list[str], config_file: str | None) -> Any:
+    """The parsed command line of `accelerate launch` for a stage."""
+    from accelerate.commands.config.config_args import default_config_file
+    from accelerate.commands.launch import launch_command_parser
+
+    if config_file is not None:
+        options = [f"--config_file={_find_config(config_file)}"]
+    else:
+        options = [] if Path(default_config_file).is_file() else list(ONE_PROCESS)
+    return launch_command_parser().parse_args(
+        [*options, "--module", f"hfsft.{stage}", recipe, *arguments]
+    )
+
+
+def _forwarder(received: list[int]) -> Any:
+    """A signal handler that notes the signal and passes it to every child process."""
+    import psutil
+
+    def forward(number: int, frame: Any) -> None:
+        # a terminal has already sent the signal to the child too: it counts two within a second as
+        # one
+        received.append(number)
+        for child in psutil.Process().children():
+            child.send_signal(number)
+
+    return forward
+
+
 def _status(code: int) -> int:
-    """A process' exit status, as a shell has it where a signal killed it."""
+    """A process' exit status in the shell's convention: 128 plus the signal that killed it."""
     return code if code >= 0 else 128 - code
 
 

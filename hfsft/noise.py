@@ -1,30 +1,52 @@
-"""Intervals, and tests of differences."""
+"""Standard errors, confidence intervals, and tests of differences."""
 
 import math
+from collections.abc import Sequence
 
-Z = 1.959964  # of a 95% interval
+import numpy as np
+
+Z95 = 1.959964  # standard errors on either side of a two-sided 95% interval
 
 
-# --- figures ---
+def wilson(correct: int, rows: int) -> tuple[float, float]:
+    """The 95% interval of a proportion (Wilson 1927, Probable Inference, JASA 22).
 
-
-def wilson(right: int, rows: int) -> tuple[float, float]:
-    """The 95% interval of a share (Wilson 1927, Probable Inference, JASA 22)."""
-    share, spread = right / rows, Z * Z / rows
+    Args:
+        correct: rows counted.
+        rows: rows in total, at least 1.
+    """
+    share, spread = correct / rows, Z95 * Z95 / rows
     middle = (share + spread / 2) / (1 + spread)
-    half = Z / (1 + spread) * math.sqrt(share * (1 - share) / rows + spread / (4 * rows))
-    return middle - half if right else 0.0, middle + half if right < rows else 1.0
+    half = Z95 / (1 + spread) * math.sqrt(share * (1 - share) / rows + spread / (4 * rows))
+    return middle - half if correct else 0.0, middle + half if correct < rows else 1.0
 
 
-def ratio_error(deviations: list[float], tokens: int) -> float | None:
-    """Standard error of a ratio of two sums, from each document's deviation."""
-    count = len(deviations)
+def ratio_error(sums: Sequence[float] | np.ndarray, sizes: Sequence[float] | np.ndarray) -> float:
+    """Standard error of `sum(sums) / sum(sizes)` over documents.
+
+    The ratio estimator of Cochran (1977), Sampling Techniques, section 2.11.
+
+    Args:
+        sums: [documents], such as each document's summed loss in nats.
+        sizes: [documents], such as each document's predicted tokens.
+
+    Returns:
+        The error, in units of the ratio; infinite for fewer than two documents.
+    """
+    count = len(sums)
     if count < 2:
-        return None
-    return math.sqrt(sum(d * d for d in deviations) * count / (count - 1)) / tokens
+        return math.inf
+    sums, sizes = np.asarray(sums, dtype=float), np.asarray(sizes, dtype=float)
+    residuals = sums - sums.sum() / sizes.sum() * sizes
+    return float(math.sqrt(count / (count - 1) * (residuals**2).sum()) / sizes.sum())
 
 
 def mcnemar(won: int, lost: int) -> float:
-    """How likely so uneven a split of the rows that changed is, if each way were as likely."""
+    """Two-sided p-value of McNemar's exact test (McNemar 1947, Psychometrika 12).
+
+    Args:
+        won: rows that only the second model answered correctly.
+        lost: rows that only the first one did.
+    """
     tail = sum(math.comb(won + lost, k) for k in range(min(won, lost) + 1))
     return min(1.0, 2 * tail / 2 ** (won + lost))

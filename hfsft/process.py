@@ -1,4 +1,4 @@
-"""Signals and errors of a process: one or two lines on standard error, and an exit status."""
+"""Signals and errors of a process: one or two lines on standard error, and the exit status."""
 
 import gc
 import os
@@ -7,16 +7,16 @@ import sys
 import threading
 from collections.abc import Callable
 
-from hfsft.errors import HfsftError
+from hfsft.errors import HfsftError, printable
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-PATIENCE = 5.0  # seconds for a process to answer a signal, and again for its end
+PATIENCE = 5.0  # seconds that a process gets to handle a signal, and again to exit
 
 
 class Stopped(SystemExit):
-    """SIGTERM or SIGHUP outside the training loop; no library takes it for an error of its own."""
+    """SIGTERM or SIGHUP outside the training loop; `except Exception` does not catch it."""
 
     def __init__(self, number: int):
         super().__init__(128 + number)
@@ -26,31 +26,32 @@ class Stopped(SystemExit):
         return f"stopped by {signal.Signals(self.number).name}"
 
 
-def _say_it(error: BaseException) -> bool:
+def _always_print(error: BaseException) -> bool:
     return True
 
 
-# asked before the process ends with an error, whether to say it; of several processes, one says
-# what all have, and the end of another may be why (`train/ranks.py`)
-before_leaving: Callable[[BaseException], bool] = _say_it
+# called with the error that ends this process; returns whether to print it. With several ranks only
+# one prints an error that all of them have, and a rank's failure may be due to another's exit
+# (`train/ranks.py` replaces this)
+before_leaving: Callable[[BaseException], bool] = _always_print
 
 
 def run_main(main: Callable[..., None], *argv: str) -> None:
-    """Run `main(*argv)` as a process does: exit with the status and the words of its error.
+    """Run `main(*argv)`, and on an error print its message and exit with its status.
 
-    SIGINT, SIGTERM and SIGHUP end it with one line, unless it takes them over or was started to
-    ignore them, as nohup does with SIGHUP.
+    SIGINT, SIGTERM and SIGHUP end the process with one line, unless `main` handles them itself or
+    the process was started with them ignored, as nohup does with SIGHUP.
 
     Args:
-        main: a stage's or a command's entry point.
-        argv: the command line without the program's name.
+        main: the entry point of a stage or command.
+        argv: the command line without the program name.
 
     Raises:
-        SystemExit: with the `exit_status` of an `HfsftError`, or 128 + a signal's number.
+        SystemExit: with the `exit_status` of an `HfsftError`, or 128 plus the signal number.
     """
-    # imports make a million objects: at the default of 700, collecting takes 0.7 s of their 4 s
+    # imports allocate a million objects: with the default of 700, collection takes 0.7 of their 4 s
     gc.set_threshold(50_000)
-    _take_signals()
+    _install_handlers()
     try:
         main(*argv)
     except HfsftError as error:
@@ -65,31 +66,31 @@ def run_main(main: Callable[..., None], *argv: str) -> None:
 
 
 def unignored() -> list[signal.Signals]:
-    """The signals that stop a process, but for those it was started to ignore."""
+    """The stop signals, except those that the process was started to ignore."""
     return [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]
 
 
-def _take_signals() -> None:
-    """Let signals raise in the main thread; where that is in a long call into C, end the process.
+def _install_handlers() -> None:
+    """Raise on a signal in the main thread; end the process if that is stuck in a call into C.
 
-    Python runs a handler only once such a call is over: the training of a tokenizer, or the waiting
-    for another process. A thread hears of the signal at once.
+    Python runs a handler only after such a call returns: the training of a tokenizer, or a wait for
+    another process. The wakeup file descriptor tells a thread about the signal immediately.
     """
-    process, answered = os.getpid(), threading.Event()
+    process, handled = os.getpid(), threading.Event()
 
     def stop(number: int, frame: object) -> None:
-        if os.getpid() != process:  # a forked helper ends as it would without all this
+        if os.getpid() != process:  # a forked child keeps the default behaviour
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        answered.set()
+        handled.set()
         raise KeyboardInterrupt if number == signal.SIGINT else Stopped(number)
 
     def watch() -> None:
         while True:
             number = os.read(reading, 1)[0]
-            # the training loop answers in its own time
+            # the training loop has its own handler, which may take a step's time
             ours = number in STOPPING and signal.getsignal(number) is stop
-            if ours and not answered.wait(PATIENCE):
+            if ours and not handled.wait(PATIENCE):
                 if before_leaving(error := Stopped(number)):
                     print(f"hfsft: {error}", file=sys.stderr, flush=True)
                 os._exit(error.code)
@@ -97,21 +98,21 @@ def _take_signals() -> None:
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    # a helper that is stopped must not be taken for this process
+    # a signal to a forked child must not wake this process's thread
     os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
     for number in unignored():
         signal.signal(number, stop)
     threading.Thread(target=watch, name="hfsft-signals", daemon=True).start()
 
 
-def _leave(error: BaseException, words: str, status: int) -> None:
-    """End the process; a second signal, which launchers send, changes nothing any more."""
+def _leave(error: BaseException, message: str, status: int) -> None:
+    """Print the message and exit; the second signal that launchers send is ignored."""
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
-    if status > 128:  # a thread that reads from the network holds it up no longer than this
+    if status > 128:  # a thread blocked on the network must not delay the exit any longer
         end = threading.Timer(PATIENCE, os._exit, (status,))
         end.daemon = True
         end.start()
     if before_leaving(error):
-        print(f"hfsft: {words}", file=sys.stderr, flush=True)
+        print(f"hfsft: {printable(message)}", file=sys.stderr, flush=True)
     sys.exit(status)

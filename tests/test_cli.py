@@ -240,7 +240,7 @@ def test_chat_answers_one_prompt(folder):
 
 @pytest.mark.parametrize(
     ("error", "status"),
-    [(HfsftError("mend it"), 2), (Interrupted("stopped", 15), 143), (KeyboardInterrupt(), 130)],
+    [(HfsftError("fix it"), 2), (Interrupted("stopped", 15), 143), (KeyboardInterrupt(), 130)],
 )
 def test_exit_statuses(error, status, capsys):
     def fails(*argv):

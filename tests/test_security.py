@@ -146,8 +146,8 @@ ANSWERS = {
     "index": "its weights are to be read from '../../out.safetensors', which is unsafe",
     "indexed-pickle": "its weights are to be read from 'w.bin', which is unsafe",
     "adapter": "is a LoRA adapter",
-    "code": "it needs Python code of its repository; --trust_remote_code runs it",
-    "tokenizer-code": "it needs Python code of its repository; --trust_remote_code runs it",
+    "code": "it needs Python code of its repository; pass --trust_remote_code to run it",
+    "tokenizer-code": "it needs Python code of its repository; pass --trust_remote_code to run it",
 }
 LOAD = """
 import json, sys

@@ -1,1 +1,1 @@
-"""A model that answers: tasks, grading, kept answers, differences."""
+"""Evaluating a model: answering, tasks, grading, kept answers, differences."""

@@ -1,7 +1,9 @@
-"""A model that answers: loaded to be asked, and asked in batches, with its calculator at hand."""
+"""A model that answers prompts: loading, greedy generation with a calculator, choices, losses."""
 
 import json
 import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,15 +27,15 @@ from hfsft.recipe.schema import Stage
 from hfsft.tokens.encoding import IGNORED
 from hfsft.tokens.templates import bounded, prompt_text, special_tokens
 
-# what frames a call of the calculator and its result, as in karpathy/nanochat
+# these delimit a calculator call and its result, as in karpathy/nanochat
 TOOL_TOKENS = ("<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>")
 
 
-NANOCHAT_BOS = "<|bos|>"  # begins every document that a nanochat model has seen
+NANOCHAT_BOS = "<|bos|>"  # starts every training document of a nanochat model
 
 
 def load_for_answers(model: str) -> Any:
-    """Load a model to be asked, in bfloat16 on a GPU that computes in it, else in float32.
+    """Load a model for inference: in bfloat16 on a GPU that supports it natively, else float32.
 
     Args:
         model: a folder or a Hub id.
@@ -49,13 +51,13 @@ def load_for_answers(model: str) -> Any:
 
 
 def answer_dtype() -> str:
-    """The precision in which models answer on this machine."""
+    """The dtype that models are loaded in on this machine."""
     on_gpu = torch.cuda.is_available() and bf16_is_native()
     return "bfloat16" if on_gpu else "float32"
 
 
 def load_its_tokenizer(model: str) -> Any:
-    """Load a model's tokenizer as it is, to pad on the left; one without a pad pads with its end.
+    """Load a model's tokenizer unchanged, with left padding; its pad token defaults to its EOS.
 
     Raises:
         ModelError: if it cannot be loaded.
@@ -69,28 +71,28 @@ def load_its_tokenizer(model: str) -> Any:
         raise ModelError(f"{model}: cannot load its tokenizer: {first_line(error)}") from None
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
-            raise ModelError(f"{model}: its tokenizer has neither a pad nor an end token")
-        tokenizer.pad_token = tokenizer.eos_token  # padding is masked: it is never seen
+            raise ModelError(f"{model}: its tokenizer has neither a pad nor an EOS token")
+        tokenizer.pad_token = tokenizer.eos_token  # masked, so any token will do
     return tokenizer
 
 
 class Calculator(LogitsProcessor):
-    """Writes the calculator's result behind each call, row by row, while a batch is generated."""
+    """Forces the calculator's result after each call, row by row, during batched generation."""
 
     def __init__(self, tokenizer: Any, start: int):
         """Set it up for one call of `generate`.
 
         Args:
             tokenizer: has `TOOL_TOKENS`.
-            start: tokens of the padded prompts, in which no call is looked for.
+            start: length of the padded prompts, in which calls are ignored.
         """
         self.tokenizer, self.start = tokenizer, start
         ids = tokenizer.convert_tokens_to_ids(list(TOOL_TOKENS))
         self.call, self.end, self.output, self.output_end = ids
-        self.forced: dict[int, list[int]] = {}  # row → what it is still to say
+        self.forced: dict[int, list[int]] = {}  # row → tokens still to be forced
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Leave a row but one token where its result is being written; scores [rows, tokens]."""
+        """Mask all but the next token of a pending result; scores [rows, vocabulary]."""
         for row in (input_ids[:, -1] == self.end).nonzero().flatten().tolist():
             self.forced.setdefault(row, self._result(input_ids[row, self.start :].tolist()))
         for row, tokens in list(self.forced.items()):
@@ -101,35 +103,76 @@ class Calculator(LogitsProcessor):
             scores[row, tokens.pop(0)] = 0.0
         return scores
 
-    def _result(self, said: list[int]) -> list[int]:
-        """The tokens that follow a call that has just ended; none if it was no sum."""
-        calls = [place for place, token in enumerate(said) if token == self.call]
-        if not calls:
+    def _result(self, generated: list[int]) -> list[int]:
+        """The tokens to force after a call that just ended; none if it cannot be evaluated."""
+        starts = [index for index, token in enumerate(generated) if token == self.call]
+        if not starts:
             return []
-        # special tokens are written out: what ends twice is no sum
-        result = calculate(self.tokenizer.decode(said[calls[-1] + 1 : -1]))
+        # special tokens are decoded too, so a call with a stray end token is not evaluated
+        result = calculate(self.tokenizer.decode(generated[starts[-1] + 1 : -1]))
         if result is None:
             return []
-        written = self.tokenizer(result, add_special_tokens=False)["input_ids"]
-        return [self.output, *written, self.output_end]
+        digits = self.tokenizer(result, add_special_tokens=False)["input_ids"]
+        return [self.output, *digits, self.output_end]
+
+
+def generate_greedily(
+    model: Any,
+    inputs: Mapping[str, torch.Tensor],
+    pad_token_id: int,
+    eos_token_id: int | list[int] | None,
+    processors: Sequence[LogitsProcessor] = (),
+    tokenizer: Any = None,
+    **settings: Any,
+) -> Any:
+    """Call `model.generate` with top-1 decoding; no random number is drawn.
+
+    Args:
+        model: a causal language model in evaluation mode.
+        inputs: `input_ids` and `attention_mask`, [prompts, tokens], padded on the left.
+        pad_token_id: fills rows that end early.
+        eos_token_id: tokens that end an answer.
+        processors: adjust the logits before each token is chosen.
+        tokenizer: needed for `stop_strings` only.
+        settings: further ones of `GenerationConfig`, such as `max_new_tokens`.
+
+    Returns:
+        What `generate` returns: token ids [prompts, tokens] with the prompts in front, or an
+        object if the settings say so.
+    """
+    # a new config: the model's own may sample or penalize repetition
+    config = GenerationConfig(
+        do_sample=False,
+        use_cache=True,
+        pad_token_id=pad_token_id,
+        eos_token_id=eos_token_id,
+        **settings,
+    )
+    return model.generate(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        generation_config=config,
+        logits_processor=LogitsProcessorList(processors),
+        tokenizer=tokenizer,
+    )
 
 
 class Evaluator:
-    """A model that answers batches of prompts, always taking the likeliest token.
+    """A model that answers batches of prompts with top-1 decoding.
 
-    A model with a chat template is asked as a chat. Others, and hfsft's base stage, whose chat
-    tokens are not trained yet, are asked `Question: ... Answer:`.
+    A model with a chat template is prompted as a chat. Others, and hfsft's base stage, whose chat
+    tokens are still untrained, are prompted with `Question: ... Answer:`.
     """
 
     def __init__(self, folder: str, batch_size: int = 50):
-        """Load the tokenizer; the weights are loaded when they are first needed.
+        """Load the tokenizer; the weights are loaded on first use.
 
         Args:
             folder: a model's, or a Hub id.
-            batch_size: prompts that are answered at a time.
+            batch_size: prompts per batch.
 
         Raises:
-            ModelError: if it cannot be loaded.
+            ModelError: if the tokenizer or configuration cannot be loaded.
         """
         self.tokenizer = load_its_tokenizer(folder)
         self.folder, self.batch_size = folder, batch_size
@@ -140,7 +183,7 @@ class Evaluator:
         record = Path(folder) / "stage.json"
         is_base = record.is_file() and json.loads(record.read_text())["stage"] == "base"
         self.is_chat = bool(self.tokenizer.chat_template) and not is_base
-        # positions that it has learned, if it says so
+        # the length of its context, if the configuration states it
         self.positions = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         self.has_calculator = set(TOOL_TOKENS) <= set(self.tokenizer.get_vocab())
 
@@ -150,23 +193,25 @@ class Evaluator:
         return load_for_answers(self.folder)
 
     @cached_property
-    def _ends(self) -> list[int]:
-        """The tokens at which an answer ends."""
-        generation = self.model.generation_config.eos_token_id
-        ends = {self.tokenizer.eos_token_id, *_as_list(generation)} - {None}
+    def _eos_token_ids(self) -> list[int]:
+        """The tokens that end an answer."""
+        configured = self.model.generation_config.eos_token_id
+        configured = configured if isinstance(configured, list) else [configured]
+        ids = {self.tokenizer.eos_token_id, *configured} - {None}
         if self.tokenizer.bos_token == NANOCHAT_BOS:
-            ends.add(self.tokenizer.bos_token_id)  # as in nanochat's engine
-        return sorted(ends)
+            ids.add(self.tokenizer.bos_token_id)  # as in nanochat's engine
+        return sorted(ids)
 
     # --- prompts ---
 
     def prompt_text(self, prompt: str, plain: str | None = None, answer: str | None = None) -> str:
-        """A prompt as the model is to see it, special tokens written out.
+        """A prompt as the model sees it, with special tokens as text.
 
         Args:
-            prompt: what the user asks.
-            plain: what a model that is no chat is to go on with, if not `Question: ... Answer:`.
-            answer: is written behind it, as the model would.
+            prompt: the user's message.
+            plain: the prompt of a model that is not a chat model, instead of
+                `Question: ... Answer:`.
+            answer: appended as the model would write it.
         """
         if not self.is_chat:
             text = f"Question: {prompt}\nAnswer:" if plain is None else plain
@@ -181,145 +226,134 @@ class Evaluator:
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids of texts as `prompt_text` gives them."""
-        # a chat template writes the beginning itself
+        # a chat template contains the BOS token
         encoded = self.tokenizer(texts, add_special_tokens=not self.is_chat)["input_ids"]
         if not self.is_chat and self.tokenizer.bos_token == NANOCHAT_BOS:
             bos = self.tokenizer.bos_token_id
             encoded = [ids if ids[:1] == [bos] else [bos, *ids] for ids in encoded]
         return encoded
 
-    def room(self, prompts: list[list[int]], max_new_tokens: int) -> int:
-        """How many of `max_new_tokens` the model has positions for behind every one of the prompts.
+    def answer_budget(self, prompts: list[list[int]], max_new_tokens: int) -> int:
+        """How many of `max_new_tokens` fit into the model's context after each of the prompts.
 
-        At least half of its positions; a prompt that leaves less loses its beginning.
+        At least half of the context, or `max_new_tokens` if that is less: a longer prompt is
+        truncated on the left.
         """
         if self.positions is None:
             return max_new_tokens
         longest = max(map(len, prompts), default=0)
         return min(max_new_tokens, max(self.positions - longest, self.positions // 2))
 
-    def _inputs(self, prompts: list[list[int]], room: int) -> dict[str, torch.Tensor]:
-        """Prompts padded on the left, each cut at its beginning where they are too long."""
-        most = None if self.positions is None else self.positions - room
-        kept = [ids if most is None else ids[-most:] for ids in prompts]
+    def _inputs(self, prompts: list[list[int]], budget: int) -> dict[str, torch.Tensor]:
+        """Prompts padded on the left, truncated on the left to leave `budget` positions."""
+        longest = None if self.positions is None else self.positions - budget
+        kept = [ids if longest is None else ids[-longest:] for ids in prompts]
         padded = self.tokenizer.pad({"input_ids": kept}, return_tensors="pt")
         return {
             name: padded[name].to(self.model.device) for name in ("input_ids", "attention_mask")
         }
 
     def _generate(self, inputs: dict[str, torch.Tensor], **settings: Any) -> Any:
-        # not the model's own settings, which may sample or punish repetition
-        config = GenerationConfig(
-            do_sample=False,
-            use_cache=True,
-            pad_token_id=self.tokenizer.pad_token_id,
-            eos_token_id=self._ends,
-            **settings,
-        )
         start = inputs["input_ids"].shape[1]
         processors = [Calculator(self.tokenizer, start)] if self.has_calculator else []
-        try:
-            return self.model.generate(
-                **inputs,
-                generation_config=config,
-                logits_processor=LogitsProcessorList(processors),
-                tokenizer=self.tokenizer,
+        with _naming_shortage(len(inputs["input_ids"])):
+            return generate_greedily(
+                self.model,
+                inputs,
+                self.tokenizer.pad_token_id,
+                self._eos_token_ids,
+                processors,
+                self.tokenizer,
+                **settings,
             )
-        except torch.OutOfMemoryError:
-            raise self._shortage(len(inputs["input_ids"])) from None
-
-    def _shortage(self, rows: int) -> MemoryShortage:
-        return MemoryShortage(
-            f"{rows} prompts at a time are too many for the GPU's memory; pass a "
-            "smaller --batch_size"
-        )
 
     # --- answers ---
 
     def answers(self, prompts: list[str], max_new_tokens: int = 96) -> list[str]:
         """The answer to each prompt, as text without special tokens."""
-        if not prompts:  # a tokenizer fails on none
+        if not prompts:  # tokenizers fail on an empty list
             return []
         encoded = self.encode([self.prompt_text(prompt) for prompt in prompts])
-        room = self.room(encoded, max_new_tokens)
+        budget = self.answer_budget(encoded, max_new_tokens)
         stop = () if self.is_chat else ("\nQuestion:",)
         return [
             answer
             for start in range(0, len(prompts), self.batch_size)
-            for answer in self.go_on(encoded[start : start + self.batch_size], room, stop)
+            for answer in self.complete(encoded[start : start + self.batch_size], budget, stop)
         ]
 
-    def go_on(
+    def complete(
         self, prompts: list[list[int]], max_new_tokens: int, stop: tuple[str, ...] = ()
     ) -> list[str]:
-        """How the model goes on, in one batch.
+        """The model's completion of each prompt, generated as one batch.
 
         Args:
             prompts: token ids.
-            max_new_tokens: as `room` allows.
-            stop: texts at which an answer ends; they are cut off.
+            max_new_tokens: at most `answer_budget`.
+            stop: strings at which an answer ends; they are removed.
 
         Returns:
-            Its words, without special tokens, and with calls of the calculator as `<<6*7=42>>`.
+            The texts, without special tokens, calculator calls written as `<<6*7=42>>`.
 
         Raises:
-            MemoryShortage: if the batch is too large for the GPU.
+            MemoryShortage: if the batch does not fit on the GPU.
         """
         inputs = self._inputs(prompts, max_new_tokens)
-        made = self._generate(
+        output = self._generate(
             inputs, max_new_tokens=max_new_tokens, stop_strings=list(stop) or None
         )
-        new = made[:, inputs["input_ids"].shape[1] :]
+        new = output[:, inputs["input_ids"].shape[1] :]
         answers = [self._text(ids) for ids in new.tolist()]
-        for mark in stop:
-            answers = [answer.partition(mark)[0] for answer in answers]
+        for string in stop:
+            answers = [answer.partition(string)[0] for answer in answers]
         return answers
 
     def _text(self, ids: list[int]) -> str:
-        """An answer without special tokens; calls are written as GSM8K's: `<<6*7=42>>`."""
+        """Decode an answer without special tokens, calculator calls as in GSM8K: `<<6*7=42>>`."""
         if not self.has_calculator:
             return self.tokenizer.decode(ids, skip_special_tokens=True)
         call, end, output, output_end = self.tokenizer.convert_tokens_to_ids(list(TOOL_TOKENS))
-        written, text = {call: "<<", end: ">>", output: "=", output_end: ">>"}, ""
-        begin = 0
-        for place, token in enumerate([*ids, None]):
-            if token in written or token is None:
-                text += self.tokenizer.decode(ids[begin:place], skip_special_tokens=True)
-                text += written.get(token, "")
-                begin = place + 1
+        marks, text = {call: "<<", end: ">>", output: "=", output_end: ">>"}, ""
+        start = 0
+        for index, token in enumerate([*ids, None]):
+            if token in marks or token is None:
+                text += self.tokenizer.decode(ids[start:index], skip_special_tokens=True)
+                text += marks.get(token, "")
+                start = index + 1
         return text.replace(">>=", "=")
 
     def choose(self, prompts: list[list[int]], choices: list[list[int]]) -> list[int]:
-        """Which of its choices each prompt is most likely to go on with, in one batch.
+        """The choice with the highest probability after each prompt, in one batch.
 
-        Only the logits of the choices are compared, at the position of the answer, as in
+        Only the choices' logits at the position of the answer are compared, as in
         karpathy/nanochat's chat_eval.py.
 
         Args:
-            prompts: token ids, up to where the choices part.
-            choices: the token of each choice, for each prompt.
+            prompts: token ids up to the answer, as `split_choices` returns them.
+            choices: for each prompt the token of each choice.
 
         Returns:
-            The place of the likeliest; of several, the first.
+            For each prompt the index of the top choice; ties go to the first.
         """
         inputs = self._inputs(prompts, 1)
-        # generate minds the positions behind left padding, and the logits of one position
-        made = self._generate(
+        # generate handles position ids after left padding, and computes the last logits only
+        output = self._generate(
             inputs, max_new_tokens=1, output_logits=True, return_dict_in_generate=True
         )
-        logits = made.logits[0].float()  # [prompts, vocabulary]
+        logits = output.logits[0].float()  # [prompts, vocabulary]
         return [int(logits[row, tokens].argmax()) for row, tokens in enumerate(choices)]
 
-    def parted(self, texts: list[str]) -> tuple[list[int], list[int]]:
-        """What texts that differ in their answers alone share, and the token of each answer.
+    def split_choices(self, texts: list[str]) -> tuple[list[int], list[int]]:
+        """Split texts that differ only in their answer into a common prompt and answer tokens.
 
-        Encoded whole, an answer is the token it is in training: with its space, or without.
+        The texts are encoded with their answers, so that each answer is the token it is in
+        training, with a leading space or without.
 
         Returns:
-            Token ids of their common beginning, and the token that follows in each.
+            Token ids of the common prefix, and the token that follows it in each text.
 
         Raises:
-            DataError: if the tokens do not tell the answers apart.
+            DataError: if two answers have the same token.
         """
         encoded = self.encode(texts)
         common = os.path.commonprefix(encoded)  # noqa: RUF071 - of lists of token ids
@@ -330,36 +364,27 @@ class Evaluator:
 
     @torch.no_grad()
     def losses(self, rows: list[dict[str, list[int]]]) -> list[dict[str, float]]:
-        """What the model loses on token ids, in one batch.
+        """The cross-entropy of token ids, in one batch.
 
         Args:
-            rows: `input_ids`, and `labels` unless every token is to be predicted; -100 is not.
+            rows: `input_ids`, and `labels` unless every token is predicted; -100 is ignored.
 
         Returns:
-            For each row: `loss` (a sum, in nats), `tokens`, and `text_loss` and `bytes` of its text
-            alone, without special tokens.
+            For each row: `loss` (summed, in nats) and `tokens`; and `text_loss` and `bytes` (UTF-8)
+            of its text alone, without special tokens.
+
+        Raises:
+            MemoryShortage: if the batch does not fit on the GPU.
         """
-        width = max(len(row["input_ids"]) for row in rows)
-        ids = torch.full((len(rows), width), self.tokenizer.pad_token_id)
-        labels = torch.full((len(rows), width), IGNORED)
-        mask = torch.zeros((len(rows), width), dtype=torch.int64)
-        for index, row in enumerate(rows):
-            length = len(row["input_ids"])
-            ids[index, :length] = torch.tensor(row["input_ids"])
-            labels[index, :length] = torch.tensor(row.get("labels", row["input_ids"]))
-            mask[index, :length] = 1
-        labels = torch.cat([labels[:, 1:], torch.full((len(rows), 1), IGNORED)], dim=1).flatten()
-        places = (labels != IGNORED).nonzero().flatten()
-        targets = labels[places]
-        device = self.model.device
-        inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-        try:
-            losses = self._token_losses(inputs, places.to(device), targets.to(device)).cpu()
-        except torch.OutOfMemoryError:
-            raise self._shortage(len(rows)) from None
+        inputs, labels = self._padded(rows)
+        width = labels.shape[1]
+        positions = (labels.flatten() != IGNORED).nonzero().flatten()  # of rows laid end to end
+        targets = labels.flatten()[positions]
+        with _naming_shortage(len(rows)):
+            losses = self._token_losses(inputs, positions, targets).cpu()
         special = torch.tensor(self.tokenizer.convert_tokens_to_ids(special_tokens(self.tokenizer)))
         is_text = ~torch.isin(targets, special)
-        of_row = places // width
+        of_row = positions // width
         return [
             {
                 "loss": losses[mine].double().sum().item(),
@@ -370,18 +395,46 @@ class Evaluator:
             for mine in (of_row == index for index in range(len(rows)))
         ]
 
+    def _padded(
+        self, rows: list[dict[str, list[int]]]
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Right-padded inputs, and at each position the label of the next token; [rows, tokens]."""
+        width = max(len(row["input_ids"]) for row in rows)
+        ids = torch.full((len(rows), width), self.tokenizer.pad_token_id)
+        labels = torch.full((len(rows), width), IGNORED)
+        mask = torch.zeros((len(rows), width), dtype=torch.int64)
+        for index, row in enumerate(rows):
+            length = len(row["input_ids"])
+            ids[index, :length] = torch.tensor(row["input_ids"])
+            labels[index, :length] = torch.tensor(row.get("labels", row["input_ids"]))
+            mask[index, :length] = 1
+        shifted = torch.cat([labels[:, 1:], torch.full((len(rows), 1), IGNORED)], dim=1)
+        return {"input_ids": ids, "attention_mask": mask}, shifted
+
     @cached_property
     def _is_fused(self) -> bool:
         return fuse_head(self.model)
 
     def _token_losses(
-        self, inputs: dict[str, torch.Tensor], places: torch.Tensor, targets: torch.Tensor
+        self, inputs: dict[str, torch.Tensor], positions: torch.Tensor, targets: torch.Tensor
     ) -> torch.Tensor:
-        if self._is_fused:  # the logits of 8 x 1,024 tokens of 65,536 words would take 2 GiB
-            return self.model(**inputs, targets=targets, target_positions=places, each=True)[0]
-        logits = self.model(**inputs).logits.flatten(0, 1)[places].float()
+        """Cross-entropy in nats at the given positions, [positions]."""
+        device = self.model.device
+        inputs = {name: values.to(device) for name, values in inputs.items()}
+        positions, targets = positions.to(device), targets.to(device)
+        if self._is_fused:  # logits of 8 x 1,024 tokens and 65,536 vocabulary entries take 2 GiB
+            return self.model(**inputs, targets=targets, target_positions=positions, each=True)[0]
+        logits = self.model(**inputs).logits.flatten(0, 1)[positions].float()
         return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
 
 
-def _as_list(value: int | list[int] | None) -> list[int | None]:
-    return value if isinstance(value, list) else [value]
+@contextmanager
+def _naming_shortage(rows: int) -> Iterator[None]:
+    """Turn an out-of-memory error of a batch into one that names the option to change."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise MemoryShortage(
+            f"a batch of {rows} prompts does not fit into the GPU's memory; pass a smaller "
+            "--batch_size"
+        ) from None

@@ -1,9 +1,9 @@
-"""The calculator that a model may call while it answers: sums, and letters counted in a text."""
+"""The calculator that a model may call while it answers: arithmetic, and counts of a letter."""
 
 import ast
 import operator
 
-LONGEST = 200  # characters of an expression; with no powers its result stays as short
+MAX_CHARACTERS = 200  # of an expression; without powers its result is no longer
 
 
 OPERATORS = {
@@ -18,21 +18,22 @@ OPERATORS = {
 
 
 def calculate(expression: str) -> str | None:
-    """The result of an expression, or None where it is none that the calculator takes.
+    """Evaluate an expression; None if the calculator does not support it.
 
-    It takes what karpathy/nanochat's engine.py does: numbers with + - * / // and parentheses, and
-    `'text'.count('letter')`. Nothing is handed to `eval`. A whole result has no decimal point, as
-    in GSM8K's own marks (10/2 is 5, where nanochat writes 5.0); others have ten digits.
+    It supports what the one in karpathy/nanochat's engine.py does: numbers with + - * / // and
+    parentheses, and `'text'.count('letter')`. `eval` is never called. An integral result has no
+    decimal point, as in GSM8K's annotations (10/2 is 5, where nanochat writes 5.0); others are
+    rounded to ten significant digits.
     """
-    if len(expression) > LONGEST:
+    if len(expression) > MAX_CHARACTERS:
         return None
     try:
-        # of 1,234 the comma goes, that of a text stays
+        # 1,234 is a number, but the comma in 'a,b'.count(',') counts
         text = expression if ".count" in expression else expression.replace(",", "")
         value = _value(ast.parse(text.strip(), mode="eval").body)
         if isinstance(value, float):
             value = float(f"{value:.10g}")
-            if value == int(value):  # which infinity has none of
+            if value == int(value):  # raises OverflowError for infinity
                 value = int(value)
         return str(value)
     except (SyntaxError, ValueError, KeyError, ArithmeticError, RecursionError, MemoryError):
@@ -40,6 +41,7 @@ def calculate(expression: str) -> str | None:
 
 
 def _value(node: ast.expr) -> int | float:
+    """The value of a parsed expression; raises ValueError or KeyError for anything unsupported."""
     match node:
         case ast.Constant(value=int() | float()) if not isinstance(node.value, bool):
             return node.value

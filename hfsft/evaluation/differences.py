@@ -1,4 +1,4 @@
-"""How two models differ, and whether that is noise."""
+"""How two evaluated models differ, and whether the difference exceeds the noise."""
 
 import json
 import math
@@ -6,89 +6,22 @@ from pathlib import Path
 from typing import Any
 
 from hfsft.evaluation.kept import row_results
-from hfsft.noise import Z, mcnemar, ratio_error
+from hfsft.noise import Z95, mcnemar, ratio_error
 
-
-def difference(
-    a: dict[str, Any],
-    b: dict[str, Any],
-    rows: tuple[dict[str, Any], dict[str, Any]] | None = None,
-) -> dict[str, Any]:
-    """How much better `b` is than `a` at one task, and whether that is more than noise.
-
-    Args:
-        a: the figures of the task, as eval.json has them.
-        b: those of another model.
-        rows: the `row_results` of both; rows that both were asked are compared one by one
-            (McNemar's exact test, 1947), which tells smaller differences apart.
-
-    Returns:
-        `difference` (of accuracy; of loss, less is better), `low` and `high` of its 95% interval,
-        `p` (two-sided; None for losses), `paired`, `rows` that were compared, and `within_noise`.
-    """
-    both = sorted(rows[0].keys() & rows[1].keys()) if rows else []
-    # most rows were asked of one of them alone: the pairs would say less
-    paired = 2 * len(both) > max(a["rows"], b["rows"])
-    if a["kind"] == "loss":
-        return _loss_difference(a, b, [(rows[0][k], rows[1][k]) for k in both] if paired else None)
-    if paired:
-        lost = sum(rows[0][k]["right"] and not rows[1][k]["right"] for k in both)
-        won = sum(rows[1][k]["right"] and not rows[0][k]["right"] for k in both)
-        count = len(both)
-        value = (won - lost) / count
-        half = Z * math.sqrt(max(won + lost - (won - lost) ** 2 / count, 0)) / count
-        p = mcnemar(won, lost)
-        low, high, noise = value - half, value + half, p >= 0.05
-    else:
-        count = min(a["rows"], b["rows"])
-        value = b["accuracy"] - a["accuracy"]
-        # Newcombe 1998, Interval estimation for the difference between independent proportions
-        low = value - math.hypot(b["accuracy"] - b["low"], a["high"] - a["accuracy"])
-        high = value + math.hypot(b["high"] - b["accuracy"], a["accuracy"] - a["low"])
-        p, noise = None, low <= 0 <= high
-    return {
-        "difference": value,
-        "low": low,
-        "high": high,
-        "p": p,
-        "paired": paired,
-        "rows": count,
-        "within_noise": noise,
-    }
-
-
-def _loss_difference(
-    a: dict[str, Any], b: dict[str, Any], pairs: list[tuple[dict[str, Any], dict[str, Any]]] | None
-) -> dict[str, Any]:
-    if pairs:
-        tokens = sum(x["tokens"] for x, _ in pairs)
-        value = sum(y["loss"] - x["loss"] for x, y in pairs) / tokens
-        error = ratio_error([y["loss"] - x["loss"] - value * x["tokens"] for x, y in pairs], tokens)
-        count = len(pairs)
-    else:
-        value, count = b["loss"] - a["loss"], min(a["rows"], b["rows"])
-        errors = [a["error"], b["error"]]
-        error = None if None in errors else math.hypot(*errors)
-    half = math.inf if error is None else Z * error
-    return {
-        "difference": value,
-        "low": value - half,
-        "high": value + half,
-        "p": None,
-        "paired": bool(pairs),
-        "rows": count,
-        "within_noise": abs(value) <= half,
-    }
+Rows = dict[str, dict[str, Any]]  # a row's digest → its result, as `row_results` returns them
 
 
 def compare(folders: tuple[Path, Path]) -> dict[str, dict[str, Any]]:
-    """The `difference` of each task that two models were asked, row by row where they can be.
+    """The `difference` of every task that both models were evaluated on.
+
+    Losses on different documents, as two stages hold out, or on a single one are left out: they
+    cannot be compared.
 
     Args:
         folders: each with an eval.json and its eval/.
     """
     tasks = [json.loads((folder / "eval.json").read_text())["tasks"] for folder in folders]
-    found = {
+    differences = {
         name: difference(
             tasks[0][name],
             tasks[1][name],
@@ -97,9 +30,81 @@ def compare(folders: tuple[Path, Path]) -> dict[str, dict[str, Any]]:
         for name in tasks[0]
         if name in tasks[1]
     }
-    # losses on other documents, as two stages hold out, or on one alone, say nothing of each other
     return {
-        name: one
-        for name, one in found.items()
-        if "loss" not in tasks[0][name] or (one["paired"] and one["rows"] > 1)
+        name: found
+        for name, found in differences.items()
+        if "loss" not in tasks[0][name] or (found["paired"] and found["rows"] > 1)
     }
+
+
+def difference(
+    a: dict[str, Any], b: dict[str, Any], rows: tuple[Rows, Rows] | None = None
+) -> dict[str, Any]:
+    """How much better `b` is than `a` at one task, and whether that exceeds the noise.
+
+    Args:
+        a: the task's figures, as in eval.json.
+        b: those of the other model.
+        rows: the `row_results` of both; rows that both answered are compared pair by pair, which
+            detects smaller differences.
+
+    Returns:
+        `difference` (of accuracy, or of loss, where less is better), `low` and `high` of its 95%
+        interval, `p` (two-sided; None unless paired accuracies), `paired`, `rows` compared, and
+        `within_noise`.
+    """
+    both = sorted(rows[0].keys() & rows[1].keys()) if rows else []
+    # if most rows were answered by one model alone, the pairs would tell less than the totals
+    paired = 2 * len(both) > max(a["rows"], b["rows"])
+    pairs = [(rows[0][row], rows[1][row]) for row in both] if paired else []
+    if a["kind"] == "loss":
+        found = _paired_losses(pairs) if paired else _separate_losses(a, b)
+    else:
+        found = _paired_accuracies(pairs) if paired else _separate_accuracies(a, b)
+    count = len(pairs) if paired else min(a["rows"], b["rows"])
+    order = ("difference", "low", "high", "p")
+    return {
+        **{key: found[key] for key in order},
+        "paired": paired,
+        "rows": count,
+        "within_noise": found["within_noise"],
+    }
+
+
+def _paired_accuracies(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
+    """McNemar's exact test (1947), with Wald's interval of a paired difference."""
+    won = sum(b["right"] and not a["right"] for a, b in pairs)
+    lost = sum(a["right"] and not b["right"] for a, b in pairs)
+    count = len(pairs)
+    value = (won - lost) / count
+    half = Z95 * math.sqrt(max(won + lost - (won - lost) ** 2 / count, 0)) / count
+    p = mcnemar(won, lost)
+    return _interval(value, value - half, value + half, within_noise=p >= 0.05, p=p)
+
+
+def _separate_accuracies(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+    """Newcombe (1998), Interval estimation for the difference between independent proportions."""
+    value = b["accuracy"] - a["accuracy"]
+    low = value - math.hypot(b["accuracy"] - b["low"], a["high"] - a["accuracy"])
+    high = value + math.hypot(b["high"] - b["accuracy"], a["accuracy"] - a["low"])
+    return _interval(value, low, high, within_noise=low <= 0 <= high)
+
+
+def _paired_losses(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
+    """The mean difference per token over the same documents."""
+    changes, tokens = [b["loss"] - a["loss"] for a, b in pairs], [a["tokens"] for a, _ in pairs]
+    value, half = sum(changes) / sum(tokens), Z95 * ratio_error(changes, tokens)
+    return _interval(value, value - half, value + half, within_noise=abs(value) <= half)
+
+
+def _separate_losses(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+    """The difference of two mean losses per token over different documents."""
+    value, errors = b["loss"] - a["loss"], [a["error"], b["error"]]
+    half = math.inf if None in errors else Z95 * math.hypot(*errors)
+    return _interval(value, value - half, value + half, within_noise=abs(value) <= half)
+
+
+def _interval(
+    value: float, low: float, high: float, within_noise: bool, p: float | None = None
+) -> dict[str, Any]:
+    return {"difference": value, "low": low, "high": high, "p": p, "within_noise": within_noise}

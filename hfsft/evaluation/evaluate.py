@@ -1,15 +1,16 @@
-"""What a model is worth: tasks asked in batches, kept row by row, with the noise in each figure.
+"""Evaluate a model: run tasks in batches, keep every answer, and compute figures with their noise.
 
-`<out>/eval/<task>.jsonl` holds a line for each row that was asked. The same command goes on from
-there: what was asked of the same weights in the same way is not asked again. `<out>/eval.json`
-holds the figures.
+`<out>/eval/<task>.jsonl` has a line for each row. Running the same command again resumes: rows that
+the same weights answered under the same conditions are not run again. `<out>/eval.json` holds the
+figures.
 """
 
 import hashlib
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,6 @@ from hfsft.evaluation.kept import (
     open_results,
     results_folder,
     rows_file,
-    whole_lines,
     write_results,
 )
 from hfsft.evaluation.tasks import (
@@ -41,20 +41,17 @@ from hfsft.evaluation.tasks import (
 )
 from hfsft.hub.client import require_model
 from hfsft.noise import ratio_error, wilson
+from hfsft.run.files import read_json_lines
 
-GRADED = tuple(GENERATED)  # the built-in tasks with right and wrong answers
+GRADED = tuple(GENERATED)  # the built-in tasks whose answers are graded
 
+VERSION = 1  # increase when the same rows are prompted or graded differently
 
-ASKED_AS = 1  # goes up when the same rows are asked or graded in another way
-
-
-BATCH_SIZE = 16  # prompts at a time
-
+BATCH_SIZE = 16  # prompts per batch
 
 DOWNLOADED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
 
-
-Progress = Callable[[str, int, int], None]  # task, rows done, rows in all
+Progress = Callable[[str, int, int], None]  # task, rows done, rows in total
 
 
 def evaluate(
@@ -68,53 +65,44 @@ def evaluate(
     progress: Progress | None = None,
     data: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Ask a model the rows of some tasks, and keep each answer and the figures.
+    """Run tasks on a model, keeping every answer and the figures on disk.
 
     Args:
         model: a folder or a Hub id.
-        tasks: names as `questions.NAMES` has them, `reasoning_gym:NAME`, `lm_eval:NAME`; None: what
-            runs offline for a stage of a run, nanochat's chat tasks for others.
-        rows: of each task at most; None: all.
-        seed: of their choice.
-        batch_size: prompts at a time; it does not change the answers.
-        out: a folder for eval/ and eval.json; None: the model's own, or ./eval-OWNER--NAME.
-        allow_code: whether programs that the model writes may be run.
-        progress: is told of each batch.
+        tasks: `tasks.NAMES`, `reasoning_gym:NAME` or `lm_eval:NAME`; None: `default_tasks`.
+        rows: at most this many of each task; None: all.
+        seed: of the choice of rows.
+        batch_size: prompts per batch; it does not change the answers.
+        out: the folder of eval/ and eval.json; None: the model's own, or ./eval-OWNER--NAME.
+        allow_code: whether to execute programs that the model writes.
+        progress: called after every batch.
         data: task → file or Hub id with rows of the same schema.
 
     Returns:
-        What eval.json holds: the figures of these tasks, and of others that were asked of the same
-        weights with the same seed before. An accuracy has its 95% interval (Wilson 1927), the
-        accuracy of chance, and `centred`, (accuracy - chance) / (1 - chance), whose mean over tasks
-        is nanochat's ChatCORE where the tasks are its own.
+        The content of eval.json: the figures of these tasks, and of earlier ones with the same
+        weights and seed. `centred` is (accuracy - chance) / (1 - chance), whose mean over
+        nanochat's tasks is its ChatCORE.
 
     Raises:
-        HfsftError: for what the user can mend.
+        HfsftError: for anything the user can fix.
     """
     data = data or {}
     check_names([*(tasks or ()), *data], allow_code)
     tasks = tasks or default_tasks(model, allow_code)
-    if progress is None:  # nobody looks on: no bars of downloads either
+    if progress is None:  # hide the progress bars of downloads as well
         disable_progress_bars()
         datasets.disable_progress_bars()
     folder = _model_folder(model)
     out = out or results_folder(model)
     results = open_results(model, out, fingerprint(folder, out), seed)
     evaluator = Evaluator(str(folder), batch_size)
-    # all at first: what is wrong with the last one is said before hours go into the others
-    loaded = {
-        name: load_task(name, str(folder), rows, seed, data.get(name))
-        for name in tasks
-        if not name.startswith(LM_EVAL)
-    }
-    if len(loaded) < len(set(tasks)):
-        lm_eval_version()
+    loaded = _load_tasks(tasks, folder, rows, seed, data)
     for name in tasks:
         began = time.perf_counter()
         if name in loaded:
-            figures = _ask_task(loaded[name], evaluator, results["fingerprint"], out, progress)
+            figures = _run_task(loaded[name], evaluator, results["fingerprint"], out, progress)
         else:
-            figures = _ask_harness(name, evaluator, results, out, rows, progress is None)
+            figures = _run_lm_eval(name, evaluator, results, out, rows, progress is None)
         results["seconds"] += time.perf_counter() - began
         results["tasks"][name] = figures
         write_results(results, out)
@@ -122,7 +110,7 @@ def evaluate(
 
 
 def _model_folder(model: str) -> Path:
-    """The folder that holds a model's files, downloaded from the Hub if need be."""
+    """The folder of a model's files, downloaded from the Hub if necessary."""
     require_model(model)
     if Path(model).is_dir():
         return Path(model)
@@ -136,57 +124,112 @@ def _model_folder(model: str) -> Path:
         raise ModelError(f"{model}: cannot be downloaded: {first_line(error)}") from None
 
 
-# --- asking ---
+def _load_tasks(
+    names: list[str], folder: Path, rows: int | None, seed: int, data: dict[str, str]
+) -> dict[str, Task]:
+    """Load every task before any is run, so that an error does not come after hours; not lm-eval's.
 
-
-def _label(digest: str, *way: Any) -> dict[str, str]:
-    """What tells the results of a row: of which weights, and how they were asked."""
-    said = repr((ASKED_AS, answer_dtype(), *way))
-    return {
-        "model": digest[:16],
-        "way": hashlib.blake2b(said.encode(), digest_size=8).hexdigest(),
+    lm-eval loads its own tasks; that it is installed is checked here.
+    """
+    loaded = {
+        name: load_task(name, str(folder), rows, seed, data.get(name))
+        for name in names
+        if not name.startswith(LM_EVAL)
     }
+    if len(loaded) < len(set(names)):
+        lm_eval_version()
+    return loaded
 
 
-def _ask_task(
+# --- one task ---
+
+
+@dataclass(frozen=True)
+class Item:
+    """A row of a task, encoded for the model."""
+
+    digest: str  # equal for rows with the same content
+    ids: list[int]  # tokens of the prompt, or of the held-out document
+    choices: Sequence[int] = ()  # the token of each choice
+    question: Question | None = None  # None: a held-out document
+    document: dict[str, list[int]] | None = None
+
+
+def _run_task(
     task: Task, evaluator: Evaluator, digest: str, out: Path, progress: Progress | None
 ) -> dict[str, Any]:
-    """Ask those rows of a task batch by batch that have no result yet; its figures."""
-    if task.kind == "loss":
-        items = [(_ids_digest(row), row) for row in task.documents]
-        room, lengths = 0, [len(row["input_ids"]) for row in task.documents]
-    else:
-        items, room = _encoded(task, evaluator)
-        lengths = [len(ids) for _, (_, ids, _) in items]
-    label = _label(digest, task.kind, room, evaluator.is_chat, evaluator.has_calculator)
+    """Run the rows of a task that have no result yet, batch by batch, and return its figures."""
+    items, budget = _encoded(task, evaluator)
+    label = _label(digest, task.kind, budget, evaluator.is_chat, evaluator.has_calculator)
     path = rows_file(out, task.name)
-    done = {line["row"]: line for line in whole_lines(path) if label.items() <= line.items()}
-    # the longest first, those of similar length together; the same question once
-    order = sorted(range(len(items)), key=lambda index: -lengths[index])
-    left = list(dict(items[index] for index in order if items[index][0] not in done).items())
-    before = len({row for row, _ in items}) - len(left)
+    done = {line["row"]: line for line in _labelled(path, label)}
+    # longest first, so that a batch has similar lengths; duplicate rows are run once
+    by_length = sorted(items, key=lambda item: -len(item.ids))
+    left = list({item.digest: item for item in by_length if item.digest not in done}.values())
+    total = len({item.digest for item in items})
     for start in range(0, len(left), evaluator.batch_size):
         if progress:
-            progress(task.name, before + start, before + len(left))
+            progress(task.name, total - len(left) + start, total)
         batch = left[start : start + evaluator.batch_size]
-        found = _ask(task, evaluator, [item for _, item in batch], room)
+        found = _run_batch(task, evaluator, batch, budget)
         lines = [
-            label | {"row": row} | result for (row, _), result in zip(batch, found, strict=True)
+            label | {"row": item.digest} | result for item, result in zip(batch, found, strict=True)
         ]
         append_lines(path, lines)
         done |= {line["row"]: line for line in lines}
     if progress:
-        progress(task.name, before + len(left), before + len(left))
-    answers = [done[row] for row, _ in items]
+        progress(task.name, total, total)
+    results = [done[item.digest] for item in items]
     if task.kind == "loss":
-        return _loss_figures(answers)
-    chances = [
-        1 / len(question.choices) if question.choices else 0.0 for question in task.questions
+        return loss_figures(results)
+    chances = [1 / len(item.choices) if item.choices else 0.0 for item in items]
+    return accuracy_figures(task.kind, [result["right"] for result in results], chances)
+
+
+def _encoded(task: Task, evaluator: Evaluator) -> tuple[list[Item], int]:
+    """A task's rows encoded, and the new tokens to generate for each answer."""
+    if task.kind == "loss":
+        return [
+            Item(_document_digest(row), row["input_ids"], document=row) for row in task.documents
+        ], 0
+    if task.kind == "categorical":
+        prompts = [
+            evaluator.split_choices(
+                [evaluator.prompt_text(question.prompt, answer=c) for c in question.choices]
+            )
+            for question in task.questions
+        ]
+        budget = 1
+    else:
+        texts = [evaluator.prompt_text(q.prompt, q.plain) for q in task.questions]
+        prompts = [(ids, []) for ids in evaluator.encode(texts)]
+        budget = evaluator.answer_budget([ids for ids, _ in prompts], task.max_new_tokens)
+    items = [
+        Item(question.digest, ids, choices, question)
+        for question, (ids, choices) in zip(task.questions, prompts, strict=True)
     ]
-    return _accuracy_figures(task.kind, [answer["right"] for answer in answers], chances)
+    return items, budget
 
 
-def _ask_harness(
+def _run_batch(
+    task: Task, evaluator: Evaluator, batch: list[Item], budget: int
+) -> list[dict[str, Any]]:
+    """The results of one batch, as they are kept."""
+    if task.kind == "loss":
+        return evaluator.losses([item.document for item in batch])
+    questions, prompts = [item.question for item in batch], [item.ids for item in batch]
+    if task.kind == "categorical":
+        chosen = evaluator.choose(prompts, [item.choices for item in batch])
+        answers = [q.choices[index] for q, index in zip(questions, chosen, strict=True)]
+        right = [answer == q.answer for q, answer in zip(questions, answers, strict=True)]
+    else:
+        stop = () if evaluator.is_chat else task.plain_stop
+        answers = evaluator.complete(prompts, budget, stop)
+        right = [q.is_right(answer) for q, answer in zip(questions, answers, strict=True)]
+    return [{"right": ok, "answer": answer} for ok, answer in zip(right, answers, strict=True)]
+
+
+def _run_lm_eval(
     name: str,
     evaluator: Evaluator,
     results: dict[str, Any],
@@ -194,69 +237,54 @@ def _ask_harness(
     rows: int | None,
     quiet: bool,
 ) -> dict[str, Any]:
-    """Have lm-eval ask one of its tasks, unless it has done so before; its figures."""
-    way = (lm_eval_version(), rows, results["seed"], evaluator.is_chat)
-    label = _label(results["fingerprint"], *way)
+    """Have lm-eval run one of its tasks, unless it has done so before, and return its figures."""
+    seed = results["seed"]
+    label = _label(results["fingerprint"], lm_eval_version(), rows, seed, evaluator.is_chat)
     path = rows_file(out, name)
-    found = [line for line in whole_lines(path) if label.items() <= line.items()]
+    found = _labelled(path, label)
     if not found or len(found) < found[0]["of"]:
-        asked = name.removeprefix(LM_EVAL)
-        found = ask_lm_eval(evaluator, asked, rows, results["seed"], quiet)
+        found = ask_lm_eval(evaluator, name.removeprefix(LM_EVAL), rows, seed, quiet)
         found = [label | {"of": len(found)} | row for row in found]
         append_lines(path, found)
     chances = [1 / row["choices"] if row["choices"] else 0.0 for row in found]
     kind = "categorical" if all(chances) else "generative"
-    return _accuracy_figures(kind, [row["right"] for row in found], chances)
+    return accuracy_figures(kind, [row["right"] for row in found], chances)
 
 
-def _ids_digest(row: dict[str, list[int]]) -> str:
+# --- which kept results may be reused ---
+
+
+def _label(fingerprint: str, *conditions: Any) -> dict[str, str]:
+    """Identifies the weights and the conditions that a kept result is valid for."""
+    text = repr((VERSION, answer_dtype(), *conditions))
+    return {
+        "model": fingerprint[:16],
+        "way": hashlib.blake2b(text.encode(), digest_size=8).hexdigest(),
+    }
+
+
+def _labelled(path: Path, label: dict[str, str]) -> list[dict[str, Any]]:
+    return [line for line in read_json_lines(path) if label.items() <= line.items()]
+
+
+def _document_digest(row: dict[str, list[int]]) -> str:
     return hashlib.blake2b(json.dumps(row).encode(), digest_size=12).hexdigest()
 
 
-def _encoded(task: Task, evaluator: Evaluator) -> tuple[list[tuple[str, Any]], int]:
-    """Each question's digest with itself, its prompt's token ids and its choices', and the room."""
-    questions = task.questions
-    if task.kind == "categorical":
-        parted = [
-            evaluator.parted(
-                [
-                    evaluator.prompt_text(question.prompt, answer=letter)
-                    for letter in question.choices
-                ]
-            )
-            for question in questions
-        ]
-        room = 1
-    else:
-        texts = [evaluator.prompt_text(question.prompt, question.plain) for question in questions]
-        parted = [(ids, []) for ids in evaluator.encode(texts)]
-        room = evaluator.room([ids for ids, _ in parted], task.max_new_tokens)
-    items = [
-        (question.digest, (question, ids, tokens))
-        for question, (ids, tokens) in zip(questions, parted, strict=True)
-    ]
-    return items, room
+# --- figures ---
 
 
-def _ask(task: Task, evaluator: Evaluator, batch: list[Any], room: int) -> list[dict[str, Any]]:
-    """The results of one batch, as they are kept."""
-    if task.kind == "loss":
-        return evaluator.losses(batch)
-    questions: list[Question] = [question for question, _, _ in batch]
-    prompts = [ids for _, ids, _ in batch]
-    if task.kind == "categorical":
-        chosen = evaluator.choose(prompts, [tokens for _, _, tokens in batch])
-        answers = [q.choices[place] for q, place in zip(questions, chosen, strict=True)]
-        right = [answer == q.answer for q, answer in zip(questions, answers, strict=True)]
-    else:
-        ends = () if evaluator.is_chat else task.plain_ends
-        answers = evaluator.go_on(prompts, room, ends)
-        right = [q.is_right(answer) for q, answer in zip(questions, answers, strict=True)]
-    return [{"right": ok, "answer": answer} for ok, answer in zip(right, answers, strict=True)]
+def accuracy_figures(kind: str, right: list[bool], chances: list[float]) -> dict[str, Any]:
+    """The figures of a task with right and wrong answers.
 
+    Args:
+        kind: categorical or generative.
+        right: of each row.
+        chances: of each row, the probability of a right answer at random.
 
-def _accuracy_figures(kind: str, right: list[bool], chances: list[float]) -> dict[str, Any]:
-    """The figures of a task whose rows are right or wrong, each with its chance at random."""
+    Returns:
+        `low` and `high` bound the accuracy's 95% interval (Wilson 1927).
+    """
     accuracy, chance = sum(right) / len(right), sum(chances) / len(chances)
     low, high = wilson(sum(right), len(right))
     return {
@@ -271,16 +299,23 @@ def _accuracy_figures(kind: str, right: list[bool], chances: list[float]) -> dic
     }
 
 
-def _loss_figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean loss a token in nats, and its standard error over documents, as a ratio's."""
-    loss, tokens = (sum(row[key] for row in rows) for key in ("loss", "tokens"))
-    mean, size = loss / tokens, sum(row["bytes"] for row in rows)
+def loss_figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean cross-entropy per token over documents, in nats, with its standard error.
+
+    Args:
+        rows: for each document `loss` (summed), `tokens`, `text_loss` and `bytes`.
+
+    Returns:
+        `error` is None for a single document, `bits_per_byte` for documents without text.
+    """
+    losses, tokens = [row["loss"] for row in rows], [row["tokens"] for row in rows]
+    error, size = ratio_error(losses, tokens), sum(row["bytes"] for row in rows)
     text_loss = sum(row["text_loss"] for row in rows)
     return {
         "kind": "loss",
         "rows": len(rows),
-        "tokens": tokens,
-        "loss": mean,
-        "error": ratio_error([row["loss"] - mean * row["tokens"] for row in rows], tokens),
+        "tokens": sum(tokens),
+        "loss": sum(losses) / sum(tokens),
+        "error": error if len(rows) > 1 else None,
         "bits_per_byte": text_loss / math.log(2) / size if size else None,
     }

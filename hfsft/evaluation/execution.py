@@ -1,9 +1,9 @@
-"""Run a program that a model wrote, with little power over the machine; say if it ends well.
+"""Run a program that a model wrote under tight limits, and tell whether it succeeds.
 
-It stands between this machine and a program's mistakes: loops, forks, memory, disk, output,
-network, writes and deletions. It is no jail for a program that is out to break it: Python's audit
-hooks can be got round by whoever means to, and what the user may read it can read. Where malice is
-to be feared, run `hfsft eval` in a container or a virtual machine.
+The limits guard against a program's mistakes: endless loops, forks, memory, disk, output, network,
+writes and deletions. They are no sandbox against malice: Python's audit hooks can be circumvented
+on purpose, and the program can read whatever the user can. If malicious programs are a concern, run
+`hfsft eval` in a container or a virtual machine.
 """
 
 import contextlib
@@ -15,13 +15,13 @@ import sys
 import tempfile
 from functools import cache
 
-SECONDS = 5  # of processor time; who sleeps is killed after three times as many
+SECONDS = 5  # of CPU time; a sleeping program is killed after three times as many
 
 
 MEMORY = 1 << 30  # bytes of address space
 
 
-# Runs within the child, before the program. Its own names are gone when the program begins.
+# Runs in the child before the program, which does not see the names defined here.
 GUARD = """
 import os, sys, resource
 
@@ -40,7 +40,7 @@ def guard():
             resource.setrlimit(getattr(resource, "RLIMIT_" + name), (most, most))
         except (ValueError, OSError):
             pass
-    # what a solution of a puzzle has no use for; a hook cannot be taken away again
+    # audit events that no solution needs; a hook cannot be removed
     refused = (
         "os.", "shutil.", "subprocess.", "socket.", "ctypes.", "pty.", "resource.", "signal.",
         "tempfile.", "webbrowser.", "ftplib.", "smtplib.", "urllib.", "mmap.", "fcntl.", "syslog.",
@@ -66,7 +66,7 @@ guard()
 
 @cache
 def _own_namespaces() -> tuple[str, ...]:
-    """What gives a command no network, and processes that all end with it, if that can be had."""
+    """A command prefix without network, whose processes all die with it; () if not permitted."""
     prefix = ("unshare", "--map-root-user", "--net", "--pid", "--fork", "--kill-child")
     try:
         tried = subprocess.run([*prefix, "true"], capture_output=True, timeout=10)
@@ -75,20 +75,20 @@ def _own_namespaces() -> tuple[str, ...]:
     return prefix if tried.returncode == 0 else ()
 
 
-def ends_well(program: str, seconds: int = SECONDS) -> bool:
-    """Whether a program runs to its end without an error, as HumanEval's tests have it.
+def succeeds(program: str, seconds: int = SECONDS) -> bool:
+    """Whether a program runs to its end without an error, the criterion of HumanEval's tests.
 
-    The child is Python in isolated mode, with an empty environment, in an empty folder that is
-    deleted. Its processor time, memory, open files and written files are limited, an audit hook
-    refuses to start processes, open sockets, write, delete and load libraries, all that it prints
-    goes nowhere, and where the kernel allows it, it has process and network namespaces of its own.
-    That it ended is said with a number drawn anew each time: `sys.exit(0)` midway is no success.
-    The method is that of openai/human-eval's execution.py, with the kernel's limits and an audit
-    hook instead of functions set to None.
+    The child is Python in isolated mode, with an empty environment, in a temporary folder. Its CPU
+    time, memory, open files and written files are limited; an audit hook refuses to start
+    processes, open sockets, write, delete, or load libraries; its output is discarded; and where
+    the kernel permits it, the child has its own process and network namespaces. Success is reported
+    by a random token that the child writes last, so `sys.exit(0)` midway is a failure. The method
+    is that of openai/human-eval's execution.py, with resource limits and an audit hook instead of
+    functions set to None.
 
     Args:
-        program: Python's source.
-        seconds: of processor time.
+        program: Python source.
+        seconds: of CPU time.
 
     Raises:
         OSError: if no process can be started.

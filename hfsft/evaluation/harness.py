@@ -1,4 +1,4 @@
-"""EleutherAI's lm-eval, asked with a model that is loaded already."""
+"""EleutherAI's lm-eval, run with a model that is already loaded."""
 
 import contextlib
 import io
@@ -16,7 +16,7 @@ INSTALL = "needs its package: pip install 'hfsft[eval]'"
 
 
 def lm_eval_version() -> str:
-    """Its version.
+    """The version of the installed lm-eval.
 
     Raises:
         HfsftError: if it is not installed.
@@ -30,22 +30,21 @@ def lm_eval_version() -> str:
 def ask_lm_eval(
     evaluator: Evaluator, name: str, rows: int | None, seed: int, quiet: bool
 ) -> list[dict[str, Any]]:
-    """Have lm-eval ask a model one of its tasks or groups, as that task is configured there.
+    """Have lm-eval run one of its tasks or groups, as configured there.
 
     Args:
-        evaluator: the model; one that chats is asked through its chat template.
-        name: of the task or group, or a task's own YAML file.
-        rows: the first so many of each task; None: all.
-        seed: of the examples in the prompt, where a task has some.
-        quiet: leave out lm-eval's bars.
+        evaluator: the model; a chat model is prompted through its chat template.
+        name: a task, a group, or the YAML file of a task.
+        rows: use the first this many rows of each task; None: all.
+        seed: for the few-shot examples of tasks that have some.
+        quiet: hide lm-eval's progress bars.
 
     Returns:
-        For each row `row`, `right`, `answer`, and `choices`, how many it had (0: it was generated).
-        Right is what the task's first metric says, of the first filter.
+        For each row `row`, `right`, `answer`, and `choices`, the number of choices (0 for a
+        generated answer). `right` is the task's first metric under its first filter.
 
     Raises:
-        HfsftError: if lm-eval lacks it or its data, or its first metric is no matter of right or
-            wrong.
+        HfsftError: if lm-eval lacks the task or its data, or the first metric is not 0 or 1.
     """
     lm_eval_version()
     from lm_eval import simple_evaluate
@@ -68,11 +67,11 @@ def ask_lm_eval(
                 apply_chat_template=evaluator.is_chat,
                 task_manager=TaskManager(include_path=str(Path(name).parent) if own else None),
                 log_samples=True,
-                bootstrap_iters=0,  # the interval is ours
+                bootstrap_iters=0,  # hfsft computes its own interval
                 random_seed=seed,
                 fewshot_random_seed=seed,
             )
-    except Exception as error:  # a task's own code and data can raise anything
+    except Exception as error:  # a task's code and data can raise anything
         raise HfsftError(f"lm_eval:{name}: {first_line(error)}") from None
     return [
         _row(f"lm_eval:{name}", task, sample)
@@ -83,11 +82,12 @@ def ask_lm_eval(
 
 
 def _row(name: str, task: str, sample: dict[str, Any]) -> dict[str, Any]:
+    """One of lm-eval's samples as a result."""
     metric = sample["metrics"][0]
     value = sample[metric]
     if not isinstance(value, int | float) or value not in (0, 1):
-        raise HfsftError(f"{name}: its metric {metric} is no matter of right or wrong")
-    # of a multiple choice lm-eval has one response, with its likelihood, for each choice
+        raise HfsftError(f"{name}: its first metric, {metric}, is neither 0 nor 1")
+    # a multiple-choice sample has one response with a log-likelihood per choice
     is_choice = isinstance(sample["filtered_resps"][0], tuple | list)
     return {
         "row": f"{task}:{sample['doc_hash'][:24]}",

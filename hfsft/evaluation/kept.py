@@ -1,10 +1,11 @@
-"""What an evaluation leaves on disk: each answer, and the figures."""
+"""What an evaluation leaves on disk: answers in eval/<task>.jsonl, figures in eval.json."""
 
 import hashlib
 import json
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,23 +14,25 @@ import torch
 
 from hfsft import __version__
 from hfsft.errors import HfsftError
+from hfsft.run.files import read_json_lines, write_text_atomically
 
-# what answers depend on, of all that a model's folder may hold
+# the files of a model folder that its answers depend on
 FINGERPRINTED = (
     "*.safetensors",
     *("config.json", "generation_config.json", "*token*", "vocab.*", "merges.txt", "*.jinja"),
 )
 
 
-# --- what is kept ---
+# --- whose answers ---
 
 
 def fingerprint(folder: Path, out: Path | None = None) -> str:
     """A digest of what a model's answers depend on: weights, configuration, tokenizer, template.
 
     Args:
-        folder: of the model.
-        out: keeps the digest of each weight file while its size and time of change stay the same.
+        folder: the model's.
+        out: caches the digest of each weight file in eval/weights.json while the file's size,
+            modification time and inode stay the same.
     """
     cache = out / "eval" / "weights.json" if out else None
     try:
@@ -38,34 +41,45 @@ def fingerprint(folder: Path, out: Path | None = None) -> str:
         known = {}
     digests = {}
     for path in sorted({path for name in FINGERPRINTED for path in folder.glob(name)}):
-        state = path.stat()
-        stamp = [state.st_size, state.st_mtime_ns, state.st_ino]
-        before = known.get(path.name)
-        if path.suffix == ".safetensors" and before and before[0] == stamp:
-            digests[path.name] = before
+        status = path.stat()
+        stamp = [status.st_size, status.st_mtime_ns, status.st_ino]
+        cached = known.get(path.name)
+        if path.suffix == ".safetensors" and cached and cached[0] == stamp:
+            digests[path.name] = cached
         else:
             with path.open("rb") as file:
                 digests[path.name] = [stamp, hashlib.file_digest(file, "sha256").hexdigest()]
-    weights = {name: held for name, held in digests.items() if name.endswith(".safetensors")}
+    weights = {name: entry for name, entry in digests.items() if name.endswith(".safetensors")}
     if cache and weights != known:
-        write_whole(cache, json.dumps(weights))
+        with _writing(cache):
+            write_text_atomically(cache, json.dumps(weights))
     named = sorted((name, digest) for name, (_, digest) in digests.items())
     return hashlib.sha256(json.dumps(named).encode()).hexdigest()
 
 
+# --- eval.json ---
+
+
 def results_folder(model: str) -> Path:
-    """Where a model's results go by default: its own folder, of a Hub id ./eval-OWNER--NAME."""
+    """The default folder of a model's results: its own, or ./eval-OWNER--NAME for a Hub id."""
     folder = Path(model)
     return folder if folder.is_dir() else Path("eval-" + model.replace("/", "--"))
 
 
 def open_results(model: str, out: Path, digest: str, seed: int) -> dict[str, Any]:
-    """What eval.json holds, or the beginning of it where it is of other weights or another seed."""
+    """The results to add to: those of eval.json, or empty ones for other weights or another seed.
+
+    Args:
+        model: as the user named it.
+        out: the folder of eval.json.
+        digest: the model's `fingerprint`.
+        seed: of the choice of rows.
+    """
     try:
-        held = json.loads((out / "eval.json").read_text())
+        earlier = json.loads((out / "eval.json").read_text())
     except (OSError, ValueError):
-        held = {}
-    same = held.get("fingerprint") == digest and held.get("seed") == seed
+        earlier = {}
+    same = earlier.get("fingerprint") == digest and earlier.get("seed") == seed
     names = ("torch", "transformers")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {
@@ -74,34 +88,31 @@ def open_results(model: str, out: Path, digest: str, seed: int) -> dict[str, Any
         "seed": seed,
         "versions": {"hfsft": __version__} | {name: version(name) for name in names},
         "device": device,
-        "seconds": held["seconds"] if same else 0.0,
-        "tasks": held["tasks"] if same else {},
+        "seconds": earlier["seconds"] if same else 0.0,
+        "tasks": earlier["tasks"] if same else {},
         "mean_centred": None,
     }
 
 
 def write_results(results: dict[str, Any], out: Path) -> None:
-    """Write eval.json, with the mean centred accuracy over its tasks."""
+    """Write eval.json, with the mean of the tasks' centred accuracies."""
     centred = [task["centred"] for task in results["tasks"].values() if "centred" in task]
     results["mean_centred"] = sum(centred) / len(centred) if centred else None
-    write_whole(out / "eval.json", json.dumps(results, indent=1) + "\n")
+    path = out / "eval.json"
+    with _writing(path):
+        write_text_atomically(path, json.dumps(results, indent=1) + "\n")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text)
-        partial.replace(path)
-    except OSError as error:
-        raise HfsftError(
-            f"cannot write {path}: {error.strerror}; --out names another folder"
-        ) from None
+# --- answers, row by row ---
+
+
+def rows_file(out: Path, task: str) -> Path:
+    """The file that keeps the results of a task's rows."""
+    return out / "eval" / (re.sub(r"[^\w.-]+", "-", task) + ".jsonl")
 
 
 def row_results(out: Path, task: str) -> dict[str, dict[str, Any]]:
-    """The latest result of each row of a task, of the weights that eval.json is of.
+    """The latest result of each row of a task, for the weights that eval.json is about.
 
     Args:
         out: the folder of eval.json and eval/.
@@ -110,39 +121,33 @@ def row_results(out: Path, task: str) -> dict[str, dict[str, Any]]:
     Returns:
         A row's digest → `right` and `answer`, or `loss`, `tokens`, `text_loss` and `bytes`.
     """
-    held = json.loads((out / "eval.json").read_text())
-    mine = held["fingerprint"][:16]
-    lines = whole_lines(rows_file(out, task))
-    return {line["row"]: line for line in lines if line["model"] == mine}
-
-
-def rows_file(out: Path, task: str) -> Path:
-    """The file that keeps a task's rows."""
-    return out / "eval" / (re.sub(r"[^\w.-]+", "-", task) + ".jsonl")
-
-
-def whole_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a file; one that a killed command left half written is passed over."""
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                yield json.loads(line)
-            except ValueError:
-                continue
+    digest = json.loads((out / "eval.json").read_text())["fingerprint"][:16]
+    lines = read_json_lines(rows_file(out, task))
+    return {line["row"]: line for line in lines if line["model"] == digest}
 
 
 def append_lines(path: Path, lines: list[dict[str, Any]]) -> None:
-    """Add lines to a file, on the disk when it returns."""
-    try:
+    """Append lines to a JSONL file and flush them to disk.
+
+    Raises:
+        HfsftError: if the file cannot be written.
+    """
+    with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a+b") as file:
-            # behind what a killed command left half written
-            torn = file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
+            # end the line that a killed command left half written
+            is_torn = file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
             text = "".join(json.dumps(line) + "\n" for line in lines)
-            file.write(b"\n" * bool(torn) + text.encode())
+            file.write(b"\n" * bool(is_torn) + text.encode())
             file.flush()
             os.fsync(file.fileno())
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise HfsftError(
-            f"cannot write {path}: {error.strerror}; --out names another folder"
+            f"cannot write {path}: {error.strerror}; choose another folder with --out"
         ) from None

@@ -1,9 +1,9 @@
-"""The tasks of `hfsft eval`: where their rows come from, what is asked, which answers are right.
+"""The tasks of `hfsft eval`: where rows come from, their prompts, and which answers are right.
 
-ARC, MMLU, GSM8K, HumanEval and the spelling tasks are asked as karpathy/nanochat's chat_eval.py
-asks them, so that its figures and these can be laid side by side: a choice is made among the
-letters at the place of the answer, an answer is generated greedily, with the calculator. Whatever
-else lm-eval (EleutherAI) has is asked by lm-eval itself: `lm_eval:NAME`.
+ARC, MMLU, GSM8K, HumanEval and the spelling tasks follow karpathy/nanochat's chat_eval.py, so that
+the figures are comparable: a choice is the letter with the highest logit at the position of the
+answer; other answers are generated with top-1 decoding and the calculator. Any task of EleutherAI's
+lm-eval is run by lm-eval itself, as `lm_eval:NAME`.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from hfsft.data.sources import load_rows, parse_row
 from hfsft.data.tasks import grade, task_rows
 from hfsft.data.text import mix_text
 from hfsft.errors import DataError, HfsftError, nearest
-from hfsft.evaluation.execution import ends_well
+from hfsft.evaluation.execution import succeeds
 from hfsft.recipe.loading import load_recipe
 from hfsft.recipe.schema import Recipe, Source, Stage
 from hfsft.tokens.formats import BadRow, from_gsm8k, to_messages
@@ -37,93 +37,90 @@ ON_HUB = {
 }
 
 
+# tasks whose answer is one of several letters
 CATEGORICAL = ("arc_easy", "arc_challenge", "mmlu")
 
-
-GENERATED = {"simple_spelling": 96, "spelling_bee": 256, "arithmetic": 96}  # tokens of an answer
-
+# hfsft's built-in tasks → new tokens of an answer
+GENERATED = {"simple_spelling": 96, "spelling_bee": 256, "arithmetic": 96}
 
 # nanochat's chat tasks
 CHAT_TASKS = ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval", "spelling_bee")
 
-
 HELD_OUT = "held_out"
-
 
 GYM, LM_EVAL = "reasoning_gym:", "lm_eval:"
 
-
 NAMES = (*ON_HUB, *GENERATED, HELD_OUT)
 
+ANSWER_TOKENS = 512  # of an answer with reasoning or code, as in nanochat
 
-ANSWER_TOKENS = 512  # of an answer that reasons or is code, as in nanochat
+GENERATED_ROWS = 100  # of a generated task by default
 
+GYM_SEED = 10_000_000  # far from the seeds of training rows
 
-GENERATED_ROWS = 100  # of a generated task, unless asked otherwise
+# where a model that is not a chat model starts something new after a function (Chen et al. 2021,
+# Evaluating Large Language Models Trained on Code)
+CODE_STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 
-
-GYM_SEED = 10_000_000  # away from the seeds of training rows
-
-
-# where a model that is no chat begins something new (Chen et al. 2021, Evaluating Large Language
-# Models Trained on Code)
-CODE_ENDS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
-
-
-QUESTION_ENDS = ("\nQuestion:",)
+QUESTION_STOP = ("\nQuestion:",)
 
 
 @dataclass(frozen=True)
 class Question:
     """One row of a task."""
 
-    prompt: str  # what the user asks
-    answer: str  # the row's own; a letter where there are choices
+    prompt: str  # the user's message
+    answer: str  # the reference answer; a letter if there are choices
     choices: tuple[str, ...] = ()  # the letters to choose from
-    is_right: Callable[[str], bool] | None = None  # whether a generated answer is
-    plain: str | None = None  # what a model that is no chat goes on with, if not Question: ...
+    is_right: Callable[[str], bool] | None = None  # grades a generated answer
+    plain: str | None = None  # prompt of a model that is not a chat model, if not Question: ...
 
     @property
     def digest(self) -> str:
-        """The same for rows that ask the same."""
-        said = json.dumps([self.prompt, self.answer, self.choices])
-        return hashlib.blake2b(said.encode(), digest_size=12).hexdigest()
+        """Equal for rows with the same content."""
+        text = json.dumps([self.prompt, self.answer, self.choices])
+        return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task and the rows that are to be asked."""
+    """A task and its rows."""
 
     name: str
     kind: str  # categorical, generative or loss
     questions: list[Question]
-    documents: list[dict[str, list[int]]] = dataclasses.field(default_factory=list)  # of loss
+    documents: list[dict[str, list[int]]] = dataclasses.field(default_factory=list)  # kind loss
     max_new_tokens: int = 0
-    plain_ends: tuple[str, ...] = QUESTION_ENDS  # where the answer of a model that is no chat ends
+    plain_stop: tuple[str, ...] = QUESTION_STOP  # ends answers of a model that is not a chat model
 
 
 def check_names(names: list[str], allow_code: bool) -> None:
-    """Return if every name is a task that may be run.
+    """Check that every name is a task that may be run.
 
     Raises:
-        HfsftError: naming the first that is not.
+        HfsftError: naming the first one that is not.
     """
     for name in names:
         if name.startswith((GYM, LM_EVAL)):
             continue
         if name not in NAMES:
             others = f"{GYM}NAME and {LM_EVAL}NAME"
-            hint = nearest(name, NAMES) or f"; there are {', '.join(NAMES)}, {others}"
+            hint = nearest(name, NAMES) or f"; known tasks: {', '.join(NAMES)}, {others}"
             raise HfsftError(f"no task {name}{hint}")
         if name == "humaneval" and not allow_code:
             raise HfsftError(
-                "humaneval runs programs that the model writes, with limits but in no jail; "
-                "--allow_code runs them"
+                "humaneval runs programs that the model writes, under limits but not in a sandbox; "
+                "pass --allow_code to allow it"
             )
 
 
 def default_tasks(model: str, allow_code: bool) -> list[str]:
-    """What a model is asked unless told: a run's stage what runs offline, others the chat tasks."""
+    """The default tasks: those that need no network for a run's stage, else nanochat's chat tasks.
+
+    Args:
+        model: a folder or a Hub id.
+        allow_code: whether humaneval is among them.
+    """
     stage_of_run = _stage_of(model)
     if stage_of_run is not None:
         return [HELD_OUT, *GENERATED] if stage_of_run[1].validates else list(GENERATED)
@@ -133,53 +130,54 @@ def default_tasks(model: str, allow_code: bool) -> list[str]:
 def load_task(
     name: str, model: str, rows: int | None = None, seed: int = 0, data: str | None = None
 ) -> Task:
-    """Load a task's rows; `lm_eval:` ones are lm-eval's to load.
+    """Load a task's rows; `lm_eval:` tasks are loaded by lm-eval.
 
     Args:
-        name: as `check_names` passes it.
-        model: whose held-out rows are wanted.
-        rows: a seeded sample of so many; None: all, of a generated task 100.
-        seed: of the sample, or of what is generated.
-        data: rows of the same schema, in a file or on the Hub, instead of those on the Hub.
+        name: one that `check_names` accepts.
+        model: its folder, for the run's held-out rows.
+        rows: a seeded sample of this many; None: all, or 100 of a generated task.
+        seed: of the sample, or of the generator.
+        data: a file or Hub id with rows of the same schema, instead of the task's own.
 
     Raises:
-        DataError: if they cannot be had, or one is not what the task asks for.
+        DataError: if the rows cannot be loaded, or one does not have the task's schema.
     """
     if data is not None and name not in ON_HUB:
-        raise DataError(f"{name} takes no data of its own; those that do are {', '.join(ON_HUB)}")
+        raise DataError(f"{name} takes no data; tasks that do: {', '.join(ON_HUB)}")
     if name == HELD_OUT:
         return _held_out(model, rows, seed)
     if name in GENERATED:
         made = task_rows(name, rows or GENERATED_ROWS, split="test", seed=seed)
-        return Task(
-            name,
-            "generative",
-            [_generated(name, row) for row in made],
-            max_new_tokens=GENERATED[name],
-        )
+        questions = [_generated(name, row) for row in made]
+        return Task(name, "generative", questions, max_new_tokens=GENERATED[name])
     if name.startswith(GYM):
         questions = _gym(name.removeprefix(GYM), rows or GENERATED_ROWS, seed)
         return Task(name, "generative", questions, max_new_tokens=ANSWER_TOKENS)
     source = Source(data) if data is not None else ON_HUB[name]
-    source = dataclasses.replace(source, rows=rows)
+    questions = _read_questions(name, dataclasses.replace(source, rows=rows), seed)
+    kind = "categorical" if name in CATEGORICAL else "generative"
+    stop = CODE_STOP if name == "humaneval" else QUESTION_STOP
+    return Task(name, kind, questions, max_new_tokens=ANSWER_TOKENS, plain_stop=stop)
+
+
+def _read_questions(name: str, source: Source, seed: int) -> list[Question]:
+    """The rows of a source as the questions of one of the tasks in `ON_HUB`."""
     read = _human_eval if name == "humaneval" else _gsm8k if name == "gsm8k" else _choices
     questions = []
     for number, row in enumerate(load_rows(source, seed)):
         try:
             questions.append(read(parse_row(row, source)))
         except (BadRow, KeyError, TypeError) as error:
-            reason = error if isinstance(error, BadRow) else f"no row of {name}"
+            reason = error if isinstance(error, BadRow) else f"not a row of {name}"
             raise DataError(f"{source}: row {row.get('hfsft_row', number)}: {reason}") from None
-    kind = "categorical" if name in CATEGORICAL else "generative"
-    ends = CODE_ENDS if name == "humaneval" else QUESTION_ENDS
-    return Task(name, kind, questions, max_new_tokens=ANSWER_TOKENS, plain_ends=ends)
+    return questions
 
 
 # --- choices ---
 
 
 def _choices(row: dict[str, Any]) -> Question:
-    """ARC's and MMLU's rows, as conversations.py words them for training."""
+    """A row of ARC or MMLU, worded as in training (`formats.to_messages`)."""
     question, answer = to_messages(row, "multiple_choice")
     choices = row["choices"]
     if isinstance(choices, dict):
@@ -193,10 +191,10 @@ def _choices(row: dict[str, Any]) -> Question:
 
 
 def final_number(text: str) -> Decimal | None:
-    r"""The number that an answer comes to: `#### 1,234.0`, else `\boxed{1234}`, else its last one.
+    r"""The final number of an answer: after `####`, else in `\boxed{}`, else the last one.
 
-    nanochat and GSM8K's authors take the number behind the mark alone; that of a model that was
-    never taught to write it is looked for as lm-eval's `flexible-extract` does.
+    nanochat and GSM8K's authors accept only the number after the mark. For a model that was never
+    trained to write it, the last number is taken, as lm-eval's `flexible-extract` does.
     """
     marked = text.rpartition("####")
     boxed = re.findall(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}", text)
@@ -222,6 +220,7 @@ def _gsm8k(row: dict[str, Any]) -> Question:
 
 
 def _generated(name: str, row: dict[str, Any]) -> Question:
+    """A row of one of hfsft's built-in tasks."""
     question, answer = row["messages"]
     return Question(
         question["content"], answer["content"], is_right=lambda text: grade(name, row, text)
@@ -237,16 +236,16 @@ def _human_eval(row: dict[str, Any]) -> Question:
         raise BadRow("content that is not text")
 
     def is_right(text: str) -> bool:
-        return ends_well(f"{program(prompt, entry, text)}\n{test}\ncheck({entry})\n")
+        return succeeds(f"{program(prompt, entry, text)}\n{test}\ncheck({entry})\n")
 
     return Question(prompt, test, is_right=is_right, plain=prompt)
 
 
 def program(prompt: str, entry_point: str, answer: str) -> str:
-    """The program that an answer to HumanEval's prompt makes.
+    """The program to run for an answer to one of HumanEval's prompts.
 
-    As in nanochat it is the first code block, or all of the answer, behind the prompt's imports;
-    where that does not define the function it is taken to go on where the prompt ends.
+    As in nanochat, the first code block, or else the entire answer, after the prompt's imports. If
+    that does not define the function, it is taken as the continuation of the prompt.
     """
     block = re.search(r"```(?:[Pp]ython|py)?[^\S\n]*\n(.*?)(?:\n```|\Z)", answer, re.S)
     code = block[1] if block else answer
@@ -260,7 +259,7 @@ def program(prompt: str, entry_point: str, answer: str) -> str:
 
 
 def _gym(name: str, rows: int, seed: int) -> list[Question]:
-    """Rows of one of reasoning-gym's seeded generators; its own scorer judges the answers."""
+    """Rows of one of reasoning-gym's seeded generators, graded by its own scorer."""
     try:
         import reasoning_gym
         from reasoning_gym.factory import DATASETS
@@ -268,11 +267,11 @@ def _gym(name: str, rows: int, seed: int) -> list[Question]:
         raise DataError(f"{GYM}{name} needs its package: pip install 'hfsft[tasks]'") from None
     if name not in DATASETS:
         hint = nearest(name, DATASETS) or ", such as chain_sum"
-        raise DataError(f"{name} is none of reasoning_gym's {len(DATASETS)} generators{hint}")
+        raise DataError(f"{name} is not one of reasoning_gym's {len(DATASETS)} generators{hint}")
     made = reasoning_gym.create_dataset(name, size=rows, seed=GYM_SEED + seed)
 
     def question(item: dict[str, Any]) -> Question:
-        # it gives parts of a point for answers that are nearly right
+        # partial credit for nearly right answers does not count
         def is_right(text: str) -> bool:
             return made.score_answer(answer=text.strip(), entry=item) >= 1
 
@@ -285,28 +284,29 @@ def _gym(name: str, rows: int, seed: int) -> list[Question]:
 
 
 def _stage_of(model: str) -> tuple[Recipe, Stage] | None:
-    """The run's recipe and the stage that a folder is, if it is one of a run."""
+    """The recipe and stage that a model's folder belongs to; None if it is not a run's stage."""
     folder = Path(model).resolve()
     recipe = folder.parent / "recipe.yaml"
     if not (folder / "stage.json").is_file() or not recipe.is_file():
         return None
     name = json.loads((folder / "stage.json").read_text())["stage"]
-    return (found := load_recipe(str(recipe))), found.stages[name]
+    loaded = load_recipe(str(recipe))
+    return loaded, loaded.stages[name]
 
 
 def _held_out(model: str, rows: int | None, seed: int) -> Task:
-    """What the run held out from the training of this stage, as its recipe says."""
+    """The held-out set of a run's stage, according to the run's recipe."""
     found = _stage_of(model)
     if found is None:
-        raise DataError(f"{HELD_OUT}: {model} is no stage of a run (no ../recipe.yaml)")
+        raise DataError(f"{HELD_OUT}: {model} is not the stage of a run (no ../recipe.yaml)")
     recipe, stage = found
     if not stage.validates:
-        raise DataError(f"{HELD_OUT}: {stage.name} holds nothing out")
+        raise DataError(f"{HELD_OUT}: {stage.name} has no held-out set")
     tokenizer = load_tokenizer(model)
     if stage.name == "base":
         held_out = mix_text(recipe, tokenizer).held_out
     else:
-        # the finished model has the positions of the one that it started from
+        # the finished model has the context length of the model it started from, which may be gone
         held_out = mix_conversations(
             dataclasses.replace(stage, model_name_or_path=model, quiet=True), tokenizer
         ).held_out
@@ -319,25 +319,31 @@ def _held_out(model: str, rows: int | None, seed: int) -> Task:
 
 
 def data_files(given: list[str]) -> dict[str, str]:
-    """Task → file, of `task=file` and of folders of files with tasks' names.
+    """Parse the values of `--data`.
+
+    Args:
+        given: each `task=file`, or a folder of files named after tasks.
+
+    Returns:
+        Task → file.
 
     Raises:
-        HfsftError: if one is neither, or a folder has no such file.
+        HfsftError: if a value is neither, or a folder has no such file.
     """
     found: dict[str, str] = {}
-    for one in given:
-        name, equals, path = one.partition("=")
+    for value in given:
+        name, equals, path = value.partition("=")
         if equals:
             found[name] = path
             continue
-        if not Path(one).is_dir():
-            raise HfsftError(f"--data {one}: neither a folder nor NAME=FILE")
-        inside = {
+        if not Path(value).is_dir():
+            raise HfsftError(f"--data {value}: neither a folder nor NAME=FILE")
+        files = {
             file.name.partition(".")[0]: str(file)
-            for file in sorted(Path(one).iterdir())
+            for file in sorted(Path(value).iterdir())
             if file.name.partition(".")[0] in ON_HUB
         }
-        if not inside:
-            raise HfsftError(f"--data {one}: no file there is named as a task, as arc_easy.jsonl")
-        found |= inside
+        if not files:
+            raise HfsftError(f"--data {value}: no file is named after a task, like arc_easy.jsonl")
+        found |= files
     return found

@@ -1,1 +1,1 @@
-"""What is on the Hub, and sending there with bounds and retries."""
+"""The Hub: what exists there, and pushing to it with timeouts and retries."""

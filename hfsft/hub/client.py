@@ -1,6 +1,6 @@
-"""The Hub: what is there, who may write, and how files get there.
+"""The Hub: which models and datasets exist, who may write, and how files are uploaded.
 
-No request of a push stands still for ever, and what may pass is tried again after growing pauses.
+Every request of a push has a timeout, and temporary failures are retried with growing pauses.
 """
 
 import json
@@ -38,52 +38,51 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import parse_ratelimit_headers, validate_repo_id
 
-from hfsft.errors import DataError, HfsftError, ModelError, first_line
+from hfsft.errors import DataError, HfsftError, ModelError, first_line, printable
 
 MAIN = "main"  # the branch that readers get
 
 
-TIMEOUT = 30.0  # seconds in which a request must move on; the client's own bound is none
+TIMEOUT = 30.0  # seconds without progress after which a request fails; the client has no limit
 
 
-PATIENCE = (
-    300.0  # seconds of pauses between the attempts at one push; the Hub's windows last as long
-)
+# seconds of pauses between the attempts at one push, as long as the Hub's rate-limit windows
+PATIENCE = 300.0
 
 
-CHECK_PATIENCE = 5.0  # the same, while a user waits for the training to begin
+CHECK_PATIENCE = 5.0  # the same, while a user waits for training to start
 
 
 LONGEST_PAUSE = 60.0  # seconds
 
 
-# what of a folder is for this machine alone: rows that were refused, pickles, hidden files
+# never uploaded: rejected rows, pickles, hidden files, and what only this machine needs
 STAYS = (
     *("checkpoints", "rejected.jsonl", "bad_steps.jsonl", "validation.jsonl", "eval", "wandb"),
     *("training_args.bin", "*.partial", ".*"),
 )
 
 
-RECORDS = ("stage.json", "data.json", "eval.json")  # they name data and models by their paths
+RECORDS = ("stage.json", "data.json", "eval.json")  # contain local paths of data and models
 
 
 USAGE = re.compile(r'(pipeline\("text-generation", model=)"[^"\n]*"')  # in a model card
 
 
-# what transformers raises for a repository's files that hold something else than they should
+# what transformers raises for malformed files of a repository
 NOT_LOADED = (
     *(OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RecursionError),
     UnpicklingError,
 )
 
 
-# --- what is there ---
+# --- what exists ---
 
 
 def require_on_hub(repo_id: str, repo_type: str, revision: str | None = None) -> None:
-    """Return if the Hub, or the cache of an earlier download, has the repository.
+    """Check that a repository exists on the Hub, or in the cache of an earlier download.
 
-    The clients themselves try six times over 24 s and end in a traceback.
+    The libraries themselves would retry for 24 s and end in a traceback.
 
     Args:
         repo_id: such as HuggingFaceTB/SmolLM2-135M.
@@ -91,16 +90,16 @@ def require_on_hub(repo_id: str, repo_type: str, revision: str | None = None) ->
         revision: a commit, branch or tag.
 
     Raises:
-        ModelError, DataError: if it cannot be reached, is not there, or is closed to this user.
+        ModelError, DataError: if it is unreachable, does not exist, or this user has no access.
     """
     kind: type[HfsftError] = ModelError if repo_type == "model" else DataError
     try:
         HfApi().repo_info(repo_id, repo_type=repo_type, revision=revision, timeout=10)
     except (HFValidationError, ValueError):
-        raise kind(f"{repo_id} is neither a folder or file here nor a name on the Hub") from None
+        raise kind(f"{repo_id} is neither a local path nor a valid name on the Hub") from None
     except GatedRepoError:
         raise kind(
-            f"the {repo_type} {repo_id} is gated: ask for access on its page, then `hf auth login`"
+            f"the {repo_type} {repo_id} is gated: request access on its page, then `hf auth login`"
         ) from None
     except RevisionNotFoundError:
         raise kind(f"the {repo_type} {repo_id} has no revision {revision}") from None
@@ -120,10 +119,10 @@ def require_on_hub(repo_id: str, repo_type: str, revision: str | None = None) ->
 
 
 def require_model(start: str, revision: str | None = None) -> None:
-    """Return if `start` is a model's folder, or a model on the Hub.
+    """Check that `start` is a model's folder, or a model on the Hub.
 
     Raises:
-        ModelError: if it is neither, or cannot be reached.
+        ModelError: if it is neither, or the Hub is unreachable.
     """
     path = Path(start)
     if path.is_dir():
@@ -142,14 +141,14 @@ def require_model(start: str, revision: str | None = None) -> None:
 
 
 def why_not_loaded(error: BaseException) -> str:
-    """What a loader of transformers says, in one line, and what mends it where we know."""
+    """An error of a transformers loader in one line, with the fix where it is known."""
     if "custom code" in str(error) or "trust_remote_code" in str(error):
-        return "it needs Python code of its repository; --trust_remote_code runs it"
+        return "it needs Python code of its repository; pass --trust_remote_code to run it"
     return first_line(error)
 
 
 def dataset_licence(repo_id: str) -> str | None:
-    """The licence that a dataset's page states, or None where it cannot be told within 10 s."""
+    """The licence stated on a dataset's page; None if unknown, or without an answer in 10 s."""
     try:
         card = HfApi().dataset_info(repo_id, timeout=10).card_data
     except (HTTPError, OSError, ValueError):
@@ -158,74 +157,75 @@ def dataset_licence(repo_id: str) -> str | None:
     return ", ".join(map(str, stated)) if isinstance(stated, list) else stated
 
 
-# --- requests that end ---
+# --- timeouts and retries ---
 
 
 def bound_requests(seconds: float = TIMEOUT) -> None:
-    """Give every request of the Hub's client a time limit, and silence what it says of retries.
+    """Give every request of the Hub's client a timeout, and silence its warnings about retries.
 
     Args:
-        seconds: in which a request must connect, send or receive something.
+        seconds: to connect, send or receive something.
 
     Raises:
-        HfsftError: if the client is told to stay offline.
+        HfsftError: if the client is in offline mode.
     """
     if constants.is_offline_mode():
         raise HfsftError("HF_HUB_OFFLINE is set: nothing can be pushed")
     session = get_session()
     client, hooks = type(session), session.event_hooks
     set_client_factory(lambda: client(event_hooks=hooks, follow_redirects=True, timeout=seconds))
-    client_log.set_verbosity_error()  # its warnings show signed addresses
+    client_log.set_verbosity_error()  # its warnings contain signed URLs
 
 
 def insist(request: Callable[[], Any], patience: float = PATIENCE) -> Any:
-    """The answer to a request, which is made again while what went wrong may pass.
+    """Make a request, retrying temporary failures, and return its result.
 
     Args:
-        request: makes it; done twice it must do no harm.
-        patience: seconds of pauses altogether, those that the Hub asks for included.
+        request: makes it; must be idempotent.
+        patience: seconds of pauses in total, including those that the Hub asks for.
 
     Raises:
-        Exception: the last attempt's error.
+        Exception: the error of the last attempt.
     """
     pause, waited = 1.0, 0.0
     while True:
         try:
             return request()
         except (HTTPError, ConnectionError, TimeoutError, RuntimeError) as error:
-            # the client wraps what went wrong with an upload
+            # the client wraps errors of uploads in a RuntimeError
             cause = error.__cause__ if isinstance(error, RuntimeError) else error
             cause = cause or error
-            rest = max(pause, _asked_pause(cause))
-            if not _may_pass(cause) or waited + rest > patience:
+            seconds = max(pause, _requested_pause(cause))
+            if not _is_temporary(cause) or waited + seconds > patience:
                 raise cause from None
-        time.sleep(rest)
-        waited, pause = waited + rest, min(2 * pause, LONGEST_PAUSE)
+        time.sleep(seconds)
+        waited, pause = waited + seconds, min(2 * pause, LONGEST_PAUSE)
 
 
-def _may_pass(error: BaseException) -> bool:
+def _is_temporary(error: BaseException) -> bool:
+    """Whether a request may succeed if it is made again."""
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
-        # 412: somebody else's commit came between
+        # 412: another commit was made in the meantime
         return status in (408, 412, 429) or (status >= 500 and status != 501)
-    # no answer at all; what is no HTTPError is hf_xet's
+    # no response at all; hf_xet raises its own errors instead of HTTPError
     return isinstance(error, (HTTPError, ConnectionError, TimeoutError, RuntimeError))
 
 
-def _asked_pause(error: BaseException) -> float:
-    """Seconds after which the Hub wants to be asked again; 0: it said nothing."""
+def _requested_pause(error: BaseException) -> float:
+    """Seconds that the Hub asks to wait before a retry; 0 if it does not."""
     if not isinstance(error, HfHubHTTPError):
         return 0.0
     headers = error.response.headers
     limit = parse_ratelimit_headers(headers)
     if limit is not None and limit.remaining == 0:
         return float(limit.reset_in_seconds)
-    asked = headers.get("Retry-After", "").strip()
-    return float(asked) if asked.isdigit() else 0.0
+    seconds = headers.get("Retry-After", "").strip()
+    return float(seconds) if seconds.isdigit() else 0.0
 
 
 def without_tokens(text: str) -> str:
-    """The text with every token of the Hub taken out, this user's and what looks like one."""
+    """The text with access tokens removed: this user's, and anything that looks like one."""
     known = {os.environ.get("HF_TOKEN", "").strip(), get_token()}
     for token in filter(None, known):
         text = text.replace(token, "(token)")
@@ -233,81 +233,84 @@ def without_tokens(text: str) -> str:
 
 
 @contextmanager
-def _asking(what: str) -> Iterator[None]:
-    """Say what the Hub's client raises in one or two lines, without a token.
+def _reporting(action: str) -> Iterator[None]:
+    """Turn an error of the Hub's client into one or two lines that contain no token.
 
     Args:
-        what: is being done, such as "push runs/fast/sft to me/fast".
+        action: for the message, such as "push runs/fast/sft to me/fast".
     """
     try:
         yield
     except HfHubHTTPError as error:
         status = error.response.status_code
-        said = (error.server_message or error.response.reason_phrase).splitlines()
-        words = without_tokens(f"cannot {what}: {status} {said[0] if said else ''}".strip())
+        server = printable(error.server_message or error.response.reason_phrase).splitlines()
+        message = f"cannot {action}: {status} {server[0] if server else ''}".strip()
+        message = without_tokens(message)
         if status == 401:
-            words += "\n  This token is none: run `hf auth login`, or mend HF_TOKEN"
+            message += "\n  The Hub rejected this token: run `hf auth login` or fix HF_TOKEN"
         elif status == 403:
-            words += "\n  It takes a token that may write: https://huggingface.co/settings/tokens"
-        raise HfsftError(words) from None
+            message += "\n  It needs a token with write access: "
+            message += "https://huggingface.co/settings/tokens"
+        raise HfsftError(message) from None
     except (HTTPError, OSError, ValueError, RuntimeError) as error:
-        raise HfsftError(without_tokens(f"cannot {what}: {first_line(error)}")) from None
+        raise HfsftError(without_tokens(f"cannot {action}: {first_line(error)}")) from None
 
 
-# --- files that get there ---
+# --- uploads ---
 
 
 def repository_id(name: str) -> str:
-    """A model repository's whole name: `fast` is me/fast where the token is me's.
+    """A model repository's full name: `fast` is me/fast if the token belongs to me.
 
     Raises:
-        HfsftError: if there is no token, the Hub does not know it, or the name is impossible.
+        HfsftError: if there is no token, the Hub rejects it, or the name is invalid.
     """
     token = get_token()
     if token is None:
         raise HfsftError("a push needs a token: run `hf auth login`, or set HF_TOKEN")
-    if not (token.isascii() and token.isprintable()):  # the client would show it in its error
-        raise HfsftError("the token holds a character that none has: run `hf auth login` again")
+    if not (token.isascii() and token.isprintable()):  # the client's error would print it
+        raise HfsftError("the token contains an invalid character: run `hf auth login` again")
     try:
         validate_repo_id(name)
     except HFValidationError:
         raise HfsftError(
-            f"{name!r} cannot be a repository's name: at most 96 letters, digits, '-', '_' and "
-            "'.'; hub_model_id gives another"
+            f"{name!r} is not a valid repository name: use at most 96 letters, digits, '-', '_' "
+            "and '.'; set hub_model_id"
         ) from None
     return name if "/" in name else f"{_user(token)}/{name}"
 
 
 @cache
 def _user(token: str) -> str:
-    with _asking("ask the Hub whose token this is"):
+    with _reporting("ask the Hub whose token this is"):
         return insist(HfApi(token=token).whoami, CHECK_PATIENCE)["name"]
 
 
 def open_repository(repo_id: str, private: bool | None, branches: list[str]) -> None:
-    """Make sure that this user may write to a model repository; make it where there is none.
+    """Check that this user may write to a model repository, creating it if necessary.
 
     Args:
-        repo_id: as `repository_id` gives it.
-        private: of a new repository, None: as its owner's are; True refuses one that is public.
-        branches: are made where they are missing.
+        repo_id: as `repository_id` returns it.
+        private: visibility of a new repository; None: the owner's default; True refuses an
+            existing public one.
+        branches: created where missing.
 
     Raises:
-        HfsftError: if that cannot be had.
+        HfsftError: if the repository or a branch cannot be created or written.
     """
     api = HfApi(token=True)
-    with _asking(f"write to {repo_id} on the Hub"):
+    with _reporting(f"write to {repo_id} on the Hub"):
         try:
             insist(partial(api.auth_check, repo_id, write=True), CHECK_PATIENCE)
         except RepositoryNotFoundError:
             make = partial(api.create_repo, repo_id, private=private, exist_ok=True)
             insist(make, CHECK_PATIENCE)
         if private and not insist(partial(api.model_info, repo_id), CHECK_PATIENCE).private:
-            raise HfsftError(f"{repo_id} is public on the Hub, and a private one is wanted")
+            raise HfsftError(f"{repo_id} is public on the Hub, but a private one was requested")
         refs = insist(partial(api.list_repo_refs, repo_id), CHECK_PATIENCE)
         for branch in branches:
             if branch in [tag.name for tag in refs.tags]:
-                raise HfsftError(f"{branch} is a tag of {repo_id}, and a push needs a branch")
+                raise HfsftError(f"{branch} is a tag of {repo_id}, but a push needs a branch")
             if branch not in [head.name for head in refs.branches]:
                 make = partial(api.create_branch, repo_id, branch=branch, exist_ok=True)
                 insist(make, CHECK_PATIENCE)
@@ -322,40 +325,41 @@ def push_folder(
     mirror: bool = False,
     patience: float = PATIENCE,
 ) -> str:
-    """Send a folder's files in one commit; those that are there already are not sent again.
+    """Upload a folder's files in one commit; files that the Hub already has are not sent again.
 
     Args:
-        folder: of a model or a checkpoint; what `STAYS` names is not sent.
+        folder: a model's or checkpoint's; names matching `STAYS` are not uploaded.
         repo_id: a model repository.
-        revision: a branch of it.
-        path_in_repo: the folder there, "" for the top.
-        leave_out: patterns of further names that stay here.
-        mirror: whether files that are in that folder there, and not here, are deleted.
-        patience: as `insist` takes it.
+        revision: one of its branches.
+        path_in_repo: the target folder, "" for the top level.
+        leave_out: patterns of further names not to upload.
+        mirror: whether to delete files of the target folder that do not exist locally.
+        patience: as for `insist`.
 
     Returns:
-        The commit's address.
+        The commit's URL.
 
     Raises:
-        HfsftError: if it cannot be done.
+        HfsftError: if the upload fails.
     """
     api = HfApi(token=True)
     prefix = f"{path_in_repo}/" if path_in_repo else ""
 
     def send() -> str:
-        # made anew each time: they remember what the Hub had, and a lost answer may be a commit
+        # rebuilt for every attempt: operations cache what the Hub has, and an attempt whose
+        # response was lost may have committed
         additions = _additions(folder, prefix, repo_id, leave_out)
-        gone = _others(api, repo_id, revision, path_in_repo, additions) if mirror else []
+        deletions = _others(api, repo_id, revision, path_in_repo, additions) if mirror else []
         for addition in additions:
-            # several at once are sent by threads that would keep the process from ending
+            # several at once would use threads that keep the process from exiting
             api.preupload_lfs_files(repo_id, [addition], revision=revision)
         message = f"{folder.name}, trained with hfsft"
         done = api.create_commit(
-            repo_id, [*additions, *gone], commit_message=message, revision=revision
+            repo_id, [*additions, *deletions], commit_message=message, revision=revision
         )
         return str(done.commit_url)
 
-    with _asking(f"push {folder} to {repo_id}"):
+    with _reporting(f"push {folder} to {repo_id}"):
         return insist(send, patience)
 
 
@@ -369,12 +373,12 @@ def _additions(
         if stays or not path.is_file():
             continue
         content: Path | bytes = path
-        if prefix + name.as_posix() == "README.md":  # the card's example names the repository
+        if prefix + name.as_posix() == "README.md":  # the card's example then loads the repository
             text = path.read_text(encoding="utf-8")
             content = USAGE.sub(rf'\1"{repo_id}"', text).encode()
         if prefix + name.as_posix() in RECORDS:
-            held = without_paths(json.loads(path.read_text(encoding="utf-8")))
-            content = (json.dumps(held, indent=1) + "\n").encode()
+            record = without_paths(json.loads(path.read_text(encoding="utf-8")))
+            content = (json.dumps(record, indent=1) + "\n").encode()
         additions.append(CommitOperationAdd(prefix + name.as_posix(), content))
     if not additions:
         raise HfsftError(f"{folder} holds nothing to push")
@@ -382,7 +386,7 @@ def _additions(
 
 
 def without_paths(held: Any) -> Any:
-    """Plain data with each path of this machine cut to its last part."""
+    """JSON data with every absolute path shortened to its last component."""
     if isinstance(held, dict):
         return {
             key: shlex.join(map(without_paths, shlex.split(value)))
@@ -403,7 +407,7 @@ def _others(
     path_in_repo: str,
     additions: list[CommitOperationAdd],
 ) -> list[CommitOperationDelete]:
-    """The deletions of what a folder of the repository holds beside these files."""
+    """Deletions of the other files in a folder of the repository."""
     kept = {addition.path_in_repo for addition in additions}
     try:
         there = list(

@@ -1,17 +1,17 @@
-"""What a run sends to the Hub: checkpoints beside the steps, and the finished model at its end.
+"""What a run pushes to the Hub: checkpoints during training, and the finished model.
 
-`hub_strategy` has transformers' values. A finished model always goes to `hub_revision`, main unless
-the recipe says otherwise, in one commit; readers never meet half a model there. And of checkpoints:
+`hub_strategy` takes transformers' values. A finished model always goes to `hub_revision` (default
+main) in one commit, so that a reader never sees half a model. Checkpoints depend on the strategy:
 
 | hub_strategy | at each save |
 |---|---|
 | end | nothing |
 | every_save | the checkpoint's model, to the top of the branch `checkpoints`: a model to try |
-| checkpoint | the whole checkpoint, to the folder `last-checkpoint` of that branch |
-| all_checkpoints | the whole checkpoint, to its own folder `checkpoint-N` of that branch |
+| checkpoint | the full checkpoint, to the folder `last-checkpoint` of that branch |
+| all_checkpoints | the full checkpoint, to its own folder `checkpoint-N` of that branch |
 
-Beside another `hub_revision` than main the branch is `<hub_revision>-checkpoints`. Where the next
-checkpoint is there before the last one's turn has come, only `all_checkpoints` sends both.
+With a `hub_revision` other than main the branch is `<hub_revision>-checkpoints`. If a new
+checkpoint arrives while an older one still waits, only `all_checkpoints` pushes both.
 """
 
 import atexit
@@ -42,17 +42,17 @@ from hfsft.run.record import read_record
 CHECKPOINTS = "checkpoints"  # the branch
 
 
-LONGEST_WAIT = 3600.0  # seconds at the end of a run for what is still to be sent
+LONGEST_WAIT = 3600.0  # seconds at the end of a run for the pushes still pending
 
 
-STAGING = "pushing"  # the folder of the checkpoints that wait
+STAGING = "pushing"  # the folder of checkpoints waiting to be pushed
 
 
-# peft's card of a checkpoint names a folder of this machine, which the Hub refuses
+# peft's card of a checkpoint contains a local path, which the Hub rejects
 CARD = "README.md"
 
 
-# of a checkpoint, what is no part of its model
+# the files of a checkpoint that are not part of its model
 STATE = (
     "optimizer*",
     "scheduler*",
@@ -66,14 +66,14 @@ STATE = (
 
 @dataclass
 class Push:
-    """A folder on its way to the Hub, and what became of it."""
+    """A folder to push to the Hub, and the outcome."""
 
     folder: Path
     repo_id: str
     revision: str  # the branch
     path_in_repo: str = ""
     leave_out: tuple[str, ...] = ()
-    mirror: bool = False  # whether files that are there alone are deleted
+    mirror: bool = False  # whether to delete files that exist only on the Hub
     url: str | None = None  # of the commit
     problem: str | None = None
 
@@ -83,13 +83,13 @@ class Push:
         return f"pushed {self.folder.name}: {self.url}"
 
     def send(self, patience: float = PATIENCE) -> None:
-        """Send it.
+        """Push the folder.
 
         Args:
             patience: seconds of pauses between attempts.
 
         Raises:
-            HfsftError: if it cannot be done.
+            HfsftError: if it fails.
         """
         self.url = push_folder(
             self.folder,
@@ -117,7 +117,7 @@ class Target:
 
     @property
     def branches(self) -> list[str]:
-        """Every branch that is written to."""
+        """Every branch that is pushed to."""
         return [self.revision] + [self.checkpoint_branch] * (self.strategy != "end")
 
     def model(self, folder: Path) -> Push:
@@ -125,7 +125,7 @@ class Target:
         return Push(folder, self.repo_id, self.revision)
 
     def checkpoint(self, folder: Path) -> Push | None:
-        """The push of a checkpoint; None: the strategy sends none."""
+        """The push of a checkpoint; None if the strategy pushes none."""
         if self.strategy == "end":
             return None
         push = Push(folder, self.repo_id, self.checkpoint_branch, leave_out=(CARD,))
@@ -144,15 +144,15 @@ def _target(stage: Stage) -> Target:
 
 
 def check_push(stage: Stage) -> None:
-    """Make sure before any work is done that the stage can be pushed at its end.
+    """Check before training that the stage can be pushed at its end.
 
-    The repository and its branches are made where they are missing.
+    The repository and its branches are created where missing.
 
     Args:
         stage: one with `push_to_hub`.
 
     Raises:
-        HfsftError: if there is no token, it may not write, or the names are impossible.
+        HfsftError: if there is no token, it has no write access, or a name is invalid.
     """
     try:
         bound_requests()
@@ -166,49 +166,49 @@ def check_push(stage: Stage) -> None:
 
 
 class Pusher:
-    """Sends a stage's checkpoints and model from a thread of its own; training never waits for it.
+    """Pushes a stage's checkpoints and model from a background thread; training never waits.
 
-    No trouble with the Hub is raised: `finish` tells what became of each push.
+    Errors are not raised: `finish` returns the outcome of every push.
     """
 
     def __init__(self, stage: Stage, patience: float = PATIENCE):
-        """Get ready; the first push starts the thread's work.
+        """Start the thread.
 
         Args:
-            stage: one that `check_push` let pass.
+            stage: one that passed `check_push`.
             patience: seconds of pauses between the attempts at one push.
         """
         self.target = _target(stage)
         self.patience = patience
         self.staging = stage.checkpoints / STAGING
-        atexit.register(shutil.rmtree, self.staging, ignore_errors=True)  # of a run that is stopped
-        self.pushes: list[Push] = []  # in order, those that another took the place of left out
+        atexit.register(shutil.rmtree, self.staging, ignore_errors=True)  # if the run is stopped
+        self.pushes: list[Push] = []  # in order, without superseded ones
         self._waiting: list[Push] = []
         self._closing = False
         self._changed = threading.Condition()
         disable_progress_bars()
-        # a daemon: a run that is stopped ends without waiting for the Hub
+        # a daemon thread: a run that is stopped exits without waiting for the Hub
         self._thread = threading.Thread(target=self._work, name="hfsft-push", daemon=True)
         self._thread.start()
 
     def checkpoint(self, folder: Path) -> None:
-        """Send a checkpoint as `hub_strategy` says; returns at once.
+        """Queue a checkpoint according to `hub_strategy`; returns immediately.
 
-        Until it is sent its files stay on the disk, under a second name that takes no further room.
+        Until it is pushed, its files are kept on disk as hard links, which take no extra space.
 
         Args:
-            folder: a whole checkpoint; it may be deleted as soon as this returns.
+            folder: a complete checkpoint; may be deleted as soon as this returns.
         """
         push = self.target.checkpoint(folder)
         if push is None:
             return
         staged = self.staging / folder.name
         if staged in [known.folder for known in self.pushes]:
-            return  # saved twice, it is the same
+            return  # saved twice with the same content
         try:
-            shutil.rmtree(staged, ignore_errors=True)  # of a run that was killed
+            shutil.rmtree(staged, ignore_errors=True)  # left behind by a killed run
             shutil.copytree(folder, staged, copy_function=_link)
-        except OSError as error:  # copytree's own gathers many
+        except OSError as error:  # or shutil.Error, which is one
             push.problem = f"{folder}: {first_line(error)}"
             self.pushes.append(push)
             return
@@ -222,7 +222,7 @@ class Pusher:
             self._add(push)
 
     def model(self, folder: Path) -> None:
-        """Send the finished model; returns at once.
+        """Queue the finished model; returns immediately.
 
         Args:
             folder: the stage's, complete.
@@ -246,13 +246,13 @@ class Pusher:
                 push.send(self.patience)
             except HfsftError as error:
                 push.problem = str(error)
-            except Exception as error:  # a bug's as well: out of a thread it would vanish
+            except Exception as error:  # even a bug: a thread's exception would be lost
                 push.problem = without_tokens(f"{type(error).__name__}: {first_line(error)}")
             if push.folder.parent == self.staging:
                 shutil.rmtree(push.folder, ignore_errors=True)
 
     def finish(self, seconds: float = LONGEST_WAIT) -> list[Push]:
-        """Wait until everything is sent or given up.
+        """Wait until every push has succeeded or failed.
 
         Args:
             seconds: to wait at most.
@@ -272,7 +272,7 @@ class Pusher:
 
 
 def _link(source: str, target: str) -> None:
-    """A second name for a file, which takes no room; a copy where the disk has no such thing."""
+    """Hard-link a file, or copy it if the file system has no hard links."""
     try:
         os.link(source, target)
     except OSError:
@@ -280,15 +280,15 @@ def _link(source: str, target: str) -> None:
 
 
 def report_pushes(pushes: list[Push], folder: Path, say: Callable[[str], None]) -> None:
-    """Say what became of every push.
+    """Print the outcome of every push.
 
     Args:
-        pushes: as `Pusher.finish` gives them.
+        pushes: as `Pusher.finish` returns them.
         folder: the stage's.
         say: prints a line.
 
     Raises:
-        HfsftError: if one failed.
+        HfsftError: if any failed.
     """
     failed = [push for push in pushes if push.problem is not None]
     for push in pushes:
@@ -298,7 +298,7 @@ def report_pushes(pushes: list[Push], folder: Path, say: Callable[[str], None]) 
         problems = "\n  ".join(map(str, failed))
         raise HfsftError(
             f"{len(failed)} of {len(pushes)} pushes failed; everything is safe in {folder}\n"
-            f"  {problems}\n  To go on with it: hfsft push {folder}"
+            f"  {problems}\n  To push again: hfsft push {folder}"
         )
 
 
@@ -308,19 +308,19 @@ def push_run(
     revision: str | None = None,
     private: bool | None = None,
 ) -> list[Push]:
-    """Push a finished run's last stage, a stage, or any model's folder, or go on with a push.
+    """Push a run's last finished stage, a stage, or any model's folder, or resume a push.
 
     Args:
         given: the folder.
-        repo: the repository; None: as the recipe said, else the run's or the folder's name.
-        revision: the branch; None: as the recipe said, else main.
-        private: of a new repository; True refuses one that is public.
+        repo: the repository; None: the recipe's, or else the run's or folder's name.
+        revision: the branch; None: the recipe's, or else main.
+        private: visibility of a new repository; True refuses an existing public one.
 
     Returns:
-        What was pushed: the model, and without `repo` the checkpoints that the recipe wants there.
+        The pushes: the model, and without `repo` the checkpoints that the recipe asks for.
 
     Raises:
-        HfsftError: if there is no finished model, or it cannot be pushed.
+        HfsftError: if there is no finished model, or the push fails.
     """
     folder = _model_folder(Path(given))
     record = read_record(folder)
@@ -348,7 +348,7 @@ def push_run(
 
 
 def _model_folder(given: Path) -> Path:
-    """The model in a folder: itself, or a run's last finished stage."""
+    """The model to push: a run's last finished stage, or else the given folder itself."""
     for stage in reversed(STAGES):
         record = read_record(given / stage)
         if record is not None and record["status"] == "finished":
@@ -356,8 +356,8 @@ def _model_folder(given: Path) -> Path:
     record = read_record(given)
     if record is not None and record["status"] != "finished":
         raise HfsftError(
-            f"{given}: its training is not finished\n"
-            f"  A checkpoint can be pushed: hfsft push {given}/checkpoints/checkpoint-N REPO"
+            f"{given}: training is not finished\n"
+            f"  To push a checkpoint instead: hfsft push {given}/checkpoints/checkpoint-N REPO"
         )
     if not any((given / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise HfsftError(f"{given}: holds no finished stage and no model")

@@ -1,7 +1,6 @@
 """Two runs side by side: which recipe keys differ, and which results differ beyond noise."""
 
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,10 @@ import numpy as np
 
 from hfsft.errors import HfsftError
 from hfsft.hub.client import without_tokens
+from hfsft.noise import Z95, ratio_error
 from hfsft.report.markdown import plain, table, write_page
-from hfsft.run.results import INTERVAL, read_lines, read_run
+from hfsft.run.files import read_json_lines
+from hfsft.run.results import read_run
 
 
 def write_comparison(
@@ -108,7 +109,8 @@ def _losses(pair: list[dict[str, Any]], folders: list[Path]) -> Iterator[dict[st
     if None in values:
         return
     result = {"what": "validation loss, nats a token", "values": values}
-    last = [(read_lines(folder / "validation.jsonl") or [None])[-1] for folder in folders]
+    logs = [read_json_lines(folder / "validation.jsonl", nan_as_none=True) for folder in folders]
+    last = [lines[-1] if lines else None for lines in logs]
     if all(last) and last[0]["tokens"] == last[1]["tokens"]:
         losses = [np.array(line["losses"], dtype=float) for line in last]
         yield result | _paired(losses[1] - losses[0], np.array(last[0]["tokens"], dtype=float))
@@ -117,10 +119,14 @@ def _losses(pair: list[dict[str, Any]], folders: list[Path]) -> Iterator[dict[st
 
 
 def _paired(differences: np.ndarray, tokens: np.ndarray) -> dict[str, Any]:
-    """The mean difference a token and its noise over documents, as a ratio of two sums."""
+    """The mean difference per token and its 95% interval over the same documents.
+
+    Args:
+        differences: [documents], of the summed losses in nats.
+        tokens: [documents], predicted tokens.
+    """
     count, difference = len(tokens), differences.sum() / tokens.sum()
-    rest = differences - difference * tokens
-    reach = INTERVAL * math.sqrt((rest**2).sum() * count / max(count - 1, 1)) / tokens.sum()
+    reach = Z95 * ratio_error(differences, tokens) if count > 1 else 0.0
     return {
         "difference": float(difference),
         "low": float(difference - reach),

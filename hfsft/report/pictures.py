@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
-from hfsft.run.results import INTERVAL, accuracies, speeds_of, validated_sources
+from hfsft.noise import Z95
+from hfsft.run.results import accuracies, speeds_of, validated_sources
 
 # of Okabe and Ito, apart for every kind of colour blindness; the dashes and marks tell them apart
 # in grey print too
@@ -148,7 +149,7 @@ def _draw_losses(stages: dict[str, Any]) -> Figure:
 
 def _plot_validation(axes: Axes, lines: list[dict[str, Any]], label: str, number: int) -> None:
     steps, losses = _columns(lines, "step", "eval_loss")
-    errors = [INTERVAL * (line.get("eval_loss_error") or 0) for line in lines]
+    errors = [Z95 * (line.get("eval_loss_error") or 0) for line in lines]
     style = {"color": COLOURS[number], "linestyle": DASHES[number], "marker": MARKS[number]}
     axes.plot(steps, losses, linewidth=1.8, label=label, **style)
     axes.errorbar(steps, losses, yerr=errors, fmt="none", capsize=3, color=COLOURS[number])

@@ -7,8 +7,9 @@ from typing import Any
 
 from hfsft.errors import HfsftError
 from hfsft.hub.client import without_tokens
+from hfsft.noise import Z95
 from hfsft.report.markdown import code, fenced, plain, table, write_page
-from hfsft.run.results import INTERVAL, accuracies, read_run, validated_sources
+from hfsft.run.results import accuracies, read_run, validated_sources
 
 GIB = 2**30
 
@@ -229,7 +230,7 @@ def _losses(begun: dict[str, Any]) -> str:
             [
                 f"{name}, all",
                 _number(first["eval_loss"]),
-                _number(last.get("eval_loss")) + (f" ± {INTERVAL * error:.3f}" if error else ""),
+                _number(last.get("eval_loss")) + (f" ± {Z95 * error:.3f}" if error else ""),
                 _number(last.get("eval_bits_per_byte")),
                 NOTHING if accuracy is None else f"{accuracy:.1%}",
             ]
@@ -286,7 +287,7 @@ def _score(score: dict[str, Any] | None) -> str:
         return NOTHING
     if "accuracy" in score:
         return f"{score['accuracy']:.0%} ({score['low']:.0%} to {score['high']:.0%})"
-    error = f" ± {INTERVAL * score['error']:.3f}" if score.get("error") else ""
+    error = f" ± {Z95 * score['error']:.3f}" if score.get("error") else ""
     return f"{score['loss']:.3f}{error}"
 
 

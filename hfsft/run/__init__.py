@@ -1,1 +1,1 @@
-"""A run's folder on disk: room, records, checkpoints, results."""
+"""A run's folder on disk: atomic files, disk space, records, checkpoints, results."""

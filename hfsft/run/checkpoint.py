@@ -1,7 +1,7 @@
-"""Checkpoints that are whole or not there: written beside, hashed, flushed to disk, then renamed.
+"""Atomic checkpoints: written to a partial folder, hashed, flushed to disk, then renamed.
 
-A folder counts as a checkpoint if every file in its manifest is there with the size and the hash
-that were written; one bit less, and the one before it is taken.
+A checkpoint is valid if every file in its manifest exists with the recorded size and SHA-256. If a
+single bit differs, resuming falls back to the previous checkpoint.
 """
 
 import hashlib
@@ -22,26 +22,26 @@ MANIFEST = "manifest.json"
 NAME = re.compile(r"checkpoint-(\d+)")
 
 
-PLACE = "place.json"  # the sums of the next log line, and a stream's place
+PLACE = "place.json"  # running sums of the next log line, and a stream's position
 
 
-# names that match nothing a resume looks for: one that is being written, or deleted
+# a checkpoint being written, and one being deleted: names that no resume looks for
 PARTIAL, DELETED = "partial", "deleted"
 
 
 def commit(partial: Path, final: Path, facts: dict[str, Any]) -> None:
-    """Make a checkpoint of a folder that is written to the end.
+    """Turn a completely written folder into a checkpoint.
 
     Args:
         partial: the folder, on the same disk as `final`.
-        final: where it belongs; a checkpoint there stays if it is whole, else it is moved aside.
-        facts: go into the manifest beside the files' sizes and hashes.
+        final: the checkpoint's path; a valid checkpoint there is kept, a corrupt one moved aside.
+        facts: extra keys of the manifest, besides the files' sizes and hashes.
 
     Raises:
-        OSError: if the disk is full or cannot be written to.
+        OSError: if the disk is full or not writable.
     """
     files = sorted(path for path in partial.rglob("*") if path.is_file())
-    with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter
+    with ThreadPoolExecutor() as pool:  # hashing releases the GIL
         digests = pool.map(_digest, files)
         listed = {
             path.relative_to(partial).as_posix(): {"bytes": path.stat().st_size, "sha256": digest}
@@ -56,9 +56,9 @@ def commit(partial: Path, final: Path, facts: dict[str, Any]) -> None:
         try:
             verify(final)
         except CheckpointError:
-            _aside(final)
+            _move_aside(final)
         else:
-            return  # what is whole stays as it is
+            return  # a valid checkpoint of this step exists already
     partial.rename(final)
     _flush(final.parent)
 
@@ -76,7 +76,7 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _aside(folder: Path) -> None:
+def _move_aside(folder: Path) -> None:
     count = 1
     while (aside := folder.with_name(f"{folder.name}.broken-{count}")).exists():
         count += 1
@@ -84,7 +84,7 @@ def _aside(folder: Path) -> None:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoint folders in a folder, whole or not, newest first."""
+    """The checkpoint folders in a folder, valid or not, newest first."""
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if NAME.fullmatch(path.name) and path.is_dir()]
@@ -92,7 +92,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step after which a checkpoint was written."""
+    """The optimizer step after which a checkpoint was written."""
     return int(NAME.fullmatch(checkpoint.name)[1])
 
 
@@ -100,7 +100,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """A checkpoint's manifest.
 
     Raises:
-        CheckpointError: if it has none that can be read.
+        CheckpointError: if it is missing or unreadable.
     """
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
@@ -117,10 +117,10 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 
 def verify(checkpoint: Path) -> dict[str, Any]:
-    """Read a checkpoint's manifest and hold every file against it.
+    """Read a checkpoint's manifest and check every file against it.
 
     Raises:
-        CheckpointError: naming the first file that is missing or not what was written.
+        CheckpointError: naming the first file that is missing or differs.
     """
     manifest = read_manifest(checkpoint)
     files = manifest["files"]
@@ -142,46 +142,46 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that verifies.
 
     Args:
-        folder: that holds the checkpoints.
+        folder: the folder of the checkpoints.
 
     Returns:
-        It, or None if there is no checkpoint at all; and what is wrong with the newer ones.
+        The checkpoint, or None if there are none at all; and what is wrong with each newer one.
 
     Raises:
-        CheckpointError: if there are checkpoints, and none verifies.
+        CheckpointError: if there are checkpoints, but none verifies.
     """
-    passed_over = []
+    problems = []
     for checkpoint in checkpoints(folder):
         try:
             verify(checkpoint)
         except CheckpointError as error:
-            passed_over.append(str(error))
+            problems.append(str(error))
         else:
-            return checkpoint, passed_over
-    if passed_over:
-        wrong = "\n  ".join(passed_over)
+            return checkpoint, problems
+    if problems:
+        listed = "\n  ".join(problems)
         raise CheckpointError(
-            f"no checkpoint is whole; to begin the stage anew pass --restart\n  {wrong}"
+            f"no valid checkpoint to resume from; pass --restart to start over\n  {listed}"
         )
     return None, []
 
 
 def rotate(folder: Path, keep: int | None, needed: Collection[int] = ()) -> None:
-    """Delete the oldest checkpoints beyond so many; none that hfsft did not write.
+    """Delete the oldest checkpoints, but none that hfsft did not write.
 
     Args:
-        folder: that holds the checkpoints.
-        keep: how many stay; None: all.
-        needed: the steps of those that stay in any case, such as the best.
+        folder: the folder of the checkpoints.
+        keep: how many of the newest to keep; None: all.
+        needed: steps whose checkpoints are always kept, such as the best one's.
     """
     ours = [path for path in checkpoints(folder) if (path / MANIFEST).is_file()]
     for path in ours[keep:] if keep else []:
         if step_of(path) not in needed:
-            # broken off, it is no checkpoint any more
+            # renamed first: if the deletion is interrupted, half a checkpoint is not left behind
             shutil.rmtree(path.rename(folder / DELETED))
 
 
 def clear(folder: Path) -> None:
-    """Remove what a save or a deletion that was broken off has left."""
+    """Remove what an interrupted save or deletion left behind."""
     for name in (PARTIAL, DELETED):
         shutil.rmtree(folder / name, ignore_errors=True)

@@ -8,6 +8,7 @@ from hfsft.errors import RecipeError
 from hfsft.recipe.key import FIXED, ROUNDED
 from hfsft.recipe.schema import Recipe, Stage
 from hfsft.recipe.sections import on_resume
+from hfsft.run.files import write_text_atomically
 
 # the files of a stage's folder that a resumed run appends to
 LOGS = ("metrics.jsonl", "validation.jsonl", "samples.jsonl", "bad_steps.jsonl")
@@ -101,7 +102,4 @@ def finished_line(stage: Stage) -> str:
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     """Write a stage's `stage.json` atomically."""
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / "stage.json.partial"
-    partial.write_text(json.dumps(record, indent=1) + "\n")
-    partial.replace(folder / "stage.json")
+    write_text_atomically(folder / "stage.json", json.dumps(record, indent=1) + "\n")

@@ -1,8 +1,7 @@
-"""What a run left on disk, finished or not, as plain data."""
+"""Read what a run, finished or not, left on disk, as plain data."""
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -11,52 +10,51 @@ import yaml
 
 from hfsft.errors import HfsftError
 from hfsft.recipe.schema import STAGES
-
-INTERVAL = 1.96  # standard errors to either side of a 95% interval
+from hfsft.run.files import read_json_lines
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """Read a run's records, logs, audits, sample answers and evaluations; nothing is computed anew.
+    """Read a run's records, logs, audits, sample answers and evaluations; no model is run.
 
     Args:
-        folder: of the run.
+        folder: the run's.
 
     Returns:
         `run`, `recipe` (resolved), `recipe_text`, and `stages`: name → what `read_stage` returns,
-        or None for a stage of the recipe that has not begun.
+        or None for a stage of the recipe that has not started.
 
     Raises:
-        HfsftError: if the folder is no run, or a file of it cannot be read.
+        HfsftError: if the folder is not a run, or one of its files cannot be read.
     """
     try:
-        begun = {name: read_stage(folder / name) for name in STAGES}
+        started = {name: read_stage(folder / name) for name in STAGES}
         path = folder / "recipe.yaml"
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
         recipe = yaml.safe_load(text) or {}
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise HfsftError(f"{folder} cannot be read: {' '.join(str(error).split())}") from None
-    if not any(begun.values()):
-        inside = (folder / "stage.json").is_file()
-        hint = f"; its run is {folder.absolute().parent}" if inside else ""
+    if not any(started.values()):
+        is_stage = (folder / "stage.json").is_file()
+        hint = f"; its run is {folder.absolute().parent}" if is_stage else ""
         raise HfsftError(
-            f"{folder} is no run: it holds no base, mid or sft with a stage.json{hint}"
+            f"{folder} is not a run: it holds no base, mid or sft with a stage.json{hint}"
         )
-    stages = {name: stage for name, stage in begun.items() if stage or name in recipe}
+    stages = {name: stage for name, stage in started.items() if stage or name in recipe}
     return {"run": str(folder), "recipe": recipe, "recipe_text": text, "stages": stages}
 
 
 def read_stage(folder: Path) -> dict[str, Any] | None:
-    """Read what a stage left, or None where there is nothing.
+    """Read a stage's folder; None if it has no stage.json.
 
     Returns:
-        `record` (its stage.json), `audit` (data.json) and `evaluation` (eval.json) or None,
-        `training`, `validation`, `advice` and `samples` as lists of lines, and `reached`: the
-        figures at its last step, out of the log where the record was never closed.
+        `record` (stage.json); `audit` (data.json) and `evaluation` (eval.json), None if missing;
+        `training`, `validation`, `advice` and `samples` as lists of log lines; and `reached`, the
+        figures at its last step, taken from the log if the stage never closed its record.
     """
     record = _read_json(folder / "stage.json")
     if record is None:
         return None
-    lines = read_lines(folder / "metrics.jsonl")
+    lines = read_json_lines(folder / "metrics.jsonl", nan_as_none=True)
     stage = {
         "record": record,
         "audit": _read_json(folder / "data.json"),
@@ -64,7 +62,7 @@ def read_stage(folder: Path) -> dict[str, Any] | None:
         "training": [line for line in lines if "loss" in line],
         "validation": [line for line in lines if "eval_loss" in line],
         "advice": [line for line in lines if "advice" in line],
-        "samples": read_lines(folder / "samples.jsonl"),
+        "samples": read_json_lines(folder / "samples.jsonl", nan_as_none=True),
     }
     return stage | {"reached": _reached(record, lines, stage)}
 
@@ -72,6 +70,7 @@ def read_stage(folder: Path) -> dict[str, Any] | None:
 def _reached(
     record: dict[str, Any], lines: list[dict[str, Any]], stage: dict[str, Any]
 ) -> dict[str, Any]:
+    """The figures at a stage's last step: its record's, or else those of the log."""
     last = lines[-1] if lines else {"step": 0, "tokens": 0, "seconds": 0.0}
     validation, speeds = stage["validation"], [speed for _, speed in speeds_of(stage)]
     memory = [line["memory_bytes"] for line in stage["training"] if line.get("memory_bytes")]
@@ -88,7 +87,7 @@ def _reached(
         "energy_joules": None,
     }
     figures |= {key: record[key] for key in figures if record.get(key) is not None}
-    if len(validation) < 2:  # it came no further than the one before the first step
+    if len(validation) < 2:  # only the validation before the first step
         figures["eval_loss"] = None
     return figures | {
         "eval_loss_error": validation[-1].get("eval_loss_error") if validation else None,
@@ -97,9 +96,11 @@ def _reached(
 
 
 def speeds_of(stage: dict[str, Any]) -> list[tuple[float, float]]:
-    """Seconds since the stage's first step, and tokens a second up to there since the line before.
+    """The throughput between consecutive log lines, without validations and sample answers.
 
-    The time of validations and of sample answers is left out, as far as the log tells it.
+    Returns:
+        For each training line: seconds since the stage's first step, and tokens per second since
+        the previous training line.
     """
     found, tokens, seconds, validating = [], 0, 0.0, 0.0
     lines = sorted([*stage["validation"], *stage["training"]], key=lambda line: line["seconds"])
@@ -115,31 +116,15 @@ def speeds_of(stage: dict[str, Any]) -> list[tuple[float, float]]:
 
 
 def validated_sources(stage: dict[str, Any]) -> list[str]:
-    """The sources that have a validation loss of their own, as `eval_SOURCE_loss`."""
+    """The sources with a validation loss of their own, logged as `eval_SOURCE_loss`."""
     found = [re.fullmatch("eval_(.+)_loss", key) for line in stage["validation"] for key in line]
     return list(dict.fromkeys(match[1] for match in found if match))
 
 
 def accuracies(stage: dict[str, Any]) -> dict[str, Any]:
-    """Task → its figures in eval.json, of the tasks with right and wrong answers."""
+    """Task → its figures in eval.json, for tasks that have an accuracy."""
     tasks = stage["evaluation"]["tasks"] if stage["evaluation"] else {}
     return {name: task for name, task in tasks.items() if "accuracy" in task}
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file with one JSON object a line; one that a kill has cut short is left out.
-
-    What is no finite number becomes None.
-    """
-    return list(_lines(path)) if path.is_file() else []
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    for line in path.read_text(encoding="utf-8").split("\n"):  # splitlines ends at U+2028 too
-        try:
-            yield json.loads(line, parse_constant=lambda name: None)
-        except ValueError:
-            continue
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

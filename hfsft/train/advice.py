@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from hfsft.noise import ratio_error
+
 RATE = 0.8  # the coverage that the intervals aim at
 
 
@@ -89,7 +91,7 @@ class Validation:
     @cached_property
     def error(self) -> float:
         """Standard error of `loss` over conversations, in nats; infinite if there is only one."""
-        return _ratio_error(self.losses, self.tokens)
+        return ratio_error(self.losses, self.tokens)
 
 
 @dataclass(frozen=True)
@@ -221,19 +223,10 @@ def _recommendation(
     return f"{says}: whether more steps are worth it is not known yet"
 
 
-def _ratio_error(sums: np.ndarray, tokens: np.ndarray) -> float:
-    """Standard error of a ratio of sums over conversations (Cochran, Sampling Techniques, 2.11)."""
-    count = len(sums)
-    if count < 2:
-        return math.inf
-    rest = sums - sums.sum() / tokens.sum() * tokens
-    return float(math.sqrt(count / (count - 1) * (rest**2).sum()) / tokens.sum())
-
-
 def _change(earlier: Validation, later: Validation) -> float:
     """The change of the loss over paired documents; 0 if it is not significant."""
     change = later.loss - earlier.loss
-    error = _ratio_error(later.losses - earlier.losses, later.tokens)
+    error = ratio_error(later.losses - earlier.losses, later.tokens)
     # Student's t quantile from the normal one (Cornish-Fisher expansion), for few documents
     quantile = Z + (Z**3 + Z) / (4 * max(len(later.losses) - 1, 1))
     return change if abs(change) > quantile * error else 0.0
@@ -282,7 +275,7 @@ def _observed(
     is_train = np.arange(len(steps)) >= len(seen)
     # the noise of a validation, from the spread of its changes over documents
     pairs = itertools.pairwise(validations[-4:])
-    paired = [_ratio_error(later.losses - earlier.losses, later.tokens) for earlier, later in pairs]
+    paired = [ratio_error(later.losses - earlier.losses, later.tokens) for earlier, later in pairs]
     noise = np.full(len(steps), np.median(paired) / math.sqrt(2))
     if is_train.any():  # 0.954: the median absolute difference of two standard normal draws
         noise[is_train] = np.median(np.abs(np.diff(losses[is_train]))) / 0.954

@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 
 from hfsft.errors import Interrupted, first_line
 from hfsft.process import unignored
+from hfsft.run.files import read_json_lines, write_text_atomically
 from hfsft.train.advice import Advice
 
 
@@ -75,34 +76,27 @@ class StopOnSignal(TrainerCallback):
 
 
 class StepLog:
-    """A file of JSON objects, one a line, each with its `step`."""
+    """A log file with one JSON object per line, each with its `step`."""
 
     def __init__(self, path: Path, writes: bool):
-        """Read what there is already, but a line that a kill has cut short.
+        """Read the existing lines, skipping one that a kill left half written.
 
         Args:
-            path: of the file.
+            path: the file.
             writes: whether this process is the one that writes it.
         """
         self.path, self.writes = path, writes
-        self.lines: list[dict[str, Any]] = []
-        if path.is_file():
-            for line in path.read_text().splitlines():
-                with contextlib.suppress(ValueError):
-                    self.lines.append(json.loads(line))
+        self.lines = read_json_lines(path)
 
     def keep(self, step: int) -> None:
-        """Keep the lines up to a step; the file is written anew, whole or not at all."""
+        """Drop the lines after a step and rewrite the file atomically."""
         self.lines = [line for line in self.lines if line["step"] <= step]
-        if not self.writes:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
-        partial.replace(self.path)
+        if self.writes:
+            text = "".join(json.dumps(line) + "\n" for line in self.lines)
+            write_text_atomically(self.path, text)
 
     def append(self, line: dict[str, Any]) -> None:
-        """Add a line, in the file too."""
+        """Append a line, in memory and to the file."""
         self.lines.append(line)
         if self.writes:
             with self.path.open("a") as file:

@@ -18,6 +18,7 @@ from hfsft.process import Stopped
 from hfsft.recipe.schema import Recipe, Stage
 from hfsft.run.checkpoint import PARTIAL, checkpoints, clear, newest_whole, step_of
 from hfsft.run.disk import require_room, shown, writing_to
+from hfsft.run.files import write_text_atomically
 from hfsft.run.record import write_record
 from hfsft.train.card import model_card
 from hfsft.train.folder import lock_stage
@@ -143,11 +144,8 @@ def _interrupted(trainer: Any, stage: Stage) -> Interrupted:
 
 
 def _write_recipe(recipe: Recipe) -> None:
-    recipe.folder.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(recipe.resolved, sort_keys=False, allow_unicode=True)
-    partial = recipe.folder / "recipe.yaml.partial"  # a full disk leaves the one that is there
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(recipe.folder / "recipe.yaml")
+    write_text_atomically(recipe.folder / "recipe.yaml", text)
 
 
 # --- saving ---

@@ -7,9 +7,10 @@ from pathlib import PurePath
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, TrainingArguments
+from transformers import TrainingArguments
 
 from hfsft.data.sources import SOURCE_COLUMN
+from hfsft.evaluation.answering import generate_greedily
 from hfsft.plan.sizes import steps_of
 from hfsft.recipe.schema import Stage
 from hfsft.tokens.encoding import IGNORED
@@ -164,19 +165,15 @@ def greedy_answers(
     inputs = tokenizer(
         texts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt"
     ).to(model.device)
-    settings = GenerationConfig(
+    output = generate_greedily(
+        model,
+        inputs,
+        tokenizer.pad_token_id,
+        model.generation_config.eos_token_id,
         max_new_tokens=max_new_tokens,
-        do_sample=False,
-        use_cache=True,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=model.generation_config.eos_token_id,
     )
-    made = model.generate(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        generation_config=settings,
-    )
-    return tokenizer.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    new = output[:, inputs["input_ids"].shape[1] :]
+    return tokenizer.batch_decode(new, skip_special_tokens=True)
 
 
 @contextmanager

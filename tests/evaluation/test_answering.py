@@ -1,4 +1,4 @@
-"""A model that answers: batches as one by one, chat or plain, and its calculator."""
+"""Answering: batches give the same answers as single prompts; chat and plain; the calculator."""
 
 import copy
 
@@ -15,7 +15,7 @@ PROMPTS = ["Hi!", "Who are you, and what can you do for me today?", "What is 3 +
 
 @pytest.fixture
 def folder(tmp_path, make_model, tokenizer):
-    """Makes the folder of a random model, of a given kind, with or without a chat template."""
+    """Makes the folder of a random model of a given type, with or without a chat template."""
 
     def make(model_type: str = "nanochat", chat: bool = True, **settings) -> str:
         own = copy.deepcopy(tokenizer)
@@ -28,23 +28,23 @@ def folder(tmp_path, make_model, tokenizer):
 
 def choices_of(evaluator: Evaluator) -> list[tuple[list[int], list[int]]]:
     return [
-        evaluator.parted([evaluator.prompt_text(prompt, answer=letter) for letter in "ABCD"])
+        evaluator.split_choices([evaluator.prompt_text(prompt, answer=letter) for letter in "ABCD"])
         for prompt in PROMPTS
     ]
 
 
 @pytest.mark.parametrize("chat", [True, False])
 @pytest.mark.parametrize("model_type", ["nanochat", "llama"])
-def test_a_batch_answers_as_its_prompts_one_by_one(folder, model_type, chat):
+def test_a_batch_gives_the_same_answers_as_single_prompts(folder, model_type, chat):
     made = folder(model_type, chat)
     together, alone = Evaluator(made, batch_size=4), Evaluator(made, batch_size=1)
     assert together.is_chat == chat
     answers = together.answers(PROMPTS, max_new_tokens=12)
     assert answers == alone.answers(PROMPTS, max_new_tokens=12)
     assert len(set(answers)) > 1
-    parted = choices_of(together)
-    chosen = together.choose(*zip(*parted, strict=True))
-    assert chosen == [alone.choose([ids], [tokens])[0] for ids, tokens in parted]
+    split = choices_of(together)
+    chosen = together.choose(*zip(*split, strict=True))
+    assert chosen == [alone.choose([ids], [tokens])[0] for ids, tokens in split]
     rows = [{"input_ids": ids} for ids in together.encode(PROMPTS)]
     for batched, (single,) in zip(
         together.losses(rows), [alone.losses([row]) for row in rows], strict=True
@@ -61,7 +61,7 @@ def test_losses_are_those_of_the_model(folder):
     model = load_for_answers(evaluator.folder)
     with torch.no_grad():
         log_probs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
-    losses = [-log_probs[place - 1, ids[place]].item() for place in range(4, len(ids))]
+    losses = [-log_probs[index - 1, ids[index]].item() for index in range(4, len(ids))]
     assert found["loss"] == pytest.approx(sum(losses), rel=1e-5)
     assert found["tokens"] == len(losses)
     # the last two are <|user_end|> and <|assistant_start|>
@@ -69,7 +69,7 @@ def test_losses_are_those_of_the_model(folder):
     assert found["bytes"] == len(evaluator.tokenizer.decode(ids[4:-2]))
 
 
-def test_a_model_with_learned_positions_and_no_pad(tmp_path, tokenizer):
+def test_a_model_with_learned_positions_and_no_pad_token(tmp_path, tokenizer):
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=512, n_embd=32, n_layer=1, n_head=2, n_positions=48)
     own = copy.deepcopy(tokenizer)
@@ -80,15 +80,15 @@ def test_a_model_with_learned_positions_and_no_pad(tmp_path, tokenizer):
     prompts = ["Hi!", "word " * 60]  # the second is longer than the model's positions
     answers = evaluator.answers(prompts, max_new_tokens=512)
     assert len(answers) == 2
-    assert evaluator.room([[0] * 10], 512) == 38
-    assert evaluator.room([[0] * 60], 512) == 24
-    assert evaluator.room([[0] * 10], 12) == 12
+    assert evaluator.answer_budget([[0] * 10], 512) == 38
+    assert evaluator.answer_budget([[0] * 60], 512) == 24
+    assert evaluator.answer_budget([[0] * 10], 12) == 12
 
 
-def test_the_answers_token_is_that_of_training(folder):
+def test_the_answer_token_is_the_one_of_training(folder):
     chats, plain = Evaluator(folder()), Evaluator(folder(chat=False))
     for evaluator, written in ((chats, "B"), (plain, " B")):
-        ids, tokens = evaluator.parted(
+        ids, tokens = evaluator.split_choices(
             [evaluator.prompt_text("Which?", answer=letter) for letter in "ABC"]
         )
         assert evaluator.tokenizer.decode([*ids, tokens[1]]).endswith(written)
@@ -96,17 +96,17 @@ def test_the_answers_token_is_that_of_training(folder):
         assert whole[: len(ids) + 1] == [*ids, tokens[1]]
     assert (
         chats.encode([chats.prompt_text("Which?")])[0]
-        == chats.parted([chats.prompt_text("Which?", answer=letter) for letter in "ABC"])[0]
+        == chats.split_choices([chats.prompt_text("Which?", answer=letter) for letter in "ABC"])[0]
     )
 
 
-def test_choices_that_begin_alike_are_refused(folder):
+def test_choices_with_the_same_token_are_refused(folder):
     evaluator = Evaluator(folder())
     with pytest.raises(DataError, match="does not tell the choices apart"):
-        evaluator.parted(["Q A", "Q A"])
+        evaluator.split_choices(["Q A", "Q A"])
 
 
-def test_a_base_stage_is_asked_plainly(tmp_path, folder):
+def test_a_base_stage_gets_plain_prompts(tmp_path, folder):
     made = folder()
     assert Evaluator(made).is_chat
     (tmp_path / "nanochatTrue" / "stage.json").write_text('{"stage": "base"}')
@@ -117,7 +117,7 @@ def test_a_base_stage_is_asked_plainly(tmp_path, folder):
 
 
 def rigged_to_say(text: str, make_model, tokenizer, tmp_path, chat: bool = True) -> str:
-    """A model that says one text behind every prompt, then ends."""
+    """A model that answers every prompt with the same text."""
     model = make_model("llama", hidden_size=512, num_hidden_layers=1, tie_word_embeddings=False)
     start = tokenizer.convert_tokens_to_ids("<|assistant_start|>")
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -127,44 +127,44 @@ def rigged_to_say(text: str, make_model, tokenizer, tmp_path, chat: bool = True)
     )
 
 
-def test_the_calculator_works_while_it_generates(make_model, tokenizer, tmp_path):
-    # what follows the result of the call goes on from <|output_end|>
+def test_the_calculator_works_during_generation(make_model, tokenizer, tmp_path):
+    # after the result of the call, generation continues from <|output_end|>
     made = rigged_to_say("<|python_start|>6*7<|python_end|>", make_model, tokenizer, tmp_path)
     evaluator = Evaluator(made, batch_size=2)
     assert evaluator.has_calculator
-    # <|output_start|> and <|output_end|> are not its own: only the calculator writes them
+    # the model never generates <|output_start|> and <|output_end|>: only the calculator does
     assert evaluator.answers(PROMPTS[:3]) == ["<<6*7=42>>"] * 3
     assert Evaluator(made).answers(PROMPTS[:1], max_new_tokens=5) == ["<<6*7>>"]
 
 
-def test_the_calculator_minds_each_row(tokenizer):
+def test_the_calculator_handles_each_row_separately(tokenizer):
     names = ("<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>")
     call, end, output, output_end = tokenizer.convert_tokens_to_ids(list(names))
     five, seven, plus, word = (tokenizer(t)["input_ids"][0] for t in ("5", "7", "+", "a"))
     rows = [
-        [call, five, plus, seven, end],  # a sum
-        [word, call, word, word, end],  # none
-        [word, word, word, word, end],  # no call at all
-        [call, five, end, five, end],  # ends twice
-        [word, word, call, five, plus],  # not at its end yet
+        [call, five, plus, seven, end],  # can be evaluated
+        [word, call, word, word, end],  # cannot
+        [word, word, word, word, end],  # no call
+        [call, five, end, five, end],  # a stray end token
+        [word, word, call, five, plus],  # not ended yet
     ]
     calculator = Calculator(tokenizer, start=2)
-    prompt = [[call, end]] * len(rows)  # of which nothing is taken for a call
+    prompt = [[call, end]] * len(rows)  # calls in the prompt are ignored
     scores = torch.zeros(len(rows), 512)
     assert torch.equal(calculator(torch.tensor(prompt), scores.clone()), scores)
     ids = torch.tensor([[call, end, *row] for row in rows])
-    written = []
+    forced = []
     for _ in range(6):
         scores = calculator(ids, torch.zeros(len(rows), 512))
         free = (scores == 0).all(dim=1)
         assert free[1:].all()
         chosen = torch.where(free, torch.full_like(free, 0, dtype=torch.int64), scores.argmax(1))
-        written.append(None if free[0] else int(chosen[0]))
+        forced.append(None if free[0] else int(chosen[0]))
         ids = torch.cat([ids, torch.where(free, word, chosen)[:, None]], dim=1)
     twelve = tokenizer("12")["input_ids"]
     expected = [output, *twelve, output_end]
-    assert written[: len(expected)] == expected
-    assert set(written[len(expected) :]) == {None}
+    assert forced[: len(expected)] == expected
+    assert set(forced[len(expected) :]) == {None}
 
 
 def test_a_model_without_the_tokens_has_no_calculator(tmp_path, make_model, tokenizer):
@@ -177,7 +177,7 @@ def test_a_model_without_the_tokens_has_no_calculator(tmp_path, make_model, toke
     assert not Evaluator(made).has_calculator
 
 
-def test_what_is_no_model_is_said(tmp_path):
+def test_a_folder_without_a_model_is_an_error(tmp_path):
     with pytest.raises(ModelError, match="no such folder"):
         Evaluator("./nothing")
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
@@ -185,6 +185,6 @@ def test_what_is_no_model_is_said(tmp_path):
         load_its_tokenizer(str(tmp_path))
 
 
-def test_the_tokenizer_is_left_as_it_is(folder):
+def test_the_tokenizer_is_unchanged(folder):
     made = folder()
     assert load_its_tokenizer(made).get_vocab() == AutoTokenizer.from_pretrained(made).get_vocab()

@@ -1,4 +1,4 @@
-"""The calculator: what it takes, and what it must never compute."""
+"""The calculator: what it evaluates, and what it must refuse."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""hfsft eval: known answers, what is kept and gone on from, and the noise in the figures."""
+"""hfsft eval: known answers, kept results, resuming, and the noise in the figures."""
 
 import copy
 import importlib.util
@@ -29,7 +29,7 @@ MMLU = str(Path(__file__).parents[1] / "rows" / "mmlu.jsonl")
 
 @pytest.fixture(scope="module")
 def arc(tmp_path_factory) -> str:
-    """600 rows in ARC's schema with three to five choices, the right one drawn at random."""
+    """600 rows in ARC's schema with three to five choices and a random right answer."""
     rng = random.Random(0)
     rows = []
     for number in range(600):
@@ -55,12 +55,12 @@ def random_model(tmp_path_factory, make_model, tokenizer) -> str:
     return save(model, tokenizer, tmp_path_factory.mktemp("random"))
 
 
-def rigged(make_model, tokenizer, folder: Path, said: str, chat: bool = True) -> str:
-    """A model that says one text behind every prompt, then ends."""
+def rigged(make_model, tokenizer, folder: Path, text: str, chat: bool = True) -> str:
+    """A model that answers every prompt with the same text."""
     model = make_model("llama", hidden_size=512, num_hidden_layers=1, max_position_embeddings=1024)
     own = copy.deepcopy(tokenizer)
     end = tokenizer.eos_token_id
-    ids = tokenizer(said, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if chat:
         start = tokenizer.convert_tokens_to_ids("<|assistant_start|>")
     else:
@@ -70,7 +70,7 @@ def rigged(make_model, tokenizer, folder: Path, said: str, chat: bool = True) ->
 
 
 @pytest.mark.parametrize("chat", [True, False])
-def test_a_model_that_always_says_a(tmp_path, make_model, tokenizer, arc, chat):
+def test_a_model_that_always_answers_a(tmp_path, make_model, tokenizer, arc, chat):
     model = rigged(make_model, tokenizer, tmp_path / "a", "A" if chat else " A", chat)
     lines = Path(arc).read_text().splitlines(keepends=True)[:120]
     data = {"arc_easy": str(tmp_path / "arc.jsonl"), "mmlu": MMLU}
@@ -97,9 +97,9 @@ def test_a_random_model_scores_chance(random_model, arc):
 
 
 def test_gsm8k_with_the_calculator(tmp_path, make_model, tokenizer):
-    """The model never says 42 by itself: only the calculator writes it, behind its call."""
-    said = "<|python_start|>6*7<|python_end|>"
-    model = rigged(make_model, tokenizer, tmp_path / "m", said)
+    """The model never generates 42 itself: only the calculator writes it, after the call."""
+    call = "<|python_start|>6*7<|python_end|>"
+    model = rigged(make_model, tokenizer, tmp_path / "m", call)
     rows = [
         {"question": "Six weeks have how many days?", "answer": "6*7=<<6*7=42>>42\n#### 42"},
         {"question": "Seven weeks?", "answer": "7*7=<<7*7=49>>49\n#### 49"},
@@ -157,11 +157,13 @@ def test_the_file_holds_what_is_returned(tmp_path, random_model):
 
 
 class Stop(Exception):
-    """Breaks an evaluation off."""
+    """Interrupts an evaluation."""
 
 
-def test_what_was_asked_is_not_asked_again(tmp_path, random_model):
-    whole = evaluate(random_model, ["arithmetic"], rows=12, batch_size=4, out=tmp_path / "whole")
+def test_kept_rows_are_not_run_again(tmp_path, random_model):
+    uninterrupted = evaluate(
+        random_model, ["arithmetic"], rows=12, batch_size=4, out=tmp_path / "other"
+    )
     asked = []
 
     def stop_after_a_batch(task, done, rows):
@@ -183,15 +185,15 @@ def test_what_was_asked_is_not_asked_again(tmp_path, random_model):
     asked.clear()
     found = evaluate(random_model, **settings, progress=note)
     assert asked == [("arithmetic", n, 12) for n in (4, 8, 12)]
-    assert found["tasks"] == whole["tasks"]
+    assert found["tasks"] == uninterrupted["tasks"]
     asked.clear()
     again = evaluate(random_model, **settings, progress=note)
     assert asked == [("arithmetic", 12, 12)]
-    assert again["tasks"] == whole["tasks"]
+    assert again["tasks"] == uninterrupted["tasks"]
     assert len(kept.read_text().splitlines()) == 13
 
 
-def test_other_weights_are_asked_anew(tmp_path, make_model, tokenizer):
+def test_other_weights_are_evaluated_again(tmp_path, make_model, tokenizer):
     folder = tmp_path / "m"
     model = make_model()
     save(model, tokenizer, folder)
@@ -206,20 +208,20 @@ def test_other_weights_are_asked_anew(tmp_path, make_model, tokenizer):
     assert len(row_results(folder, "arithmetic")) == 4
 
 
-def test_the_fingerprint_is_of_contents(tmp_path, make_model, tokenizer):
+def test_the_fingerprint_depends_on_contents(tmp_path, make_model, tokenizer):
     save(make_model(), tokenizer, tmp_path / "one")
     save(make_model(), tokenizer, tmp_path / "two")
     one = fingerprint(tmp_path / "one")
     assert one == fingerprint(tmp_path / "two")
     (tmp_path / "two" / "stage.json").write_text("{}")
     assert one == fingerprint(tmp_path / "two", tmp_path / "two")
-    assert one == fingerprint(tmp_path / "two", tmp_path / "two")  # from what it noted
+    assert one == fingerprint(tmp_path / "two", tmp_path / "two")  # from the cache
     template = tmp_path / "two" / "chat_template.jinja"
     template.write_text(template.read_text() + " ")
     assert one != fingerprint(tmp_path / "two", tmp_path / "two")
 
 
-def test_the_same_question_twice_is_asked_once_and_counts_twice(tmp_path, random_model):
+def test_a_duplicate_row_is_run_once_and_counts_twice(tmp_path, random_model):
     row = {"question": "Up?", "choices": ["sky", "sea"], "answer": 0}
     data = tmp_path / "mmlu.jsonl"
     data.write_text((json.dumps(row) + "\n") * 3)
@@ -257,18 +259,18 @@ def test_held_out_loss_of_a_stage(tmp_path, make_model, tokenizer, monkeypatch):
     with torch.no_grad():
         for row in held_out:
             log_probs = model(torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1)
-            for place, label in enumerate(row["labels"]):
+            for index, label in enumerate(row["labels"]):
                 if label != -100:
-                    total -= log_probs[place - 1, label].item()
+                    total -= log_probs[index - 1, label].item()
                     tokens += 1
                     if label not in special:
-                        text -= log_probs[place - 1, label].item()
+                        text -= log_probs[index - 1, label].item()
                         size += len(tokenizer.decode([label]).encode())
     assert (found["rows"], found["tokens"]) == (6, tokens)
     assert found["loss"] == pytest.approx(total / tokens, rel=1e-5)
     assert found["bits_per_byte"] == pytest.approx(text / math.log(2) / size, rel=1e-5)
     assert 0 < found["error"] < found["loss"]
-    assert not (folder / "data.json").exists()  # the audit of the run is left alone
+    assert not (folder / "data.json").exists()  # the run's audit is untouched
 
     default = evaluate("runs/tiny/sft", rows=2)
     assert list(default["tasks"]) == ["held_out", *GRADED]
@@ -313,11 +315,11 @@ def figures(right: int, rows: int) -> dict:
 
 
 def test_a_difference_within_noise():
-    apart = difference(figures(50, 100), figures(55, 100))
-    assert apart["difference"] == pytest.approx(0.05) and apart["within_noise"]
-    assert not apart["paired"] and apart["p"] is None
+    separate = difference(figures(50, 100), figures(55, 100))
+    assert separate["difference"] == pytest.approx(0.05) and separate["within_noise"]
+    assert not separate["paired"] and separate["p"] is None
     assert not difference(figures(50, 100), figures(80, 100))["within_noise"]
-    # the same ten rows lie between them: row by row that is no noise
+    # they differ in the same ten rows: paired, that exceeds the noise
     rows = [{str(n): {"right": n < right} for n in range(100)} for right in (50, 60)]
     assert difference(figures(50, 100), figures(60, 100))["within_noise"]
     paired = difference(figures(50, 100), figures(60, 100), tuple(rows))
@@ -341,7 +343,7 @@ def test_a_difference_of_losses():
     assert paired["paired"] and not paired["within_noise"]
 
 
-def test_two_models_and_how_they_differ(tmp_path, make_model, tokenizer, capsys):
+def test_two_models_and_their_differences(tmp_path, make_model, tokenizer, capsys):
     one = rigged(make_model, tokenizer, tmp_path / "one", "A")
     two = rigged(make_model, tokenizer, tmp_path / "two", "B")
     found = evaluate_and_print([one, two], ["mmlu"], [f"mmlu={MMLU}"], None, quiet=False)
@@ -356,24 +358,24 @@ def test_two_models_and_how_they_differ(tmp_path, make_model, tokenizer, capsys)
         evaluate_and_print([one, two], ["mmlu"], [], tmp_path, quiet=True)
 
 
-# --- what the user can mend ---
+# --- errors the user can fix ---
 
 
 def test_data_given_as_files_or_a_folder(tmp_path, arc):
     folder = str(Path(arc).parent)
     assert data_files([folder, "mmlu=x.csv"]) == {"arc_easy": arc, "mmlu": "x.csv"}
-    with pytest.raises(HfsftError, match="no file there is named as a task"):
+    with pytest.raises(HfsftError, match="no file is named after a task"):
         data_files([str(tmp_path)])
     with pytest.raises(HfsftError, match="neither a folder nor NAME=FILE"):
         data_files(["nothing.jsonl"])
 
 
-def test_a_mistake_is_told_before_anything_is_asked(tmp_path, random_model):
+def test_a_mistake_is_reported_before_anything_is_run(tmp_path, random_model):
     for settings, words in (
         ({"tasks": ["arithmetic", "arc"]}, "no task arc"),
         ({"tasks": ["arithmetic"], "data": {"arc": "x"}}, "no task arc"),
         ({"tasks": ["arithmetic", "mmlu"], "data": {"mmlu": "x.jsonl"}}, "no such file"),
-        ({"tasks": ["arithmetic", "held_out"]}, "no stage of a run"),
+        ({"tasks": ["arithmetic", "held_out"]}, "not the stage of a run"),
     ):
         with pytest.raises(HfsftError, match=words):
             evaluate(random_model, **settings, out=tmp_path)
@@ -382,9 +384,9 @@ def test_a_mistake_is_told_before_anything_is_asked(tmp_path, random_model):
         evaluate("./nothing", ["arithmetic"])
 
 
-def test_a_folder_that_cannot_be_written(tmp_path, random_model):
+def test_a_folder_that_is_not_writable(tmp_path, random_model):
     (tmp_path / "out").write_text("a file")
-    with pytest.raises(HfsftError, match="--out names another folder"):
+    with pytest.raises(HfsftError, match="another folder with --out"):
         evaluate(random_model, ["arithmetic"], rows=1, out=tmp_path / "out")
 
 
@@ -392,12 +394,12 @@ def test_a_folder_that_cannot_be_written(tmp_path, random_model):
     ("arguments", "words"),
     [
         (["--tasks", "arc_easi"], "no task arc_easi; did you mean 'arc_easy'?"),
-        (["--tasks", "arithmetic,humaneval"], "--allow_code runs them"),
+        (["--tasks", "arithmetic,humaneval"], "pass --allow_code to allow it"),
         (["--tasks", "arc_easy", "--data", "arc_easy=none.jsonl"], "none.jsonl: no such file"),
         (["--tasks", "lm_eval:piqa"], "pip install 'hfsft[eval]'"),
     ],
 )
-def test_the_command_says_a_mistake_in_a_line(
+def test_the_command_reports_a_mistake_in_one_line(
     random_model, tmp_path, monkeypatch, capsys, arguments, words
 ):
     if "lm_eval:piqa" in arguments and importlib.util.find_spec("lm_eval"):
@@ -428,7 +430,7 @@ def test_the_command(random_model, tmp_path, monkeypatch, capsys, arc):
     assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "eval.json").read_text())
 
 
-def test_lm_eval_asks_a_task_of_its_own(random_model, tmp_path):
+def test_lm_eval_runs_a_task_of_the_user(random_model, tmp_path):
     pytest.importorskip("lm_eval")
     rows = [{"question": f"{n}?", "choices": ["yes", "no"], "answer": n % 2} for n in range(6)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -1,4 +1,4 @@
-"""hfsft eval as a process: a model and rows on a Hub on loopback, and one that is killed."""
+"""hfsft eval as a process: with a model and rows from a Hub on loopback, and killed midway."""
 
 import json
 import signal
@@ -22,7 +22,7 @@ configs:
 """
 
 
-def test_a_model_and_rows_of_the_hub(tmp_path, make_model, tokenizer):
+def test_a_model_and_rows_from_the_hub(tmp_path, make_model, tokenizer):
     rows = [
         {
             "id": f"own_{number}",
@@ -58,23 +58,24 @@ def test_a_model_and_rows_of_the_hub(tmp_path, make_model, tokenizer):
     assert len((kept / "eval" / "arc_easy.jsonl").read_text().splitlines()) == 4
 
 
-def test_a_killed_one_goes_on(tmp_path, make_model, tokenizer):
+def test_a_killed_evaluation_resumes(tmp_path, make_model, tokenizer):
     folder = save(make_model(), tokenizer, tmp_path / "model")
     settings = {"tasks": ["arithmetic"], "rows": 6, "batch_size": 2}
     code = (
-        "import os, signal, hfsft.evaluation as e\n"
+        "import os, signal\n"
+        "from hfsft.evaluation.evaluate import evaluate\n"
         "def killed(task, done, rows):\n"
         "    if done == 4: os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"e.evaluate({folder!r}, **{settings}, progress=killed)"
+        f"evaluate({folder!r}, **{settings}, progress=killed)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True)
     assert done.returncode == -signal.SIGKILL
     kept = tmp_path / "model" / "eval" / "arithmetic.jsonl"
     before = kept.read_text()
     assert len(before.splitlines()) == 4
-    whole = evaluate(folder, **settings, out=tmp_path / "whole")
+    uninterrupted = evaluate(folder, **settings, out=tmp_path / "other")
     asked = []
     found = evaluate(folder, **settings, progress=lambda *seen: asked.append(seen))
     assert asked == [("arithmetic", 4, 6), ("arithmetic", 6, 6)]
-    assert found["tasks"] == whole["tasks"]
+    assert found["tasks"] == uninterrupted["tasks"]
     assert kept.read_text().startswith(before)

@@ -1,8 +1,8 @@
-"""Programs that a model wrote: good ones end well, bad ones end, and leave nothing behind."""
+"""Programs that a model wrote: good ones succeed, bad ones are stopped and leave nothing behind."""
 
 import pytest
 
-from hfsft.evaluation.execution import ends_well
+from hfsft.evaluation.execution import succeeds
 
 
 @pytest.mark.parametrize(
@@ -10,14 +10,14 @@ from hfsft.evaluation.execution import ends_well
     [
         "assert sorted([2, 1]) == [1, 2]",
         "import math, re, typing, collections, itertools, functools, heapq, hashlib, random",
-        "print('x' * 10_000_000)",  # megabytes go nowhere
+        "print('x' * 10_000_000)",  # output is discarded
         "text = '\ud800 \u00e9'",
         "assert __name__ != '__main__'",
         "import os\ntry:\n    os.fork()\nexcept PermissionError:\n    pass",
     ],
 )
-def test_ends_well(program):
-    assert ends_well(program)
+def test_succeeds(program):
+    assert succeeds(program)
 
 
 @pytest.mark.parametrize(
@@ -44,12 +44,12 @@ def test_ends_well(program):
         "import os\nos.kill(os.getppid(), 9)",
     ],
 )
-def test_ends_badly(program):
-    assert not ends_well(program, seconds=1)
+def test_fails(program):
+    assert not succeeds(program, seconds=1)
 
 
-def test_one_that_sleeps_is_killed():
-    assert not ends_well("import time\ntime.sleep(600)", seconds=1)
+def test_a_sleeping_program_is_killed():
+    assert not succeeds("import time\ntime.sleep(600)", seconds=1)
 
 
 @pytest.mark.parametrize(
@@ -71,14 +71,14 @@ def test_nothing_is_written_or_deleted(program, tmp_path):
     kept = tmp_path / "kept"
     kept.write_text("as it was")
     places = {"path": str(tmp_path / "new"), "kept": str(kept), "folder": str(tmp_path)}
-    assert not ends_well(program.format(**places))
+    assert not succeeds(program.format(**places))
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
     assert kept.read_text() == "as it was"
 
 
 def test_it_gets_neither_environment_nor_folder_nor_packages(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    assert ends_well(
+    assert succeeds(
         "import os\nassert 'HF_TOKEN' not in os.environ\nassert os.listdir() == []\n"
         "try:\n    import torch\nexcept ImportError:\n    pass\nelse:\n    raise AssertionError"
     )

@@ -1,4 +1,4 @@
-"""The tasks of hfsft eval: rows in each schema, prompts, and which answers are right."""
+"""The tasks of hfsft eval: rows in each schema, prompts, and grading."""
 
 import json
 from decimal import Decimal
@@ -75,7 +75,7 @@ def test_gsm8k_rows(tmp_path):
     assert not any(q.is_right("") for q in task.questions)
 
 
-def test_mmlu_rows_that_are_real():
+def test_real_mmlu_rows():
     task = load_task("mmlu", "m", data=str(MMLU))
     assert task.kind == "categorical" and len(task.questions) == 25
     assert all(q.choices == ("A", "B", "C", "D") for q in task.questions)
@@ -109,7 +109,7 @@ def test_a_seeded_sample_of_rows():
     assert len({question.digest for question in first}) == 5
 
 
-def test_a_bad_row_is_named(tmp_path):
+def test_a_bad_row_is_reported_by_number(tmp_path):
     data = write(tmp_path / "rows.jsonl", [GSM8K[0], {"question": "x", "answer": "no number"}])
     with pytest.raises(DataError, match="row 1: an answer without a number"):
         load_task("gsm8k", "m", data=data)
@@ -125,8 +125,8 @@ def test_a_bad_row_is_named(tmp_path):
         "Sure:\n```\nimport re\ndef longest(words: List[str]) -> str:\n"
         "    return max(words, key=len)\n```\nIt works.",
         "def longest(words):\n    return max(words, key=len)",
-        "    return max(words, key=len)\n",  # goes on where the prompt ends
-        "```py\n    return max(words, key=len)",  # and was cut off
+        "    return max(words, key=len)\n",  # continues the prompt
+        "```py\n    return max(words, key=len)",  # truncated
     ],
 )
 def test_human_eval_takes_an_answer_in_any_of_its_forms(tmp_path, answer):
@@ -183,11 +183,11 @@ def test_default_tasks():
     ]
 
 
-def test_data_for_a_task_that_makes_its_own():
+def test_data_for_a_task_that_generates_its_own():
     with pytest.raises(DataError, match="arithmetic takes no data"):
         load_task("arithmetic", "m", data="x.jsonl")
 
 
-def test_held_out_of_no_run(tmp_path):
-    with pytest.raises(DataError, match="no stage of a run"):
+def test_held_out_without_a_run(tmp_path):
+    with pytest.raises(DataError, match="not the stage of a run"):
         load_task("held_out", str(tmp_path))

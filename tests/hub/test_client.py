@@ -135,7 +135,7 @@ def test_what_the_hub_lacks_is_an_error_that_says_so(hub, tmp_path):
             "no model me/nothing here or on the Hub (a private one needs `hf auth login`)",
         ],
         ["DataError", private],
-        ["DataError", "not a name is neither a folder or file here nor a name on the Hub"],
+        ["DataError", "not a name is neither a local path nor a valid name on the Hub"],
     ]
     answers = ask(hub.env(tmp_path, "hf_read"), "require_on_hub('me/secret', 'dataset')")
     assert answers[0][0] is None
@@ -286,13 +286,13 @@ def test_what_does_not_pass_ends(hub, tmp_path, folder, damage, words, attempts)
     assert set(hub.files(name)) == {".gitattributes"}
 
 
-def test_who_may_not_write_learns_it_before(hub, tmp_path):
+def test_missing_write_access_is_reported_before_training(hub, tmp_path):
     mine = hub.add_repo("me/mine")
     mine.refs["refs/tags/v1"] = mine.at().oid
     hub.add_repo("me/hidden", private=True)
     home, before = tmp_path / "home", set(hub.repos)
-    write_token = "\n  It takes a token that may write: https://huggingface.co/settings/tokens"
-    none = "\n  This token is none: run `hf auth login`, or mend HF_TOKEN"
+    write_token = "\n  It needs a token with write access: https://huggingface.co/settings/tokens"
+    none = "\n  The Hub rejected this token: run `hf auth login` or fix HF_TOKEN"
     rights = 'You don\'t have the rights to create a model under the namespace "{}"'
     for token, expression, words in (
         (None, "repository_id('x')", "a push needs a token: run `hf auth login`, or set HF_TOKEN"),
@@ -320,23 +320,23 @@ def test_who_may_not_write_learns_it_before(hub, tmp_path):
         (
             "hf_write",
             "open_repository('me/mine', True, ['main'])",
-            "me/mine is public on the Hub, and a private one is wanted",
+            "me/mine is public on the Hub, but a private one was requested",
         ),
         (
             "hf_write",
             "open_repository('me/mine', None, ['v1'])",
-            "v1 is a tag of me/mine, and a push needs a branch",
+            "v1 is a tag of me/mine, but a push needs a branch",
         ),
         (
             "hf_write",
             "repository_id('../../etc')",
-            "'../../etc' cannot be a repository's name: at most 96 letters, digits, '-', '_' and "
-            "'.'; hub_model_id gives another",
+            "'../../etc' is not a valid repository name: use at most 96 letters, digits, '-', '_' "
+            "and '.'; set hub_model_id",
         ),
         (
             "hf_\x01illegal",
             "repository_id('x')",
-            "the token holds a character that none has: run `hf auth login` again",
+            "the token contains an invalid character: run `hf auth login` again",
         ),
     ):
         answer = ask(hub.env(home, token), "bound_requests(5.0)", expression)[1][0]

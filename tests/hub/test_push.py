@@ -1,4 +1,4 @@
-"""What a run sends to the Hub, against one on loopback: when, where, and what if it cannot."""
+"""Pushes of a run to a Hub on loopback: when, where, and what happens on failure."""
 
 import json
 import subprocess
@@ -64,7 +64,7 @@ def stage(tmp_path) -> Path:
 
 
 def run(hub, stage: Path, home: Path, patience=10, wait=60, **settings) -> list:
-    """Seconds that the pusher held the run up, its pushes, and what is said of them."""
+    """Seconds that the pusher blocked the run, its pushes, and what is printed."""
     arguments = [str(stage), *map(json.dumps, (settings, patience, wait))]
     done = subprocess.run(
         [sys.executable, "-c", RUN, *arguments],
@@ -101,7 +101,7 @@ WHOLE = {*MODEL, *STATES, "manifest.json"}
         ("all_checkpoints", {f"checkpoint-{step}/{name}" for step in (1, 2) for name in WHOLE}),
     ],
 )
-def test_a_strategy_says_where_checkpoints_go(hub, tmp_path, stage, strategy, held):
+def test_a_strategy_decides_where_checkpoints_go(hub, tmp_path, stage, strategy, held):
     name = f"me/strategy-{strategy}"
     _, pushes, said = run(hub, stage, tmp_path, hub_model_id=name, hub_strategy=strategy)
     assert all(problem is None for _, _, problem in pushes) and len(said) == len(pushes)
@@ -131,7 +131,7 @@ def test_another_branch_has_its_own_checkpoints(hub, tmp_path, stage):
     assert set(hub.files("lab/branch", revision="try/2")) == {".gitattributes", *MODEL}
 
 
-def test_a_hub_that_stands_still_holds_nothing_up(hub, tmp_path, stage):
+def test_a_hub_that_hangs_blocks_nothing(hub, tmp_path, stage):
     hub.add_repo("me/still")
     hub.fail("(POST|PUT) .*/me/still/(preupload|commit)/", times=999, delay=90.0)
     took, pushes, said = run(hub, stage, tmp_path, wait=3, hub_model_id="me/still")
@@ -141,7 +141,7 @@ def test_a_hub_that_stands_still_holds_nothing_up(hub, tmp_path, stage):
     assert f"pushes failed; everything is safe in {stage}\n" in said[-1]
 
 
-def test_a_failed_push_is_reported_and_gone_on_with(hub, tmp_path, stage):
+def test_a_failed_push_is_reported_and_resumed(hub, tmp_path, stage):
     hub.add_repo("me/late")
     fault = hub.fail("POST .*/me/late/commit/", times=999, status=503)
     settings = {"hub_model_id": "me/late", "hub_strategy": "end"}
@@ -149,7 +149,7 @@ def test_a_failed_push_is_reported_and_gone_on_with(hub, tmp_path, stage):
     assert said == [
         f"1 of 1 pushes failed; everything is safe in {stage}\n"
         f"  not pushed: cannot push {stage} to me/late: 503 Fault on demand: 503\n"
-        f"  To go on with it: hfsft push {stage}"
+        f"  To push again: hfsft push {stage}"
     ]
     fault.times = 0
     record = {"stage": "sft", "status": "finished"}
@@ -168,7 +168,7 @@ def test_a_failed_push_is_reported_and_gone_on_with(hub, tmp_path, stage):
     assert len(hub.seen("PUT ")) == before  # the weights were there
 
 
-def test_push_takes_a_run_a_stage_or_any_model(hub, tmp_path, stage):
+def test_push_accepts_a_run_a_stage_or_any_model(hub, tmp_path, stage):
     done = hfsft_push(hub, tmp_path, str(stage), "lab/any", "--revision", "v2", "--private")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"pushed sft: {hub.endpoint}/lab/any/commit/")
@@ -182,10 +182,10 @@ def test_push_takes_a_run_a_stage_or_any_model(hub, tmp_path, stage):
     assert files["last-checkpoint/model.safetensors"].endswith(b"after 2")
     (stage / "stage.json").write_text(json.dumps(record | {"status": "interrupted"}))
     done = hfsft_push(hub, tmp_path, str(stage))
-    assert done.returncode == 2 and "its training is not finished" in done.stderr
+    assert done.returncode == 2 and "training is not finished" in done.stderr
 
 
-def test_a_push_without_rights_costs_two_lines_before_the_training(hub, tmp_path, stage):
+def test_a_push_without_write_access_fails_in_two_lines(hub, tmp_path, stage):
     hub.add_repo("me/closed")
     for token in (None, "hf_read", "hf_unknown"):
         done = hfsft_push(hub, tmp_path, str(stage), "me/closed", token=token)
@@ -194,7 +194,7 @@ def test_a_push_without_rights_costs_two_lines_before_the_training(hub, tmp_path
         assert str(token) not in done.stderr
 
 
-def test_what_was_pushed_answers_as_what_was_here(hub, tmp_path, tokenizer, make_model):
+def test_the_pushed_model_answers_like_the_local_one(hub, tmp_path, tokenizer, make_model):
     folder = tmp_path / "fast" / "sft"
     make_model("llama").save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -230,7 +230,7 @@ print(model_card(stage, record))
 """
 
 
-def test_the_card_states_it_all(hub, tmp_path, stage):
+def test_the_card_is_complete(hub, tmp_path, stage):
     hub.add_repo("me/chats", "dataset", {"README.md": b"---\nlicense: cc-by-4.0\n---\n"})
     planted = "hf_PlantedTokenThatNoHubKnowsOfAtAll00"
     sources = [

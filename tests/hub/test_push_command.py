@@ -1,4 +1,4 @@
-"""A whole stage that pushes, as a process, against a Hub on loopback."""
+"""A stage that pushes, run as a process against a Hub on loopback."""
 
 import json
 import signal
@@ -94,12 +94,12 @@ def test_a_push_that_fails_ends_in_2_with_everything_on_disk(hub, home):
     assert done.returncode == 0, done.stderr
     assert "model.safetensors" in hub.files("me/fast")
     assert "model.safetensors" in hub.files("me/fast", revision="checkpoints")
-    # where it is sent is no setting that the result depends on
+    # the repository is not a setting that the result depends on
     assert "finished already" in sft(hub, home, "--hub_model_id", "me/other").stdout
 
 
 @pytest.mark.parametrize("token", [None, "hf_read"])
-def test_a_token_that_cannot_push_is_said_before_anything_is_done(hub, home, token):
+def test_a_token_without_write_access_is_reported_before_anything_is_done(hub, home, token):
     hub.add_repo("me/fast")  # a read-only token sees it
     done = sft(hub, home, token=token)
     assert done.returncode == 2
@@ -108,7 +108,7 @@ def test_a_token_that_cannot_push_is_said_before_anything_is_done(hub, home, tok
     assert not (home / "runs").exists()
 
 
-def test_stopped_while_it_is_pushed_it_says_how_to_go_on(hub, home):
+def test_interrupted_during_the_push_it_says_how_to_resume(hub, home):
     hub.fail("POST .*/commit/", delay=90.0)
     run = subprocess.Popen(
         [sys.executable, "-m", "hfsft.sft", "fast.yaml"],

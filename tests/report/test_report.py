@@ -272,9 +272,9 @@ def test_what_is_missing_is_said(run):
 
 
 def test_what_is_no_run_is_said_in_a_line(run, tmp_path):
-    with pytest.raises(HfsftError, match="is no run: it holds no base, mid or sft"):
+    with pytest.raises(HfsftError, match="is not a run: it holds no base, mid or sft"):
         write_report(tmp_path / "nothing")
-    with pytest.raises(HfsftError, match=f"is no run.*its run is {run}"):
+    with pytest.raises(HfsftError, match=f"is not a run.*its run is {run}"):
         write_report(run / "sft")
     (run / "mid/stage.json").write_text("{")
     with pytest.raises(HfsftError, match="cannot be read"):

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, whatever is missing, cut short or flipped by a bit."""
+"""Checkpoints: valid or skipped, whether a file is missing, truncated or has a flipped bit."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ from hfsft.run.checkpoint import (
 
 
 def write(folder, step, **facts):
-    """A checkpoint of three files, one in a folder of its own."""
+    """A checkpoint of three files, one of them in a subfolder."""
     partial = folder / PARTIAL
     (partial / "deep").mkdir(parents=True)
     (partial / "model.safetensors").write_bytes(bytes(range(256)) * 100)
@@ -52,7 +52,7 @@ def flip(path, at):
 DAMAGE = {
     "missing": (lambda c: (c / "optimizer.pt").unlink(), "optimizer.pt is missing"),
     "empty": (lambda c: (c / "optimizer.pt").write_bytes(b""), "optimizer.pt has 0 of 5,000 bytes"),
-    "cut": (
+    "truncated": (
         lambda c: (c / "model.safetensors").write_bytes(bytes(99)),
         "model.safetensors has 99 of 25,600 bytes",
     ),
@@ -61,7 +61,7 @@ DAMAGE = {
     "rng": (lambda c: flip(c / "deep" / "rng_state.pth", 0), "deep/rng_state.pth is not what was"),
     "folder": (lambda c: shutil.rmtree(c / "deep"), "deep/rng_state.pth is missing"),
     "no manifest": (lambda c: (c / MANIFEST).unlink(), f"has no {MANIFEST}"),
-    "cut manifest": (
+    "truncated manifest": (
         lambda c: (c / MANIFEST).write_text((c / MANIFEST).read_text()[:-9]),
         f"its {MANIFEST} cannot be read",
     ),
@@ -72,18 +72,18 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_the_one_before_a_damaged_one_is_taken(tmp_path, damage):
+def test_a_damaged_checkpoint_falls_back_to_the_previous_one(tmp_path, damage):
     good, broken = write(tmp_path, 9), write(tmp_path, 10)
     DAMAGE[damage][0](broken)
     with pytest.raises(CheckpointError, match=DAMAGE[damage][1]):
         verify(broken)
-    found, passed_over = newest_whole(tmp_path)
+    found, problems = newest_whole(tmp_path)
     assert found == good
-    assert len(passed_over) == 1 and "checkpoint-10: " in passed_over[0]
+    assert len(problems) == 1 and "checkpoint-10: " in problems[0]
     assert broken.exists()
 
 
-def test_none_whole_is_an_error_and_no_fresh_start(tmp_path):
+def test_only_damaged_checkpoints_are_an_error_not_a_fresh_start(tmp_path):
     for step in (1, 2):
         (write(tmp_path, step) / "optimizer.pt").unlink()
     with pytest.raises(CheckpointError, match=r"--restart\n.*-2: optim.*\n.*-1: optim"):
@@ -99,7 +99,7 @@ def test_no_checkpoint_at_all(tmp_path):
     assert newest_whole(tmp_path) == (None, [])
 
 
-def test_steps_are_numbers(tmp_path):
+def test_steps_are_sorted_as_numbers(tmp_path):
     for step in (9, 10, 100):
         write(tmp_path, step)
     assert [c.name for c in checkpoints(tmp_path)] == [
@@ -109,7 +109,7 @@ def test_steps_are_numbers(tmp_path):
     ]
 
 
-def test_a_broken_one_is_moved_aside_when_its_step_is_reached_again(tmp_path):
+def test_a_damaged_checkpoint_is_moved_aside_when_its_step_is_saved_again(tmp_path):
     for _ in range(3):
         (write(tmp_path, 5) / "optimizer.pt").unlink()
     whole = write(tmp_path, 5)
@@ -122,7 +122,7 @@ def test_a_broken_one_is_moved_aside_when_its_step_is_reached_again(tmp_path):
     ]
 
 
-def test_a_whole_one_stays_as_it_is(tmp_path):
+def test_a_valid_checkpoint_is_not_overwritten(tmp_path):
     made = write(tmp_path, 5)
     before = (made / MANIFEST).stat().st_mtime_ns
     write(tmp_path, 5, other=True)
@@ -148,7 +148,7 @@ def test_rotation_keeps_the_newest_the_best_and_what_others_wrote(tmp_path):
     assert not (tmp_path / DELETED).exists()
 
 
-def test_clear_removes_what_was_broken_off(tmp_path):
+def test_clear_removes_interrupted_saves_and_deletions(tmp_path):
     good = write(tmp_path, 1)
     for name in (PARTIAL, DELETED):
         (tmp_path / name / "deep").mkdir(parents=True)

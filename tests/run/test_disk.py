@@ -1,4 +1,4 @@
-"""Stages on disks that are small, full or read-only: real ones, mounted for the test."""
+"""Stages on small, full or read-only disks: real ones, mounted for the test."""
 
 import contextlib
 import json
@@ -27,7 +27,7 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 
 @pytest.fixture
 def disk(tmp_path):
-    """A disk of 6 MB of its own."""
+    """A separate disk of 6 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "hfsft-test", str(folder)]
@@ -43,7 +43,7 @@ def disk(tmp_path):
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory, tokenizer, make_model) -> Path:
-    """A folder with a recipe, the model that it starts from, and a whole run in `runs`."""
+    """A folder with a recipe, the model it starts from, and a finished run in `runs`."""
     folder = tmp_path_factory.mktemp("disk")
     make_model("llama").save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
@@ -66,13 +66,13 @@ def start(tmp_path_factory, tokenizer, make_model) -> Path:
 
 
 def run(start: Path, disk: Path, *arguments: str) -> dict[str, str]:
-    """The bits of the stage, trained on a disk."""
+    """The bits of the stage, trained on the given disk."""
     sft.main(str(start / "fast.yaml"), "--output_dir", str(disk), "--quiet", *arguments)
     return bits(disk / "fast" / "sft")
 
 
 def fill(disk: Path, pages: int = 0) -> None:
-    """Leave so many pages of a disk."""
+    """Fill a disk, leaving this many pages free."""
     ballast = disk / "ballast"
     with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
@@ -86,7 +86,7 @@ def empty(disk: Path) -> None:
 
 @contextlib.contextmanager
 def at(monkeypatch, event: str, step: int, act):
-    """`act(trainer)` is called at an event of the trainer, after a step."""
+    """Call `act(trainer)` at an event of the trainer, after a step."""
 
     def method(self, args, state, control, **kwargs):
         if state.global_step == step:
@@ -108,13 +108,13 @@ def at(monkeypatch, event: str, step: int, act):
 
 
 def pad_log(disk: Path) -> None:
-    """Have the log's next line need a page of its own."""
+    """Pad the log so that its next line needs a new page."""
     log = disk / "fast" / "sft" / "metrics.jsonl"
     with log.open("a") as file:
         file.write("\n" * (-log.stat().st_size % PAGE))
 
 
-def test_a_disk_that_runs_full_again_and_again(start, disk, monkeypatch):
+def test_a_disk_that_keeps_running_full(start, disk, monkeypatch):
     stage = disk / "fast" / "sft"
     fill(disk)
     with pytest.raises(DiskShortage, match=r"fast/sft: cannot be written: .*No space left"):
@@ -153,29 +153,29 @@ def test_the_cache_on_a_full_disk(disk, tmp_path, tokenizer, make_stage, monkeyp
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     stage = make_stage(str(data), examples_per_step=8, max_steps=4, trainer={})
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", disk)
-    told, mixture = [], None
+    messages, mixture = [], None
     while mixture is None:  # the cache of the rows, of what was checked, of the tokens
-        fill(disk, len(told))
+        fill(disk, len(messages))
         try:
             mixture = mix_conversations(stage, tokenizer)
         except DiskShortage as error:
-            told.append(str(error))
+            messages.append(str(error))
         finally:
             empty(disk)
-    assert len(told) > 2 and mixture.train.num_rows == 32
-    for said in told:
-        first, second = said.splitlines()
+    assert len(messages) > 2 and mixture.train.num_rows == 32
+    for message in messages:
+        first, second = message.splitlines()
         assert "cannot be written: " in first
         assert " bytes are free on the disk of " in second and str(disk) in second
 
 
-def test_too_little_room_is_said_before_the_first_step(start, disk):
+def test_too_little_room_is_reported_before_the_first_step(start, disk):
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     with pytest.raises(DiskShortage, match=r"fast/sft cannot be written to: .* is read-only"):
         run(start, disk)
     subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
     (disk / "fast").symlink_to("nowhere")
-    with pytest.raises(DiskShortage, match=r"fast is a link to nothing"):
+    with pytest.raises(DiskShortage, match=r"fast is a dangling symlink"):
         run(start, disk)
     (disk / "fast").unlink()
     fill(disk, pages=100)
@@ -186,7 +186,7 @@ def test_too_little_room_is_said_before_the_first_step(start, disk):
     assert 80 * PAGE < free <= 100 * PAGE
     assert "Up to 3 checkpoints of " in second and "--ignore_plan" in second
     assert not (disk / "fast" / "sft" / "stage.json").exists()
-    # what a run takes is what is asked for
+    # the estimate matches what the finished run takes
     stage = start / "runs" / "fast" / "sft"
     took = folder_size(stage) + folder_size(stage / "checkpoints" / f"checkpoint-{STEPS}")
     needed = int(first.partition(" needs ")[2].partition(" bytes")[0].replace(",", ""))
@@ -230,11 +230,11 @@ def test_sizes_are_those_of_the_files(make_model, tmp_path, optim, lora):
         ({"save_total_limit": 1, "metric_for_best_model": "loss"}, 3),
     ],
 )
-def test_checkpoints_beside_each_other(settings, count):
+def test_the_most_checkpoints_at_a_time(settings, count):
     assert most_checkpoints(settings, 100) == count
 
 
-def test_an_error_that_is_not_the_disk_s_passes(tmp_path):
+def test_an_error_not_caused_by_the_disk_passes(tmp_path):
     for error in (ConnectionResetError(104, "reset"), ValueError("No"), DataError("No space left")):
         with pytest.raises(type(error)) as caught, writing_to(tmp_path):
             raise error

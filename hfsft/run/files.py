@@ -1,0 +1,56 @@
+"""Files that survive a kill or a full disk: written atomically, and read past a torn line."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write a file so that a kill or a full disk leaves either the old content or the new one.
+
+    The text goes to a partial file beside it, which is flushed to disk and renamed. Parent folders
+    are created.
+
+    Args:
+        path: the file to write.
+        text: its content, encoded as UTF-8.
+
+    Raises:
+        OSError: if the disk is full or not writable; the old file is untouched.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # the pid: two evaluations of one model may write the same file at the same time
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def read_json_lines(path: Path, nan_as_none: bool = False) -> list[dict[str, Any]]:
+    """Read a file with one JSON object per line, skipping a line that a kill left half written.
+
+    Lines end at `\\n` alone: `str.splitlines` would also split at a U+2028 inside a string.
+
+    Args:
+        path: the file; a missing one has no lines.
+        nan_as_none: read `NaN` and `Infinity` as None instead of as floats.
+    """
+    if not path.is_file():
+        return []
+    parse_constant = (lambda name: None) if nan_as_none else None
+    found = []
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            value = json.loads(line.decode(), parse_constant=parse_constant)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            found.append(value)
+    return found
