@@ -221,7 +221,7 @@ class Stage:
         on_resume=FREE,
     )
     hub_strategy: str = key(
-        "what to push at a save; `every_save`: each checkpoint's model, to the branch `checkpoints`",
+        "what to push; `every_save`: each checkpoint's model, to the branch `checkpoints`",
         default="every_save",
         choices=("end", "every_save", "checkpoint", "all_checkpoints"),
         on_resume=FREE,
