@@ -358,7 +358,7 @@ def _find_start(section: Section, folder: Path, original: Path) -> None:
 def _make_stage(
     section: Section, folder: Path, top: dict[str, Any], flags: dict[str, bool]
 ) -> Stage:
-    """A checked section as a `Stage`; what is none of its own keys goes to the trainer."""
+    """A checked section as a `Stage`; settings that are not its own keys go to the trainer."""
     own_keys = declared_keys(Stage)
     settings = section.settings
     return Stage(

@@ -221,7 +221,7 @@ class Stage:
         on_resume=FREE,
     )
     hub_strategy: str = key(
-        "what is pushed when; `every_save`: each checkpoint's model, to the branch `checkpoints`",
+        "what to push; `every_save`: each checkpoint's model, to the branch `checkpoints`",
         default="every_save",
         choices=("end", "every_save", "checkpoint", "all_checkpoints"),
         on_resume=FREE,
@@ -260,7 +260,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole run, checked."""
+    """A run's recipe, checked."""
 
     path: str  # as given
     name: str
@@ -268,7 +268,7 @@ class Recipe:
     seed: int
     model: dict[str, Any]
     tokenizer: dict[str, Any]
-    sample_prompts: list[str]  # what the finished model is asked
+    sample_prompts: list[str]  # answered at every validation
     stages: dict[str, Stage]
     resolved: dict[str, Any]  # the recipe as plain data, defaults and overrides merged in
     arguments: tuple[str, ...] = ()  # the rest of the command line, as given
@@ -318,7 +318,7 @@ def size_in_bytes(size: str, where: str) -> int:
         where: the place to name in the error.
 
     Raises:
-        RecipeError: if it is none, or zero.
+        RecipeError: if it is not a size, or zero.
     """
     match = MEMORY.fullmatch(size)
     if match is None or not re.search("[1-9]", size):

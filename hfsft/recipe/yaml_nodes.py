@@ -100,7 +100,7 @@ def read_yaml(text: str, where: str, lines: bool) -> Node:
 
 
 class _Converter:
-    """Makes nodes with places out of PyYAML's, within limits of size and depth."""
+    """Converts PyYAML's nodes to ours, with their places, within limits of size and depth."""
 
     def __init__(self, loader: yaml.SafeLoader, where: str, lines: bool):
         self.loader = loader

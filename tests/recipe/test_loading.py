@@ -50,7 +50,7 @@ def test_broken_inheritance(text, expected):
     assert expected in message(text)
 
 
-# --- the command line: what is refused ---
+# --- the command line: errors ---
 
 
 @pytest.mark.parametrize(
