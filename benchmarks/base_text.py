@@ -1,16 +1,16 @@
-"""How base text preparation grows: 10 MB against 200 MB, beside trl's own on the same text.
+"""How base text preparation scales from 10 MB to 200 MB, next to trl's on the same text.
 
     python benchmarks/base_text.py
 
 Writes JSON lines of the embedded speeches and facts, repeated with a number in each document so
-that no two are the same, into a temporary folder. Each measurement is a process of its own: its
-time is the preparation's, without imports (both pay for the same ones); its memory is in MiB:
+that no two are equal, into a temporary folder. Each measurement is a process of its own. Time is
+the preparation's, without imports, which are the same for both; memory is in MiB:
 
-own     the peak of what the process itself holds (RssAnon, looked at every 20 ms), imports included
-imports what of it the imports had taken before
-mapped  the peak of file pages it sees (RssFile): code, and memory-mapped Arrow files, which both
-        keep their rows in; the operating system takes these back whenever it needs the room
-whole   the operating system's own peak of both together (ru_maxrss)
+own     peak of the process's own memory (RssAnon, sampled every 20 ms), imports included
+imports how much of it the imports took
+mapped  peak of mapped file pages (RssFile): code, and the Arrow files that both keep their rows in;
+        the operating system reclaims these when it needs the memory
+total   the operating system's peak of both together (ru_maxrss)
 
 With sizes as arguments (in MB), it measures those; with a name before them, that one alone:
 python benchmarks/base_text.py hfsft 10 200. trl's part at 200 MB takes the longest.
@@ -29,7 +29,7 @@ from typing import Any
 
 SIZES_MB = (10, 200)
 NAMES = ("hfsft", "trl")
-MEMORY = ("own", "imports", "mapped", "whole")
+MEMORY = ("own", "imports", "mapped", "total")
 LENGTH = 2048
 
 
@@ -75,7 +75,7 @@ def prepare_trl(path: str, tokenizer_folder: str) -> Any:
 
 
 def resident() -> dict[str, int]:
-    """MiB that the process holds itself (`RssAnon`) and sees of files (`RssFile`); Linux only."""
+    """MiB of the process's own memory (`RssAnon`) and mapped files (`RssFile`); Linux only."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return {
         line.split(":")[0]: int(line.split()[1]) // 1024
@@ -109,11 +109,11 @@ def measure(name: str, path: str, tokenizer_folder: str) -> None:
     done.set()
     watcher.join()
     # before the count, which reads the rows
-    whole = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    total = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     lengths = [pc.list_value_length(batch["input_ids"]) for batch in rows.data.to_batches()]
     tokens = sum(pc.sum(part).as_py() for part in lengths)
     found = {"own": peak["RssAnon"], "imports": imports["RssAnon"], "mapped": peak["RssFile"]}
-    print(json.dumps({"tokens": tokens, "seconds": seconds, **found, "whole": whole}))
+    print(json.dumps({"tokens": tokens, "seconds": seconds, **found, "total": total}))
 
 
 def main(*argv: str) -> None:

@@ -1,4 +1,4 @@
-"""How cost grows: preparation with the rows, speed and memory with `max_length`.
+"""How cost scales: preparation with the number of rows, speed and memory with `max_length`.
 
     python benchmarks/growth.py
 

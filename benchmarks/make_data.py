@@ -26,7 +26,7 @@ FIRST_YEAR = 1934  # from here on the addresses are radio-age, plain English, an
 WRITTEN = {"1946-Truman-1"}  # listed as spoken, but a 175 KB written message full of tables
 WORDS = 9000  # the most frequent ones are kept
 
-# Not suited to a demo that anyone may show to anyone: facts with these are left out.
+# Facts with these words are unsuited to a demo, and left out.
 UNSUITED = re.compile(
     r"\b(sex\w*|porn\w*|nude|naked|rap(?:e|ed|es|ing|ist|ists)|suicid\w*|breasts?|orgasm\w*|"
     r"prostitut\w*|pregnan\w*|abort\w*|masturbat\w*|virgin|incest|fart(?:s|ed|ing)?|poop\w*|pee|"
@@ -42,7 +42,7 @@ OTHER_SPEAKER = re.compile(
 )
 # Notes on the delivery, with the dashes that set them off in the middle of a sentence.
 DELIVERY_NOTE = re.compile(r"\s*(?:-+|—)?\s*\[(?:laughter|applause)\]", re.IGNORECASE)
-# Every sign outside ASCII in the sources, except the dash: curly quotes, fractions, accents.
+# Every character outside ASCII in the sources, except the dash: curly quotes, fractions, accents.
 PLAIN = {
     "\u2018": "'",
     "\u2019": "'",
@@ -63,10 +63,10 @@ PLAIN = {
 
 
 def ascii_text(text: str) -> str:
-    """Plain ASCII, so that a tokenizer of a few thousand pieces wastes none on rare signs."""
+    """Plain ASCII, so that a tokenizer of a few thousand tokens wastes none on rare characters."""
     for sign, plain in PLAIN.items():
         text = text.replace(sign, plain)
-    # A spaced dash leaves the words beside it whole; unspaced, they become rare pieces.
+    # A spaced dash keeps the words next to it intact; unspaced, they become rare tokens.
     text = re.sub(r"\s*(?:—|--+)\s*", " - ", text)
     text = re.sub(r"\s+", " ", text).strip()
     # Where a note stood before a full stop, a space is left over.
@@ -83,7 +83,7 @@ def speech_paragraphs(text: str) -> list[str]:
         if OTHER_SPEAKER.match(paragraph) or (reply and len(paragraph) < 120):
             continue  # an exchange with the audience
         if "[" in paragraph or "——" in paragraph or "•" in paragraph:
-            continue  # an editor's correction, a broken-off sentence, a list
+            continue  # an editor's correction, an unfinished sentence, a list
         if "*" in paragraph or re.match(r"1At this point", paragraph):
             continue  # a footnote
         if not re.search(r"[.!?:;]['\")]*$", paragraph) or not re.search("[a-z]", paragraph):

@@ -1,14 +1,14 @@
-"""How fast conversations become tokens, beside the tokenizer's own batch encoder on their texts.
+"""Throughput of preparing conversations, relative to the tokenizer's own batch encoder.
 
     python benchmarks/preparation.py [ROWS.jsonl [TOKENIZER_FOLDER]]
 
-Prints ratios of throughput, which hold on other machines: the time that
-`tokenizer.backend_tokenizer.encode_batch` takes for the messages' texts, over the time that hfsft
-takes to encode the same conversations (templates, tokens, masks), and over that of the whole
-preparation (reading and checking every row, encoding, the Arrow file, order, audit). Runs are
-paired, one of each in turn, and the medians compared. Then the same with `max_steps` that use a
-tenth of the rows. With the generated rows, on two cores shared with other work, in four runs:
-0.96 to 1.06 and 0.85 to 0.95.
+Prints two ratios of throughput, which carry over to other machines: the time that
+`tokenizer.backend_tokenizer.encode_batch` takes for the messages' texts, divided by the time that
+hfsft takes to encode the same conversations (templates, tokens, masks), and by that of the complete
+preparation (reading and checking every row, encoding, the Arrow file, order, audit). The runs
+alternate, and the medians are compared. Then the preparation is timed with a `max_steps` that uses
+a tenth of the rows. Measured with the generated rows on two shared cores, in four runs: 0.96 to
+1.06 and 0.85 to 0.95.
 """
 
 import gc
@@ -102,7 +102,7 @@ def main(path: str | None = None, tokenizer_folder: str | None = None) -> None:
         conversations = [check_messages(json.loads(line)["messages"]) for line in lines]
         texts = [message["content"] for messages in conversations for message in messages]
         backend = tokenizer.backend_tokenizer
-        plain, encoding, whole = [], [], []
+        plain, encoding, complete = [], [], []
         for _ in range(PAIRS):
             began = time.perf_counter()
             encoded = backend.encode_batch(texts, add_special_tokens=False)
@@ -111,10 +111,10 @@ def main(path: str | None = None, tokenizer_folder: str | None = None) -> None:
             del encoded
             encoding.append(encode(conversations, tokenizer))
             seconds, audit = prepare(rows, tokenizer, folder)
-            whole.append(seconds)
+            complete.append(seconds)
         print(f"{len(conversations):,} conversations, {tokens:,} tokens of text")
         print(f"encode_batch        {tokens / statistics.median(plain):11,.0f} tokens/s")
-        for name, times in (("encoding", encoding), ("whole", whole)):
+        for name, times in (("encoding", encoding), ("complete", complete)):
             ratio = statistics.median(a / b for a, b in zip(plain, times, strict=True))
             speed = tokens / statistics.median(times)
             print(f"hfsft, {name:12} {speed:11,.0f} tokens/s, {ratio:.2f} of it")
@@ -123,7 +123,7 @@ def main(path: str | None = None, tokenizer_folder: str | None = None) -> None:
         print(
             f"{steps} steps of 32 prepare {audit['sources'][0]['prepared']:,} conversations for "
             f"{audit['used']:,} examples in {seconds:.2f} s instead of "
-            f"{statistics.median(whole):.2f} s"
+            f"{statistics.median(complete):.2f} s"
         )
 
 

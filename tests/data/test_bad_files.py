@@ -14,30 +14,14 @@ import pyarrow.parquet
 import pytest
 import yaml
 import zstandard
+from chat_rows import CONVERSATIONS
 
 from hfsft.cli import main
 from hfsft.data.mixture import load_conversations
 from hfsft.recipe.schema import Source
 from hfsft.tokens.encoding import encode_conversation
 
-USER = {"role": "user", "content": "Hi"}
-ASSISTANT = {"role": "assistant", "content": "Hello"}
-
-
-def chat(number: int) -> dict:
-    return {
-        "messages": [
-            {"role": "user", "content": f"Question {number}?"},
-            {"role": "assistant", "content": f"Answer {number}."},
-        ]
-    }
-
-
-def row(messages, **more) -> bytes:
-    return json.dumps({"messages": messages} | more).encode()
-
-
-LINES = b"".join(json.dumps(chat(number)).encode() + b"\n" for number in range(20))
+LINES = b"".join(json.dumps(row).encode() + b"\n" for row in CONVERSATIONS)
 
 
 def parquet(rows: list[dict] | datasets.Dataset) -> bytes:
@@ -57,15 +41,15 @@ def link_to_itself(path: Path) -> None:
     path.symlink_to(path)
 
 
-PARQUET = parquet([chat(number) for number in range(20)])
-# Arrow looks into no text before it is read
+PARQUET = parquet(CONVERSATIONS)
+# Arrow does not check a text's encoding when it is written
 LATIN_1 = pa.StringArray.from_buffers(
     1, pa.py_buffer(np.array([0, 4], np.int32)), pa.py_buffer(b"caf\xe9")
 )
 PARQUET_IN_LATIN_1 = parquet_table(pa.table({"prompt": LATIN_1, "completion": ["Hello"]}))
 PAIRS = b"prompt,completion\n" + b"Hi,Hello\n" * 20
-# what lies in the folder, the source's path in it, and what is said behind that path: nothing in
-# particular where several causes come to the same
+# the files in the folder, the source's path in it, and how the message continues after that path;
+# empty where several causes are possible
 BAD_FILES = {
     "utf-16": ({"r.jsonl": LINES.decode().encode("utf-16")}, "r.jsonl", "not UTF-8 text (line 1)"),
     "utf-16 without a mark": (
@@ -80,7 +64,7 @@ BAD_FILES = {
         "not UTF-8 text (line 3)",
     ),
     "utf-16 list": (
-        {"r.json": json.dumps([chat(0)]).encode("utf-16")},
+        {"r.json": json.dumps([CONVERSATIONS[0]]).encode("utf-16")},
         "r.json",
         "not UTF-8 text",
     ),
@@ -89,12 +73,12 @@ BAD_FILES = {
     "latin-1 text": ({"r.txt": b"caf\xe9"}, "r.txt", "cannot be read:"),
     "blank lines alone": ({"r.jsonl": b"\n \n\n"}, "r.jsonl", "has no rows"),
     "a mapping of rows": (
-        {"r.json": json.dumps({"a": chat(0)}).encode()},
+        {"r.json": json.dumps({"a": CONVERSATIONS[0]}).encode()},
         "r.json",
         "is not a list of rows",
     ),
     "a list that ends early": (
-        {"r.json": json.dumps([chat(0)]).encode()[:-4]},
+        {"r.json": json.dumps([CONVERSATIONS[0]]).encode()[:-4]},
         "r.json",
         "not a JSON list of rows: ",
     ),
@@ -127,7 +111,11 @@ BAD_FILES = {
         "cannot be read: ",
     ),
     "half a zstandard list": (
-        {"r.json.zst": zstandard.ZstdCompressor().compress(json.dumps([chat(0)]).encode())[:30]},
+        {
+            "r.json.zst": zstandard.ZstdCompressor().compress(
+                json.dumps([CONVERSATIONS[0]]).encode()
+            )[:30]
+        },
         "r.json.zst",
         "",
     ),
@@ -147,7 +135,7 @@ BAD_FILES = {
         "cannot tell the format from its columns a.b, ",
     ),
     "parquet without rows": (
-        {"r.parquet": parquet(datasets.Dataset.from_list([chat(0)]).select([]))},
+        {"r.parquet": parquet(datasets.Dataset.from_list([CONVERSATIONS[0]]).select([]))},
         "r.parquet",
         "has no rows",
     ),
@@ -246,7 +234,7 @@ BAD_FILES = {
         "its files differ in their columns",
     ),
     "parquet of our columns": (
-        {"r.parquet": parquet([{"hfsft_json": json.dumps(chat(0)), "hfsft_row": 7}])},
+        {"r.parquet": parquet([{"hfsft_json": json.dumps(CONVERSATIONS[0]), "hfsft_row": 7}])},
         "r.parquet",
         "has no rows",
     ),
@@ -263,7 +251,7 @@ BAD_FILES = {
 
 @pytest.fixture
 def hfsft_data(tmp_path, tokenizer, monkeypatch, capsys):
-    """Runs `hfsft data` on a source: its exit status and what it says."""
+    """Runs `hfsft data` on a source: its exit status and standard error."""
 
     def run(path: Path) -> tuple[int, str]:
         tokenizer.save_pretrained(tmp_path / "model")
@@ -283,7 +271,7 @@ def hfsft_data(tmp_path, tokenizer, monkeypatch, capsys):
 
 @pytest.mark.parametrize("case", BAD_FILES)
 def test_a_bad_file_is_an_error_that_names_it(case, tmp_path, hfsft_data, caplog):
-    files, name, says = BAD_FILES[case]
+    files, name, message = BAD_FILES[case]
     folder = tmp_path / "data"
     folder.mkdir()
     for inside, content in files.items():
@@ -292,21 +280,21 @@ def test_a_bad_file_is_an_error_that_names_it(case, tmp_path, hfsft_data, caplog
             content(folder / inside)
         else:
             (folder / inside).write_bytes(content)
-    status, said = hfsft_data(folder / name)
-    assert status == 2, said
-    assert said.startswith(f"hfsft: {folder / name}: {says}")
-    assert len(said.splitlines()) <= 2 and len(said) < 700
+    status, printed = hfsft_data(folder / name)
+    assert status == 2, printed
+    assert printed.startswith(f"hfsft: {folder / name}: {message}")
+    assert len(printed.splitlines()) <= 2 and len(printed) < 700
     assert not caplog.records  # datasets logs what it raises, too
 
 
-def test_a_file_may_bear_any_name(tmp_path, make_stage, tokenizer):
+def test_a_file_may_have_any_name(tmp_path, make_stage, tokenizer):
     for name in ("r[1] é\t.jsonl", "a\nb.jsonl", "*.jsonl", "~.jsonl", " .jsonl"):
         (tmp_path / name).write_bytes(LINES)
         train, _ = load_conversations(make_stage(str(tmp_path / name), name="mid"), tokenizer)
         assert len(train) == 20
 
 
-def test_a_csv_s_cells_are_the_text_they_are(tmp_path, make_stage, tokenizer):
+def test_csv_cells_are_read_as_text(tmp_path, make_stage, tokenizer):
     pairs = [
         ("2+2?", "4"),
         ("Is it?", "True"),
@@ -318,11 +306,11 @@ def test_a_csv_s_cells_are_the_text_they_are(tmp_path, make_stage, tokenizer):
     (tmp_path / "r.csv").write_text("prompt,completion\n" + "".join(lines) + "Empty?,\nShort?\n")
     stage = make_stage(str(tmp_path / "r.csv"), name="mid", on_bad_rows="skip")
     train, _ = load_conversations(stage, tokenizer)
-    said = [
+    expected = [
         [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
         for prompt, completion in pairs
     ]
-    assert train["input_ids"][:] == [encode_conversation(one, tokenizer)[0] for one in said]
+    assert train["input_ids"][:] == [encode_conversation(one, tokenizer)[0] for one in expected]
     assert [json.loads(line) for line in (stage.folder / "rejected.jsonl").open()] == [
         {"source": str(tmp_path / "r.csv"), "row": row, "reason": "empty content"} for row in (5, 6)
     ]
@@ -336,7 +324,7 @@ def test_bad_first_rows_do_not_hide_the_format(first, tmp_path, make_stage, toke
 
 
 def test_a_folder_s_json_is_read_split_by_split(tmp_path, make_stage, tokenizer):
-    rows = [chat(number) for number in range(20)]
+    rows = CONVERSATIONS
     mixed = [rows[0] | {"id": 1}, rows[1] | {"id": "x", "more": [2]}, *rows[2:]]
     (tmp_path / "README.md").write_text("A dataset.")
     (tmp_path / "train-1.jsonl").write_text("".join(json.dumps(row) + "\n" for row in mixed[:9]))
@@ -348,7 +336,7 @@ def test_a_folder_s_json_is_read_split_by_split(tmp_path, make_stage, tokenizer)
         assert len(load_conversations(stage, tokenizer)[0]) == count
 
 
-def test_a_file_that_links_lead_to_is_read_once(tmp_path, make_stage, tokenizer):
+def test_a_file_reached_through_links_is_read_once(tmp_path, make_stage, tokenizer):
     (tmp_path / "inside").mkdir()
     (tmp_path / "inside" / "r.jsonl").write_bytes(LINES)
     (tmp_path / "inside" / "up").symlink_to(tmp_path)
@@ -356,8 +344,8 @@ def test_a_file_that_links_lead_to_is_read_once(tmp_path, make_stage, tokenizer)
     assert len(load_conversations(stage, tokenizer)[0]) == 20
 
 
-def test_columns_that_bear_our_names_are_left_out(tmp_path, make_stage, tokenizer):
-    rows = [chat(number) | {"hfsft_json": "[]", "hfsft_row": 7} for number in range(20)]
+def test_columns_with_our_names_are_dropped(tmp_path, make_stage, tokenizer):
+    rows = [CONVERSATIONS[number] | {"hfsft_json": "[]", "hfsft_row": 7} for number in range(20)]
     (tmp_path / "r.parquet").write_bytes(parquet([*rows, {"messages": []}]))
     stage = make_stage(str(tmp_path / "r.parquet"), name="mid", on_bad_rows="skip")
     assert len(load_conversations(stage, tokenizer)[0]) == 20

@@ -23,10 +23,12 @@ from hfsft.recipe.schema import Source
 from hfsft.tokens.encoding import IGNORED, encode_conversation
 
 
-def test_a_cut_conversation_keeps_a_trained_token_or_is_refused(make_stage, tokenizer, tmp_path):
+def test_a_truncated_conversation_keeps_a_trained_token_or_is_refused(
+    make_stage, tokenizer, tmp_path
+):
     row = conversation("Hello there?", "Yes indeed.")
     ids, labels = encode_conversation(row["messages"], tokenizer)
-    first = next(place for place, label in enumerate(labels) if label != IGNORED)
+    first = next(index for index, label in enumerate(labels) if label != IGNORED)
     path = write_jsonl(tmp_path / "r.jsonl", [row])
     for length in range(2, len(ids) + 2):
         stage = make_stage(path, max_length=length)
@@ -57,12 +59,12 @@ def test_only_what_a_run_uses_is_prepared(make_stage, tokenizer, tmp_path):
         used = len(set(train.indices)) + len(held_out)
         prepared = sum(source["prepared"] for source in audit["sources"])
         assert prepared == used == len(train.conversations)
-        # and no more is tried than what takes the place of those that are too long
+        # only replacements for rows that are too long are encoded in addition
         excluded = sum(sum(source["excluded"].values()) for source in audit["sources"])
         assert 0 < excluded < 0.25 * used
         rejected = read_jsonl(stage.folder / "rejected.jsonl")
         assert sum(entry["reason"] == "longer than max_length" for entry in rejected) == excluded
-        # a longer run begins with the same examples
+        # a longer run starts with the same examples
         questions = used_rows(train, tokenizer)
         assert questions[: len(longest)] == longest
         longest = questions
@@ -89,23 +91,21 @@ def test_a_second_start_encodes_nothing(make_stage, tokenizer, tmp_path):
     assert len(files()) > len(made)
 
 
-def test_processes_that_encode_change_nothing(make_stage, tokenizer, tmp_path):
+def test_encoding_in_several_processes_changes_nothing(make_stage, tokenizer, tmp_path):
     rows = [conversation(f"Number {number}?") for number in range(1100)]
     path = write_jsonl(tmp_path / "many.jsonl", rows)
     alone, _ = load_conversations(make_stage(path), tokenizer)
-    path = write_jsonl(tmp_path / "copy.jsonl", [*rows, rows[0]])  # nothing of it is cached
+    path = write_jsonl(tmp_path / "copy.jsonl", [*rows, rows[0]])  # so that nothing is cached
     several, _ = load_conversations(
         make_stage(path, dataset_num_proc=2, duplicates="drop"), tokenizer
     )
     assert [*several] == [*alone]
 
 
-def test_what_is_cut_to_a_held_out_conversation_s_tokens_is_not_trained_on(
-    make_stage, tokenizer, tmp_path
-):
+def test_rows_truncated_to_held_out_tokens_are_not_trained_on(make_stage, tokenizer, tmp_path):
     rows = [
         conversation(f"Question {n // 2}?", "word " * 40 + "ab"[n % 2]) for n in range(20)
-    ]  # two by two the same in their first 48 tokens
+    ]  # pairs that share their first 48 tokens
     path = write_jsonl(tmp_path / "r.jsonl", rows)
     for settings in ({"max_steps": 4, "examples_per_step": 4}, {}):
         stage = make_stage(path, held_out=3, max_length=48, **settings)
@@ -162,11 +162,11 @@ def test_all_tokens_train_without_assistant_only(make_stage, tokenizer, tmp_path
 def test_on_too_long(tmp_path, make_stage, tokenizer):
     long = {"messages": [m for c in CONVERSATIONS[:4] for m in c["messages"]]}
     path = write_jsonl(tmp_path / "long.jsonl", [CONVERSATIONS[5], long])
-    one, whole = (
+    one, full = (
         len(encode_conversation(row["messages"], tokenizer)[0]) for row in (CONVERSATIONS[5], long)
     )
     limit = 2 * one
-    assert limit < whole
+    assert limit < full
     lengths = {}
     for policy in ("truncate", "drop", "split"):
         stage = make_stage(path, max_length=limit, on_too_long=policy)
@@ -181,14 +181,14 @@ def test_on_too_long(tmp_path, make_stage, tokenizer):
         }[policy]
     assert lengths["truncate"] == [one, limit]
     assert lengths["drop"] == [one]
-    # two exchanges fit a row, behind one <|bos|>
+    # two exchanges fit one part, after one <|bos|>
     assert len(lengths["split"]) == 3 and max(lengths["split"]) <= limit
-    assert sum(lengths["split"]) == one + whole + 1
+    assert sum(lengths["split"]) == one + full + 1
     with pytest.raises(DataError, match=r"long\.jsonl: row 1 is longer than max_length"):
         load_conversations(make_stage(path, max_length=limit, on_too_long="error"), tokenizer)
 
 
-def test_rows_above_the_model_s_positions(tmp_path, make_stage, tokenizer, make_model):
+def test_rows_beyond_the_model_s_context(tmp_path, make_stage, tokenizer, make_model):
     model = make_model(max_position_embeddings=32)
     model.save_pretrained(tmp_path / "model")
     path = write_jsonl(

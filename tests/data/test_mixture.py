@@ -26,47 +26,55 @@ from hfsft.errors import DataError
 from hfsft.recipe.schema import Source
 from hfsft.tokens.encoding import IGNORED, encode_conversation
 
+LONG = conversation("Long?", "word " * 200)
+TEN_LINES = [
+    json.dumps(CONVERSATIONS[0]),
+    '{"messages": [',
+    json.dumps(LONG),
+    json.dumps({"messages": []}),
+    json.dumps(conversation("word " * 200, "No.")),
+    json.dumps({"other": 1}),
+    "[1]",
+    json.dumps(CONVERSATIONS[1]),
+    json.dumps(conversation("Hi", "")),
+    json.dumps({"messages": []}),
+]
+TEN_REASONS = {
+    1: "not JSON",
+    3: "no messages",
+    4: "nothing left to train on",
+    5: "not a row of format messages",
+    6: "not a JSON object",
+    8: "empty content",
+    9: "no messages",
+}
 
-def test_refused_rows_are_listed_and_data_json_counts(tmp_path, make_stage, tokenizer):
-    long = conversation("Long?", "word " * 200)
-    too_long = conversation("word " * 200, "No.")
+
+def test_bad_rows_are_an_error_that_names_the_first(tmp_path, make_stage, tokenizer):
     path = tmp_path / "r.jsonl"
-    lines = [
-        json.dumps(CONVERSATIONS[0]),
-        '{"messages": [',
-        json.dumps(long),
-        json.dumps({"messages": []}),
-        json.dumps(too_long),
-        json.dumps({"other": 1}),
-        "[1]",
-        json.dumps(CONVERSATIONS[1]),
-        json.dumps(conversation("Hi", "")),
-        json.dumps({"messages": []}),
-    ]
-    path.write_text("\n".join(lines))
-    other = write_jsonl(tmp_path / "other.jsonl", CONVERSATIONS[2:12])
-    sources = (str(path), Source(other, rows=5, repeat=3))
+    path.write_text("\n".join(TEN_LINES))
+    stage = make_stage(str(path), max_length=48)
     with pytest.raises(DataError) as error:
-        load_conversations(make_stage(*sources, max_length=48), tokenizer)
-    folder = make_stage(*sources).folder
+        load_conversations(stage, tokenizer)
     assert str(error.value) == (
         f"{path}: 6 of 10 rows are bad, the first is row 1 (not JSON)\n  All are listed in "
-        f"{folder / 'rejected.jsonl'}; to train on the rest: --on_bad_rows skip"
+        f"{stage.folder / 'rejected.jsonl'}; to train on the rest: --on_bad_rows skip"
     )
+
+
+def test_refused_rows_are_listed_and_data_json_counts(tmp_path, make_stage, tokenizer):
+    path = tmp_path / "r.jsonl"
+    path.write_text("\n".join(TEN_LINES))
+    other = write_jsonl(tmp_path / "other.jsonl", CONVERSATIONS[2:12])
+    sources = (str(path), Source(other, rows=5, repeat=3))
     stage = make_stage(*sources, max_length=48, on_bad_rows="skip")
     train, _ = load_conversations(stage, tokenizer)
 
     source = str(path)
     assert read_jsonl(stage.folder / "rejected.jsonl") == [
-        {"source": source, "row": 1, "reason": "not JSON"},
-        {"source": source, "row": 3, "reason": "no messages"},
-        {"source": source, "row": 4, "reason": "nothing left to train on"},
-        {"source": source, "row": 5, "reason": "not a row of format messages"},
-        {"source": source, "row": 6, "reason": "not a JSON object"},
-        {"source": source, "row": 8, "reason": "empty content"},
-        {"source": source, "row": 9, "reason": "no messages"},
+        {"source": source, "row": index, "reason": reason} for index, reason in TEN_REASONS.items()
     ]
-    kept = [encode_conversation(r["messages"], tokenizer) for r in (CONVERSATIONS[0], long)]
+    kept = [encode_conversation(r["messages"], tokenizer) for r in (CONVERSATIONS[0], LONG)]
     kept = [(ids[:48], labels[:48]) for ids, labels in kept]
     kept.append(encode_conversation(CONVERSATIONS[1]["messages"], tokenizer))
     audit = json.loads((stage.folder / "data.json").read_text())
@@ -126,7 +134,7 @@ def test_a_run_s_order_is_its_permutations_whatever_its_length(make_stage, token
         assert len(train) == len(train.lengths) == steps * examples
         assert used_rows(train, tokenizer) == expected[: steps * examples]
         assert train.lengths == [len(row["input_ids"]) for row in train]
-    # epochs: as many steps as hold them
+    # epochs: as many steps as they take
     for epochs, examples, count in ((1, 8, 24), (2.5, 10, 50), (0.01, 6, 6)):
         trainer = {"num_train_epochs": epochs}
         stage = make_stage(path, examples_per_step=examples, trainer=trainer)
@@ -134,21 +142,10 @@ def test_a_run_s_order_is_its_permutations_whatever_its_length(make_stage, token
         assert used_rows(train, tokenizer) == expected[:count]
 
 
-def test_counts_can_be_recounted_by_hand(make_stage, tokenizer, tmp_path, capsys):
-    sources = mixed(tmp_path)
-    stage = make_stage(*sources, max_steps=25, quiet=False, **MIXED)
-    train, held_out = load_conversations(stage, tokenizer)
-    shown = capsys.readouterr().out.splitlines()
-    audit = json.loads((stage.folder / "data.json").read_text())
-    rejected = read_jsonl(stage.folder / "rejected.jsonl")
-    rows = [read_jsonl(Path(source.path)) for source in sources]
-    names = [[r["messages"][0]["content"] for r in part if r["messages"]] for part in rows]
-    held = {text.split("|>")[2].split("<|")[0] for text in texts_of(held_out, tokenizer)}
-    places = used_rows(train, tokenizer)
-    assert len(held) == audit["held_out"] == 30
-    assert not held & set(places)
-
-    # the run's order over the rows of the three files, written down a second time
+def order_by_hand(
+    sources: list[Source], names: list[list[str]], held: set[str]
+) -> list[tuple[int, int]]:
+    """The trainable rows of three epochs in the run's order, computed independently."""
     epoch = [
         (index, row)
         for index, (source, own) in enumerate(zip(sources, names, strict=True))
@@ -161,8 +158,24 @@ def test_counts_can_be_recounted_by_hand(make_stage, tokenizer, tmp_path, capsys
         random.Random(f"42:epoch:{number}").shuffle(order)
         rows_in_order = [epoch[i] for i in order]
         by_hand += [(i, row) for i, row in rows_in_order if names[i][row] not in too_long]
-    by_hand = by_hand[: 25 * 8]
-    assert places == [names[index][row] for index, row in by_hand]
+    return by_hand
+
+
+def test_counts_can_be_recounted_by_hand(make_stage, tokenizer, tmp_path, capsys):
+    sources = mixed(tmp_path)
+    stage = make_stage(*sources, max_steps=25, quiet=False, **MIXED)
+    train, held_out = load_conversations(stage, tokenizer)
+    shown = capsys.readouterr().out.splitlines()
+    audit = json.loads((stage.folder / "data.json").read_text())
+    rejected = read_jsonl(stage.folder / "rejected.jsonl")
+    rows = [read_jsonl(Path(source.path)) for source in sources]
+    names = [[r["messages"][0]["content"] for r in part if r["messages"]] for part in rows]
+    held = {text.split("|>")[2].split("<|")[0] for text in texts_of(held_out, tokenizer)}
+    questions = used_rows(train, tokenizer)
+    assert len(held) == audit["held_out"] == 30
+    assert not held & set(questions)
+    by_hand = order_by_hand(sources, names, held)[: 25 * 8]
+    assert questions == [names[index][row] for index, row in by_hand]
 
     for index, (counted, own) in enumerate(zip(audit["sources"], names, strict=True)):
         path = sources[index].path
@@ -182,10 +195,10 @@ def test_counts_can_be_recounted_by_hand(make_stage, tokenizer, tmp_path, capsys
             counted[key] for key in ("read", "kept", "held_out", "train", "used", "prepared")
         ]
         assert any(" ".join(map(str, numbers)) in " ".join(line.split()) for line in shown)
-    assert sum(counted["used"] for counted in audit["sources"]) == audit["used"] == len(places)
+    assert sum(counted["used"] for counted in audit["sources"]) == audit["used"] == len(questions)
     assert sum(counted["held_out"] for counted in audit["sources"]) == 30
     assert audit["train"] == sum(counted["train"] for counted in audit["sources"])
-    seen = [*(train.conversations[place] for place in sorted(set(train.indices))), *held_out]
+    seen = [*(train.conversations[item] for item in sorted(set(train.indices))), *held_out]
     assert sum(counted["tokens"] for counted in audit["sources"]) == sum(
         len(row["input_ids"]) for row in seen
     )
@@ -199,7 +212,7 @@ def test_counts_can_be_recounted_by_hand(make_stage, tokenizer, tmp_path, capsys
     assert max(map(len, shown)) > 80 and shown[0].endswith("trained median max long")
 
 
-PLACES = """
+RUN_ORDER = """
 import json, sys
 from pathlib import Path
 import datasets
@@ -231,16 +244,16 @@ def test_the_order_is_the_same_on_every_process(make_stage, tokenizer, tmp_path)
         "trainer": {"eval_strategy": "steps"},
         "quiet": True,
     }
-    (tmp_path / "places.py").write_text(PLACES)
+    (tmp_path / "run_order.py").write_text(RUN_ORDER)
     done = subprocess.run(
         [
             *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"),
             *("--num_processes", "2"),
             *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
-            *("--main_process_port", "0", str(tmp_path / "places.py"), json.dumps(settings)),
+            *("--main_process_port", "0", str(tmp_path / "run_order.py"), json.dumps(settings)),
             *(str(tmp_path / "tokenizer"), str(tmp_path)),
         ],
-        # a cache of their own, so that one process makes it while the other waits
+        # an empty cache, so that one process fills it while the other waits
         env=os.environ
         | {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "ACCELERATE_USE_CPU": "true"},
         capture_output=True,
@@ -253,7 +266,7 @@ def test_the_order_is_the_same_on_every_process(make_stage, tokenizer, tmp_path)
         assert json.loads((tmp_path / f"{process}.json").read_text()) == alone
 
 
-def test_held_out_rows_that_are_split_are_held_out_whole(make_stage, tokenizer, tmp_path):
+def test_all_parts_of_a_held_out_row_are_held_out(make_stage, tokenizer, tmp_path):
     long = [
         {"messages": [m for c in CONVERSATIONS[n : n + 4] for m in c["messages"]]}
         for n in range(0, 20, 4)
@@ -279,7 +292,7 @@ def test_held_out_rows_that_are_split_are_held_out_whole(make_stage, tokenizer, 
 
 
 def test_held_out_conversations_are_in_no_training_row(make_stage, tokenizer, tmp_path):
-    # 20 different ones; b has 10 of them again, and c one of those five times
+    # 20 distinct ones; b repeats 10 of them, and c one of those five times
     a = write_jsonl(tmp_path / "a.jsonl", CONVERSATIONS)
     b = write_jsonl(tmp_path / "b.jsonl", CONVERSATIONS[:10])
     c = write_jsonl(tmp_path / "c.jsonl", [CONVERSATIONS[3]] * 5)
@@ -322,7 +335,7 @@ def test_held_out_may_be_a_share_or_none(make_stage, tokenizer, tmp_path):
     )
 
 
-def test_packed_conversations_are_whole_and_in_seeded_order(make_stage, tokenizer, tmp_path):
+def test_packed_conversations_are_unsplit_and_in_seeded_order(make_stage, tokenizer, tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", CONVERSATIONS)
     stage = make_stage(path, name="mid", max_length=96, held_out=4)
     train, held_out = load_packed_conversations(stage, tokenizer)
@@ -340,7 +353,7 @@ def test_packed_conversations_are_whole_and_in_seeded_order(make_stage, tokenize
 
 
 @pytest.mark.parametrize(("copies", "seen"), [(0.5, 5), (1.0, 10), (2.5, 25)])
-def test_weight_sees_exactly_that_many(tmp_path, make_stage, tokenizer, copies, seen):
+def test_weight_gives_exactly_that_many_examples(tmp_path, make_stage, tokenizer, copies, seen):
     path = write_jsonl(tmp_path / "w.jsonl", CONVERSATIONS[:10])
     stage = make_stage(Source(path, weight=copies))
     train, _ = load_conversations(stage, tokenizer)

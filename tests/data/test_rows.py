@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import yaml
+from chat_rows import CONVERSATIONS
 
 from hfsft.data import encoded
 from hfsft.data.mixture import load_conversations
@@ -19,15 +20,6 @@ from hfsft.tokens.encoding import encode_conversation
 
 USER = {"role": "user", "content": "Hi"}
 ASSISTANT = {"role": "assistant", "content": "Hello"}
-
-
-def chat(number: int) -> dict:
-    return {
-        "messages": [
-            {"role": "user", "content": f"Question {number}?"},
-            {"role": "assistant", "content": f"Answer {number}."},
-        ]
-    }
 
 
 def turns(*contents) -> bytes:
@@ -57,7 +49,7 @@ BAD_ROWS = {
     "a raw NUL in a text": (turns("Hi", "Hello").replace(b"Hello", b"Hel\0lo"), "not JSON"),
     "a byte order mark": (b"\xef\xbb\xbf" + turns("Hi", "Hello"), "not JSON"),
     "10,000 levels": (b'{"messages": ' + b"[" * 10_000 + b"]" * 10_000 + b"}", "not JSON"),
-    "10,000 levels beside": (
+    "10,000 levels in another column": (
         turns("Hi", "Hello")[:-1] + b', "x": ' + b"[" * 10_000 + b"]" * 10_000 + b"}",
         "not JSON",
     ),
@@ -109,10 +101,10 @@ BAD_ROWS = {
 
 
 @pytest.mark.parametrize("case", BAD_ROWS)
-def test_a_bad_row_is_refused_by_number_and_reason(case, tmp_path, make_stage, tokenizer):
+def test_a_bad_row_is_refused_by_index_and_reason(case, tmp_path, make_stage, tokenizer):
     line, reason = BAD_ROWS[case]
     path = tmp_path / "rows.jsonl"
-    good = [chat(0), chat(1)]
+    good = [CONVERSATIONS[0], CONVERSATIONS[1]]
     path.write_bytes(b"\n".join([json.dumps(good[0]).encode(), line, json.dumps(good[1]).encode()]))
     stage = make_stage(str(path), name="mid", on_bad_rows="skip")
     train, _ = load_conversations(stage, tokenizer)
@@ -132,8 +124,8 @@ NOT_TEXT = "content that is not text"
 NO_LIST = "choices that are not a list"
 BAD_ROWS_OF_A_FORMAT = {
     "alpaca: a list": (ALPACA, {"instruction": ["Hi"]}, NOT_TEXT),
-    "alpaca: a number beside": (ALPACA, {"input": 5}, NOT_TEXT),
-    "alpaca: a mapping beside": (ALPACA, {"input": {"a": 1}}, NOT_TEXT),
+    "alpaca: a number as input": (ALPACA, {"input": 5}, NOT_TEXT),
+    "alpaca: a mapping as input": (ALPACA, {"input": {"a": 1}}, NOT_TEXT),
     "alpaca: true": (ALPACA, {"output": True}, NOT_TEXT),
     "choice: nested": (CHOICE, {"choices": [["x"], "y"]}, NOT_TEXT),
     "choice: a mapping": (CHOICE, {"choices": [{"a": 1}, "y"]}, NOT_TEXT),
@@ -185,16 +177,16 @@ GOOD_ROWS = {
     "media columns that are empty": row([USER, ASSISTANT], images=[], image=None, audio=""),
     "an answer that is preferred": row([USER, ASSISTANT], chosen=[ASSISTANT], rejected=None),
     "a label of another kind": row([USER, ASSISTANT], label=False),
-    "NaN beside": turns("Hi", "Hello")[:-1] + b', "score": NaN, "more": -Infinity}',
-    "the last of two is taken": b'{"messages": null, ' + turns("Hi", "Hello")[1:],
-    "odd columns beside": turns("Hi", "Hello")[:-1]
+    "NaN in another column": turns("Hi", "Hello")[:-1] + b', "score": NaN, "more": -Infinity}',
+    "a repeated key, of which the last counts": b'{"messages": null, ' + turns("Hi", "Hello")[1:],
+    "odd other columns": turns("Hi", "Hello")[:-1]
     + b', "": 1, "a.b": 2, "\\u0000": 3, "\xc3\xa9": 4}',
-    "our own columns beside": turns("Hi", "Hello")[:-1] + b', "hfsft_row": "x", "input_ids": "y"}',
+    "columns with our names": turns("Hi", "Hello")[:-1] + b', "hfsft_row": "x", "input_ids": "y"}',
 }
 
 
 @pytest.mark.parametrize("case", GOOD_ROWS)
-def test_an_odd_row_that_says_what_it_means_is_trained_on(case, tmp_path, make_stage, tokenizer):
+def test_an_unusual_but_valid_row_is_trained_on(case, tmp_path, make_stage, tokenizer):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(GOOD_ROWS[case])
     train, _ = load_conversations(make_stage(str(path), name="mid"), tokenizer)
@@ -203,7 +195,7 @@ def test_an_odd_row_that_says_what_it_means_is_trained_on(case, tmp_path, make_s
 
 
 @pytest.mark.parametrize("policy", ["truncate", "split"])
-def test_giant_rows_are_cut(policy, tmp_path, make_stage, tokenizer):
+def test_giant_rows_are_truncated_or_split(policy, tmp_path, make_stage, tokenizer):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\n".join([turns("Hi", "a" * 5_000_000), turns(*["Hi", "Hello"] * 10_000)]))
     stage = make_stage(str(path), name="mid", on_too_long=policy)
@@ -213,7 +205,7 @@ def test_giant_rows_are_cut(policy, tmp_path, make_stage, tokenizer):
     assert max(train["length"]) <= 64
     if policy == "split":
         exchange = len(encode_conversation([USER, ASSISTANT], tokenizer)[0])
-        per_row = (64 - 1) // (exchange - 1)  # behind one <|bos|>
+        per_row = (64 - 1) // (exchange - 1)  # after one <|bos|>
         assert len(train) == 1 + -(-10_000 // per_row)
     else:
         assert len(train) == audit["truncated"] == 2
@@ -232,7 +224,7 @@ BAD_TEXTS = {
 
 
 @pytest.mark.parametrize("case", BAD_TEXTS)
-def test_a_bad_text_is_refused_by_number_and_reason(case, tmp_path, tokenizer):
+def test_a_bad_text_is_refused_by_index_and_reason(case, tmp_path, tokenizer):
     path = tmp_path / "rows.jsonl"
     rows = [{"text": "One is kept."}, BAD_TEXTS[case], {"text": "Two\0too."}]
     path.write_text("\n".join(json.dumps(row) for row in rows))
@@ -257,7 +249,7 @@ def test_a_bad_text_is_refused_by_number_and_reason(case, tmp_path, tokenizer):
     assert sorted(text.split("<|bos|>")) == ["", "One is kept.", "Two\0too."]
 
 
-LINES = b"".join(json.dumps(chat(number)).encode() + b"\n" for number in range(20))
+LINES = b"".join(json.dumps(one).encode() + b"\n" for one in CONVERSATIONS)
 
 
 def parquet_table(table: pa.Table) -> bytes:
@@ -267,14 +259,17 @@ def parquet_table(table: pa.Table) -> bytes:
 
 
 def test_images_are_refused_and_not_decoded(tmp_path, make_stage, tokenizer):
-    """That takes packages that need not be there."""
-    features = datasets.Features(datasets.Dataset.from_list([chat(0)]).features)
+    """Decoding them takes packages that may not be installed."""
+    features = datasets.Features(datasets.Dataset.from_list([CONVERSATIONS[0]]).features)
     for name, feature, values in (
         ("image", datasets.Image(), [{"bytes": b"x", "path": None}, None]),
         ("images", datasets.List(datasets.Image()), [[{"bytes": b"x", "path": None}], []]),
         ("audio", datasets.Audio(), [{"bytes": b"x", "path": None}, None]),
     ):
-        columns = {"messages": [chat(0)["messages"], chat(1)["messages"]], name: values}
+        columns = {
+            "messages": [CONVERSATIONS[0]["messages"], CONVERSATIONS[1]["messages"]],
+            name: values,
+        }
         schema = datasets.Features(features | {name: feature}).arrow_schema
         (tmp_path / "r.parquet").write_bytes(parquet_table(pa.table(columns, schema=schema)))
         stage = make_stage(str(tmp_path / "r.parquet"), name="mid", on_bad_rows="skip")
@@ -284,13 +279,13 @@ def test_images_are_refused_and_not_decoded(tmp_path, make_stage, tokenizer):
 
 
 def test_a_weight_that_leaves_nothing_is_an_error(tmp_path, make_stage, tokenizer):
-    (tmp_path / "r.jsonl").write_text(json.dumps(chat(0)))
+    (tmp_path / "r.jsonl").write_text(json.dumps(CONVERSATIONS[0]))
     stage = make_stage(Source(str(tmp_path / "r.jsonl"), weight=0.1), name="mid")
     with pytest.raises(DataError, match=r"^mid: no row is left to train on; `weight` is too small"):
         load_conversations(stage, tokenizer)
 
 
-def test_where_nothing_is_left_the_reasons_are_written(tmp_path, make_stage, tokenizer):
+def test_the_reasons_are_written_when_no_row_is_left(tmp_path, make_stage, tokenizer):
     path = tmp_path / "r.jsonl"
     path.write_bytes(b"{\n" + row([USER]) + b"\n")
     stage = make_stage(str(path), name="mid")

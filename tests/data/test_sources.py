@@ -103,7 +103,7 @@ def test_rows_are_a_seeded_sample_and_first_are_the_first(tmp_path):
 
 
 def broken(path: Path) -> str:
-    """The path, with what its name says written into it."""
+    """Write the content that the file's name describes, and return its path."""
     name = path.name
     lines = "".join(json.dumps(row) + "\n" for row in CONVERSATIONS).encode()
     path.write_bytes(
@@ -181,7 +181,7 @@ def test_a_source_that_is_not_there_is_an_error(tmp_path):
     datasets.DatasetDict(train=rows, few=rows).save_to_disk(tmp_path / "splits")
     write_jsonl(tmp_path / "a.jsonl", CONVERSATIONS)
     (tmp_path / "b.csv").write_bytes(as_csv(CONVERSATIONS))
-    for path, split, says in (
+    for path, split, message in (
         ("none.jsonl", "train", "no such file"),
         ("none", "train", "no such file"),
         ("*.none", "train", "no file matches"),
@@ -192,8 +192,8 @@ def test_a_source_that_is_not_there_is_an_error(tmp_path):
     ):
         with pytest.raises(DataError) as error:
             load_rows(Source(f"{tmp_path}/{path}", split=split), 0)
-        assert str(error.value) == f"{tmp_path}/{path}: {says}"
-    for path in ("rows.jsonl", "rows.csv.gz"):  # no name on the Hub
+        assert str(error.value) == f"{tmp_path}/{path}: {message}"
+    for path in ("rows.jsonl", "rows.csv.gz"):  # not a valid name on the Hub
         with pytest.raises(DataError, match=rf"^{path}: no such file$"):
             load_rows(Source(path), 0)
     with pytest.raises(DataError, match=r"^identity: unknown split 'dev'; there are train, test$"):
@@ -226,7 +226,7 @@ def test_wrong_columns_are_an_error_that_lists_them(kind, tmp_path, make_stage, 
         assert len(lines) == 2
 
 
-def test_a_column_that_bears_our_name_is_no_trouble(tmp_path, make_stage, tokenizer):
+def test_other_columns_may_have_any_name(tmp_path, make_stage, tokenizer):
     rows = [row | {"row_number": "x", "length": "long"} for row in CONVERSATIONS]
     (tmp_path / "r.parquet").write_bytes(as_parquet(rows))
     train, _ = load_conversations(make_stage(str(tmp_path / "r.parquet")), tokenizer)

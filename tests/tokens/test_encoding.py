@@ -44,7 +44,7 @@ TOOL = [
     user("Thanks"),
     assistant("Bye"),
 ]
-# written out by hand: each piece, and whether it is trained with assistant_only
+# written by hand: each segment, and whether it is trained on with assistant_only
 BY_HAND = [
     ("<|bos|>", False),
     ("<|user_start|>", False),
@@ -72,9 +72,9 @@ BY_HAND = [
 def encoded_by_hand(tokenizer, trained_of) -> tuple[list[int], list[int]]:
     ids, labels = [], []
     for text, trained in BY_HAND:
-        piece = tokenizer.encode(text, add_special_tokens=False)
-        ids += piece
-        labels += piece if trained_of(text, trained) else [IGNORED] * len(piece)
+        segment = tokenizer.encode(text, add_special_tokens=False)
+        ids += segment
+        labels += segment if trained_of(text, trained) else [IGNORED] * len(segment)
     return ids, labels
 
 
@@ -112,7 +112,7 @@ def text_and_trained(messages, tokenizer, **settings) -> tuple[str, str]:
     return tokenizer.decode(ids), tokenizer.decode([i for i in labels if i != IGNORED])
 
 
-def test_nanochat_writes_tool_calls_within_the_assistant_s_turn(tokenizer):
+def test_nanochat_renders_tool_calls_within_the_assistant_s_turn(tokenizer):
     asked = "<|bos|><|user_start|>Add 1 and 2, and look up ä.<|user_end|><|assistant_start|>"
     first = f"Let me see.<|python_start|>{ADD}<|python_end|><|python_start|>{LOOK_UP}<|python_end|>"
     results = "<|output_start|>3<|output_end|><|output_start|>nothing<|output_end|>"
@@ -133,7 +133,7 @@ def test_nanochat_writes_tool_calls_within_the_assistant_s_turn(tokenizer):
     assert (text, trained) == (asked + first, first)
 
 
-def test_chatml_writes_tool_calls_as_hermes_does(chatml):
+def test_chatml_renders_tool_calls_as_hermes_does(chatml):
     asked = "<|im_start|>user\nAdd 1 and 2, and look up ä.<|im_end|>\n"
     begin, tools = "<|im_start|>assistant\n", "<|im_start|>tool\n<tool_response>\n"
     calls = [f"<tool_call>\n{one}\n</tool_call>" for one in (ADD, LOOK_UP, AGAIN)]
@@ -159,7 +159,7 @@ def test_templates_take_arguments_as_json_text_too(tokenizer, chatml):
         )
 
 
-def test_a_system_turn_in_the_middle(tokenizer, chatml):
+def test_a_later_system_message(tokenizer, chatml):
     messages = [system("Be kind."), *HELLO, system("Now be rude."), *HELLO]
     reason = "^a later system message, which the chat template cannot render$"
     with pytest.raises(BadRow, match=reason):
@@ -176,14 +176,14 @@ def test_a_batch_is_each_conversation_by_itself(tokenizer):
     made.insert(7, [*HELLO, system("Be kind."), *HELLO])  # nanochat cannot write it
     found = encode_conversations(made, tokenizer)
     assert isinstance(found[7], BadRow)
-    for place, (messages, encoded) in enumerate(zip(made, found, strict=True)):
-        if place != 7:
+    for index, (messages, encoded) in enumerate(zip(made, found, strict=True)):
+        if index != 7:
             alone = encode_conversation(messages, tokenizer)
             assert (encoded.ids.tolist(), encoded.labels.tolist()) == alone
     assert encode_conversations([], tokenizer) == []
 
 
-def test_chatml_writes_no_python_parts(chatml):
+def test_chatml_renders_no_python_parts(chatml):
     ids, labels = encode_conversation(TOOL, chatml)
     assert chatml.decode(ids) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n"
@@ -228,7 +228,7 @@ def odd_conversations(count: int) -> list[list[dict]]:
 
 
 @pytest.mark.parametrize("name", ["nanochat", "chatml"])
-def test_pieces_are_the_template_s_own_rendering(name, request, tokenizer):
+def test_segments_match_the_template_s_own_rendering(name, request, tokenizer):
     tokenizer = tokenizer if name == "nanochat" else request.getfixturevalue("chatml")
     assert tokenizer.hfsft_template == name
     same_tokens = 0
@@ -240,7 +240,7 @@ def test_pieces_are_the_template_s_own_rendering(name, request, tokenizer):
             messages, return_dict=True, return_assistant_tokens_mask=True
         )
         mask = [int(label != IGNORED) for label in labels]
-        # "assistant\n" and a newline after it: apart here, as a chat's prompt ends there, else one
+        # "assistant\n" and a newline after it: two segments here, as a prompt ends between them
         if re.search(r"<\|im_start\|>assistant\n\s*[\r\n]", text):
             continue
         assert theirs["input_ids"] == ids
@@ -284,7 +284,7 @@ UNMARKED = (
 
 @pytest.fixture
 def foreign(tokenizer, tmp_path):
-    """Gives a tokenizer of ours a template of somebody else's."""
+    """Gives the shared tokenizer a template that is not hfsft's."""
 
     def make(template: str):
         made = PreTrainedTokenizerFast.from_pretrained(saved(tokenizer, tmp_path / "a"))
@@ -309,7 +309,7 @@ def test_a_foreign_template_s_marks_are_trained(foreign):
     assert encode_conversation(TOOL, made, assistant_only=False) == (ids, ids)
 
 
-def test_a_foreign_template_without_marks_is_told_by_what_each_turn_adds(foreign):
+def test_without_marks_the_trained_tokens_are_what_each_assistant_turn_adds(foreign):
     made = foreign(UNMARKED)
     assert made.hfsft_training_template is None and made.eos_token == "<|eot|>"
     ids, labels = encode_conversation(TOOL, made)
@@ -388,21 +388,21 @@ def test_what_a_foreign_template_leaves_out_is_a_reason(foreign):
             encode_conversation(messages, made)
 
 
-def test_truncation_cuts_no_character(tokenizer):
+def test_truncation_splits_no_character(tokenizer):
     messages = [user("Hi"), assistant("🙂🦊🐳" * 20)]
-    whole, _ = encode_conversation(messages, tokenizer)
+    full, _ = encode_conversation(messages, tokenizer)
     for limit in range(12, 60):
         ((fitted,),) = fit_conversations([messages], tokenizer, limit)
         ids = fitted.ids.tolist()
         assert fitted.truncated and limit - 4 < len(ids) <= limit
-        assert ids == whole[: len(ids)] and len(fitted.labels) == len(ids)
+        assert ids == full[: len(ids)] and len(fitted.labels) == len(ids)
         assert "\ufffd" not in tokenizer.decode(ids)
 
 
-def test_a_split_keeps_exchanges_with_tools_whole(tokenizer):
+def test_splitting_keeps_exchanges_with_tools_together(tokenizer):
     messages = [system("Be brief."), *CALLS, *CALLS]
-    whole, _ = encode_conversation(messages, tokenizer)
-    (parts,) = fit_conversations([messages], tokenizer, len(whole) - 1, "split")
+    full, _ = encode_conversation(messages, tokenizer)
+    (parts,) = fit_conversations([messages], tokenizer, len(full) - 1, "split")
     assert len(parts) == 2 and not any(part.truncated for part in parts)
     # of four exchanges the last is a part of its own, after the system message
     first, last = messages[:-2], [messages[0], *messages[-2:]]

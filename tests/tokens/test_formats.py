@@ -151,7 +151,7 @@ READ = {
 
 
 @pytest.mark.parametrize("case", READ)
-def test_format_is_told_and_read(case):
+def test_format_is_detected_and_read(case):
     name, row, messages = READ[case]
     assert detect_format(list(row), "x") == name
     assert to_messages(row, name) == messages
@@ -196,7 +196,7 @@ REFUSED = [
     ("gsm8k", {"question": "?", "answer": 5}, "not a row of format gsm8k"),
     ("gsm8k", {"question": "?", "answer": "<<5>>5"}, "a calculation without a result"),
     ("gsm8k", {"question": "?", "answer": ""}, "empty content"),
-    # messages that are no conversation
+    # messages that are not a conversation
     ("messages", {"messages": None}, "no messages"),
     ("messages", {"messages": []}, "no messages"),
     ("messages", {"messages": "Hi"}, "no messages"),
@@ -256,13 +256,13 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("name", "row", "reason"), REFUSED)
-def test_refusal_says_why(name, row, reason):
+def test_a_refused_row_has_a_reason(name, row, reason):
     with pytest.raises(BadRow) as error:
         to_messages(row, name)
     assert str(error.value) == reason
 
 
-def test_a_digest_is_of_what_is_said():
+def test_a_digest_covers_content_but_not_tool_call_ids():
     one = [user("Hi"), calling(call("f", {"a": 1, "b": 2}, id="x")), tool("5", tool_call_id="x")]
     same = [user("Hi"), calling(call("f", {"b": 2, "a": 1}, id="y")), tool("5", tool_call_id="y")]
     assert content_digest(one) == content_digest(same)
@@ -278,6 +278,6 @@ def test_a_digest_is_of_what_is_said():
 
 
 @pytest.mark.parametrize("column", ["tools", "chat_template", "chat_template_kwargs"])
-def test_a_row_cannot_bring_its_own_template(column):
+def test_a_row_with_its_own_template_is_refused(column):
     with pytest.raises(BadRow, match=f"^has its own {column}$"):
         to_messages({"messages": HELLO, column: {"a": 1}}, "messages")
