@@ -29,10 +29,7 @@ from random import Random
 from typing import Any
 
 DATA = Path(__file__).parent / "builtin"
-
-
 SPLITS = ("train", "test")
-
 
 DEFAULT_ROWS = {  # rows of a task when the caller gives no number
     "identity": 1000,
@@ -41,7 +38,6 @@ DEFAULT_ROWS = {  # rows of a task when the caller gives no number
     "arithmetic": 1000,
     "small_talk": 500,
 }
-
 
 Message = dict[str, str]  # {"role": "user" or "assistant", "content": ...}
 
