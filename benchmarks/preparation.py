@@ -1,13 +1,14 @@
-"""How fast conversations are encoded, beside the tokenizer's own batch encoder on their texts.
+"""Throughput of preparing conversations, relative to the tokenizer's own batch encoder.
 
     python benchmarks/preparation.py [ROWS.jsonl [TOKENIZER_FOLDER]]
 
-Prints ratios of throughput, which carry over to other machines: the time that
+Prints two ratios of throughput, which carry over to other machines: the time that
 `tokenizer.backend_tokenizer.encode_batch` takes for the messages' texts, divided by the time that
-hfsft takes to encode the same conversations (templates, tokens, masks), and by that of the entire
-preparation (reading and checking every row, encoding, the Arrow file, order, audit). Runs alternate
-and medians are compared. Then the same with a `max_steps` that uses a tenth of the rows. With the
-generated rows, on two busy cores, four runs gave 0.96 to 1.06 and 0.85 to 0.95.
+hfsft takes to encode the same conversations (templates, tokens, masks), and by that of the complete
+preparation (reading and checking every row, encoding, the Arrow file, order, audit). The runs
+alternate, and the medians are compared. Then the preparation is timed with a `max_steps` that uses
+a tenth of the rows. Measured with the generated rows on two shared cores, in four runs: 0.96 to
+1.06 and 0.85 to 0.95.
 """
 
 import gc
@@ -34,7 +35,7 @@ LENGTH = 2048
 
 
 def write_conversations(path: Path) -> None:
-    """Write chats of one to six exchanges of embedded sentences, about 250 tokens each."""
+    """Write chats of one to six exchanges, sentences of the embedded text: some 250 tokens each."""
     rng = random.Random(0)
     sentences = [s.strip() + "." for speech in speeches() for s in speech.split(".") if s.strip()]
     sentences += facts()
@@ -55,7 +56,7 @@ def prepare(path: Path, tokenizer: object, folder: str, **settings: int) -> tupl
     """Prepare an sft stage's conversations with an empty cache.
 
     Returns:
-        The seconds that it took, and the audit.
+        Seconds, and the audit.
     """
     stage = Stage(
         name="sft",
@@ -86,7 +87,7 @@ def encode(conversations: list[list[dict]], tokenizer: object) -> float:
 
 
 def main(path: str | None = None, tokenizer_folder: str | None = None) -> None:
-    """Measure, and print the ratios."""
+    """Measure and print."""
     gc.freeze()  # as a stage does once its libraries are loaded
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as folder:
@@ -101,7 +102,7 @@ def main(path: str | None = None, tokenizer_folder: str | None = None) -> None:
         conversations = [check_messages(json.loads(line)["messages"]) for line in lines]
         texts = [message["content"] for messages in conversations for message in messages]
         backend = tokenizer.backend_tokenizer
-        plain, encoding, everything = [], [], []
+        plain, encoding, complete = [], [], []
         for _ in range(PAIRS):
             began = time.perf_counter()
             encoded = backend.encode_batch(texts, add_special_tokens=False)
@@ -110,10 +111,10 @@ def main(path: str | None = None, tokenizer_folder: str | None = None) -> None:
             del encoded
             encoding.append(encode(conversations, tokenizer))
             seconds, audit = prepare(rows, tokenizer, folder)
-            everything.append(seconds)
+            complete.append(seconds)
         print(f"{len(conversations):,} conversations, {tokens:,} tokens of text")
         print(f"encode_batch        {tokens / statistics.median(plain):11,.0f} tokens/s")
-        for name, times in (("encoding", encoding), ("preparation", everything)):
+        for name, times in (("encoding", encoding), ("complete", complete)):
             ratio = statistics.median(a / b for a, b in zip(plain, times, strict=True))
             speed = tokens / statistics.median(times)
             print(f"hfsft, {name:12} {speed:11,.0f} tokens/s, {ratio:.2f} of it")
@@ -122,7 +123,7 @@ def main(path: str | None = None, tokenizer_folder: str | None = None) -> None:
         print(
             f"{steps} steps of 32 prepare {audit['sources'][0]['prepared']:,} conversations for "
             f"{audit['used']:,} examples in {seconds:.2f} s instead of "
-            f"{statistics.median(everything):.2f} s"
+            f"{statistics.median(complete):.2f} s"
         )
 
 

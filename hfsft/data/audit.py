@@ -137,7 +137,8 @@ def _table(stage: str, sources: list[dict[str, Any]], is_text: bool) -> Table:
     """The counts of each source, in the order that rows go through them.
 
     Of conversations: rows `read` and `kept`; conversations `held` out, in an `epoch` after copies,
-    `used` as the run's examples, and `prepared`, which is those that tokens and lengths are of.
+    `used` as the run's examples, and `prepared`. Tokens and lengths are those of the prepared ones;
+    `long` are those of them above `max_length`, truncated or split.
     """
     unit = "characters" if is_text else "tokens"
     columns = {"read": "read", "kept": "kept", "epoch": "train"}

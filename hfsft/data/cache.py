@@ -46,7 +46,7 @@ def imported_code(module: str, package: Path = PACKAGE) -> dict[str, str]:
 
     Returns:
         Dotted module name → source text. Imports within functions count too, and so do the
-        packages that hold an imported module.
+        packages that contain an imported module.
     """
     wanted, found = [module], {}
     while wanted:
@@ -58,9 +58,9 @@ def imported_code(module: str, package: Path = PACKAGE) -> dict[str, str]:
         found[name] = path.read_text(encoding="utf-8")
         parent = name.rpartition(".")[0]
         wanted += [parent] if parent else []
-        for source, bracketed, plain, whole in IMPORTS.findall(found[name]):
+        for source, bracketed, plain, module_alone in IMPORTS.findall(found[name]):
             imported = re.findall(r"(\w+)(?: as \w+)?", bracketed or plain)
-            wanted += [source or whole, *(f"{source}.{one}" for one in imported)]
+            wanted += [source or module_alone, *(f"{source}.{one}" for one in imported)]
     return found
 
 
@@ -93,7 +93,7 @@ def cached_rows(
 
     Args:
         key: describes everything that the rows depend on, except the code.
-        rows: generates them; called only if the cache does not hold them.
+        rows: generates them; called only if they are not cached.
         features: their columns.
     """
     path = cache_file(key)

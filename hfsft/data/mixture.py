@@ -231,7 +231,7 @@ def _epoch(encoded: EncodedConversations, held_rows: list[Row]) -> list[Row]:
 
 
 def _run_examples(encoded: EncodedConversations, epoch: list[Row]) -> list[int]:
-    """The conversation of each example of the whole run, in order."""
+    """The conversation of each example of the entire run, in order."""
     stage = encoded.stage
     if stage.max_steps is not None:
         total = stage.max_steps * stage.examples_per_step

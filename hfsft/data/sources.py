@@ -357,7 +357,7 @@ def parse_row(row: dict[str, Any], source: Source) -> dict[str, Any]:
 
 
 def columns_of(rows: datasets.Dataset, source: Source) -> list[str]:
-    """The columns that tell a source's format.
+    """The columns that identify a source's format.
 
     Rows of JSON each have their own: then it is the first row of a known format that counts, among
     the first 100 that can be parsed.

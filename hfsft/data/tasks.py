@@ -11,7 +11,7 @@ the mid and SFT stages and for evaluation:
 | spelling_bee | counting a letter in a word, letter by letter | 1000 | yes |
 | arithmetic | sums and differences of numbers below 100 | 1000 | yes |
 
-What they say lies in `builtin/`: `identity.yaml`, `small_talk.yaml`, `spelling_bee.yaml`,
+Their phrases and words are in `builtin/`: `identity.yaml`, `small_talk.yaml`, `spelling_bee.yaml`,
 `arithmetic.yaml` and `words.txt`. Editing one changes the rows of every run that uses the task.
 
 A row depends only on the task, the split, the seed and its index, so the first 100 rows are the
@@ -29,10 +29,7 @@ from random import Random
 from typing import Any
 
 DATA = Path(__file__).parent / "builtin"
-
-
 SPLITS = ("train", "test")
-
 
 DEFAULT_ROWS = {  # rows of a task when the caller gives no number
     "identity": 1000,
@@ -41,7 +38,6 @@ DEFAULT_ROWS = {  # rows of a task when the caller gives no number
     "arithmetic": 1000,
     "small_talk": 500,
 }
-
 
 Message = dict[str, str]  # {"role": "user" or "assistant", "content": ...}
 
@@ -175,31 +171,31 @@ def _linked(rng: Random, question: str) -> str:
 
 
 def identity(rng: Random, split: str) -> list[Message]:
-    """One to three turns in which the model says who it is; both splits share the phrases."""
-    said = phrases("identity")
+    """One to three turns in which the model introduces itself; both splits share the phrases."""
+    lines = phrases("identity")
     turns = _pick(rng, (1, 1, 2, 2, 3))
     messages: list[Message] = []
     if turns > 1 and rng.random() < 0.2:
         messages += _exchange(
-            _as_typed(rng, _pick(rng, said["greetings"])), _pick(rng, said["greeted"])
+            _as_typed(rng, _pick(rng, lines["greetings"])), _pick(rng, lines["greeted"])
         )
     closes = turns - len(messages) // 2 > 1 and rng.random() < 0.15
 
     topics: list[str] = []
     for _ in range(turns - len(messages) // 2 - closes):
-        left = [topic for topic in said["topics"] if topic not in topics]
+        left = [topic for topic in lines["topics"] if topic not in topics]
         # "who" comes up far more often than any other topic
         topics.append("who" if "who" in left and rng.random() < 0.35 else _pick(rng, left))
-        topic = said["topics"][topics[-1]]
+        topic = lines["topics"][topics[-1]]
         question = _pick(rng, topic["questions"])
         if not messages and rng.random() < 0.4:
-            question = f"{_pick(rng, said['greetings'])} {question}"
+            question = f"{_pick(rng, lines['greetings'])} {question}"
         elif messages and rng.random() < 0.4:
             question = _linked(rng, question)
         messages += _exchange(_as_typed(rng, question), _pick(rng, topic["answers"]))
     if closes:
         messages += _exchange(
-            _as_typed(rng, _pick(rng, said["thanks"])), _pick(rng, said["welcomes"])
+            _as_typed(rng, _pick(rng, lines["thanks"])), _pick(rng, lines["welcomes"])
         )
     return messages
 
@@ -220,8 +216,8 @@ def small_talk(rng: Random, split: str) -> list[Message]:
         parts = [first, everyday, last] if turns == 3 else [first, last]
     messages: list[Message] = []
     for part in parts:
-        said = {_normalized(message["content"]) for message in messages}
-        exchange = _pick(rng, [one for one in part if _normalized(one["user"]) not in said])
+        used = {_normalized(message["content"]) for message in messages}
+        exchange = _pick(rng, [one for one in part if _normalized(one["user"]) not in used])
         question = _as_typed(rng, exchange["user"])
         messages += _exchange(question, _pick(rng, exchange["answers"]))
     return messages

@@ -26,10 +26,10 @@ PAD = 9
 
 
 def fewest_bins(lengths: list[int], capacity: int) -> int:
-    """The least number of bins, found by trying every way to lay the items."""
+    """The smallest number of bins, by brute force."""
     best = len(lengths)
 
-    def lay(item: int, bins: list[int]) -> None:
+    def place(item: int, bins: list[int]) -> None:
         nonlocal best
         if len(bins) >= best:
             return
@@ -39,16 +39,16 @@ def fewest_bins(lengths: list[int], capacity: int) -> int:
         for index, used in enumerate(bins):
             if used + lengths[item] <= capacity:
                 bins[index] += lengths[item]
-                lay(item + 1, bins)
+                place(item + 1, bins)
                 bins[index] -= lengths[item]
-        lay(item + 1, [*bins, lengths[item]])
+        place(item + 1, [*bins, lengths[item]])
 
-    lay(0, [])
+    place(0, [])
     return best
 
 
 def plain_best_fit_decreasing(lengths: list[int], capacity: int) -> list[int]:
-    """What each bin holds, by the textbook's words."""
+    """The tokens in each bin, by the textbook's definition."""
     bins: list[int] = []
     for length in sorted(lengths, reverse=True):
         fits = [index for index, used in enumerate(bins) if used + length <= capacity]
@@ -118,10 +118,10 @@ def test_tightest_fit_by_hand(lengths, capacity, widest):
 # --- raw text ---
 
 
-def test_fit_rows_cuts_no_document_that_fits():
+def test_fit_rows_splits_no_document_that_fits():
     documents = [[1, 2, 3], [4], [], [5, 6, 7, 8, 9, 10]]
     assert fit_rows(documents, 0, 7) == [[0, 5, 6, 7, 8, 9, 10], [0, 1, 2, 3, 0, 4, 0]]
-    # the longest becomes a full row and a rest
+    # the longest becomes a full row and a remainder
     assert fit_rows(documents, 0, 5) == [[0, 5, 6, 7, 8], [0, 1, 2, 3, 0], [0, 9, 10, 0, 4]]
     assert fit_rows([], 0, 4) == []
 
@@ -194,7 +194,7 @@ def test_the_conversations_of_a_step_share_rows():
     assert [len(part["input_ids"]) for part in micro_batches(step, 4)] == [4] * (rows // 4) + (
         [rows % 4] if rows % 4 else []
     )
-    # every conversation is there once, whole, untouched but for its first label
+    # every conversation occurs once, unsplit and unchanged except for its first label
     starts = (step["position_ids"] == 0).nonzero().tolist()
     found = []
     for (row, start), (next_row, end) in pairwise([*starts, [None, None]]):
@@ -202,14 +202,14 @@ def test_the_conversations_of_a_step_share_rows():
         found.append(
             (step["input_ids"][row, start:end].tolist(), step["labels"][row, start:end].tolist())
         )
-    whole = [(c["input_ids"], [IGNORED, *c["labels"][1:]]) for c in held]
-    assert all(conversation in found for conversation in whole)
+    expected = [(c["input_ids"], [IGNORED, *c["labels"][1:]]) for c in held]
+    assert all(conversation in found for conversation in expected)
     assert all(
         set(ids) == {PAD} and set(labels) == {IGNORED}
         for ids, labels in found
-        if (ids, labels) not in whole
+        if (ids, labels) not in expected
     )
-    assert sum(1 for conversation in found if conversation in whole) == 32
+    assert sum(1 for conversation in found if conversation in expected) == 32
 
 
 def test_micro_batches_are_no_wider_than_their_last_trained_token():
@@ -256,8 +256,8 @@ def test_every_conversation_is_in_one_row_of_its_window():
     packed = PackedConversations(conversations(lengths), 100, order, window=200)
     assert sorted(item for row in packed.rows for item in row) == list(range(500))
     assert all(sum(lengths[item] for item in row) <= 100 for row in packed.rows)
-    place = {item: index // 200 for index, item in enumerate(order)}
-    windows = [{place[item] for item in row} for row in packed.rows]
+    window_of = {item: index // 200 for index, item in enumerate(order)}
+    windows = [{window_of[item] for item in row} for row in packed.rows]
     assert all(len(window) == 1 for window in windows)
     assert all(max(left) <= max(right) for left, right in pairwise(windows))
     chosen = packed.rows.index(next(row for row in packed.rows if len(row) > 1))
@@ -270,7 +270,11 @@ def test_packed_documents_do_not_see_one_another(make_model, model_type, attenti
     lengths = [40, 3, 17, 30, 2, 25, 11, 8, 1, 22]
     held = conversations(lengths)
     packed = PackedConversations(held, 64, list(range(len(lengths))))
-    assert [len(row["input_ids"]) for row in packed] == [64, 64, 31]  # the last is padded by half
+    assert [len(row["input_ids"]) for row in packed] == [
+        64,
+        64,
+        31,
+    ]  # half of the last row is padding
     batch = StepCollator(PAD, 64)(list(packed))
     model = make_model(model_type)
     inputs = model_inputs(batch)

@@ -158,10 +158,10 @@ def test_spelling_bee_counts_correctly():
         assert last == f"#### {seen}"
         counts.append(seen)
     assert 0.10 < counts.count(0) / len(counts) < 0.20
-    assert 0.30 < counts.count(1) / len(counts) < 0.60  # no prize for always saying 1
+    assert 0.30 < counts.count(1) / len(counts) < 0.60  # always answering 1 does not pay
 
 
-def test_spelling_bee_asks_in_many_ways():
+def test_spelling_bee_questions_vary():
     questions = [contents(row)[0] for row in tasks.task_rows("spelling_bee", 2000)]
     assert len(set(tasks.phrases("spelling_bee")["questions"])) >= 30
     assert sum(question.islower() for question in questions) > 200
@@ -190,7 +190,7 @@ def test_every_arithmetic_question_names_both_numbers():
     assert minus[5].format(a=9, b=4) == "Take 4 away from 9."
 
 
-def test_identity_says_the_same_thing_about_itself():
+def test_identity_answers_agree():
     topics = tasks.phrases("identity")["topics"]
     answers = topics["who"]["answers"]
     assert all(answer.startswith("I am hfsft, a small language model") for answer in answers)
@@ -208,12 +208,12 @@ def test_identity_says_the_same_thing_about_itself():
     assert len(every) == len(set(every))
 
 
-def test_small_talk_has_enough_to_say():
+def test_small_talk_has_enough_phrases():
     exchanges = [
         exchange for section in tasks.phrases("small_talk").values() for exchange in section
     ]
-    said = [exchange["user"] for exchange in exchanges]
-    assert len(said) == len(set(said)) >= 60
+    questions = [exchange["user"] for exchange in exchanges]
+    assert len(questions) == len(set(questions)) >= 60
     assert all(exchange["answers"] for exchange in exchanges)
 
 
@@ -275,7 +275,7 @@ def test_unknown_names_are_refused_with_a_hint():
 @pytest.mark.parametrize(
     ("name", "documents", "characters"), [("speeches", 81, 2_505_675), ("facts", 6880, 590_634)]
 )
-def test_texts_are_whole_and_clean(name, documents, characters):
+def test_texts_are_complete_and_clean(name, documents, characters):
     rows = tasks.text_rows(name)
     texts = [row["text"] for row in rows]
     assert all(list(row) == ["text"] for row in rows)

@@ -9,7 +9,6 @@ import sys
 import tracemalloc
 from collections import Counter
 from itertools import islice
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -18,6 +17,7 @@ import pyarrow.parquet
 import pytest
 import torch
 import yaml
+from chat_rows import read_jsonl, write_jsonl
 from hub_server import HubServer
 from safetensors.torch import load_file
 
@@ -55,15 +55,6 @@ def documents(count: int, name: str = "doc") -> list[dict]:
     return [{"text": f"{name} {number} ends."} for number in range(count)]
 
 
-def write_jsonl(path: Path, rows: list) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def texts_of(rows, tokenizer) -> list[str]:
     """The documents in rows, each of which fits one."""
     return [
@@ -71,7 +62,7 @@ def texts_of(rows, tokenizer) -> list[str]:
     ]
 
 
-def test_documents_are_whole_in_rows_of_at_most_max_length(tmp_path, make_recipe, tokenizer):
+def test_documents_are_unsplit_in_rows_of_at_most_max_length(tmp_path, make_recipe, tokenizer):
     rows = documents(30)
     rows[5]["text"] = "a <|bos|> in it"
     path = write_jsonl(tmp_path / "d.jsonl", rows)
@@ -159,7 +150,7 @@ def test_held_out_documents_are_in_no_training_row(tmp_path, make_recipe, tokeni
 
 
 @pytest.mark.parametrize(
-    ("rows", "settings", "says"),
+    ("rows", "settings", "message"),
     [
         (
             documents(30),
@@ -170,11 +161,11 @@ def test_held_out_documents_are_in_no_training_row(tmp_path, make_recipe, tokeni
         ([{"text": ""}], {}, "d.jsonl: no row has any text under 'text'"),
     ],
 )
-def test_base_text_that_does_not_do(rows, settings, says, tmp_path, make_recipe, tokenizer):
+def test_unusable_base_text_is_an_error(rows, settings, message, tmp_path, make_recipe, tokenizer):
     path = write_jsonl(tmp_path / "d.jsonl", rows)
     with pytest.raises(DataError) as error:
         load_text(make_recipe([{"path": path}], **settings), tokenizer)
-    assert says in str(error.value)
+    assert message in str(error.value)
     assert len(str(error.value).splitlines()) == 1
 
 
@@ -259,42 +250,42 @@ def test_a_stream_is_endless_and_holds_its_first_documents_out(make_stage, token
     assert [row["input_ids"] for row in islice(iter(again), 300)] == taken
 
 
-def test_a_stream_goes_on_from_any_row(tokenizer):
+def test_a_stream_resumes_at_any_row(tokenizer):
     def stream() -> TextStream:
         return TextStream(streamed(bodies(60)), SOURCE, tokenizer, 16, 7, set(), block=9)
 
-    whole = stream()
-    taken = [row["input_ids"] for row in islice(iter(whole), 200)]
+    uninterrupted = stream()
+    taken = [row["input_ids"] for row in islice(iter(uninterrupted), 200)]
     for stop in (0, 1, 7, 31, 60, 150):
-        broken = stream()
-        iterator = iter(broken)
-        # a loader reads ahead of what is trained on
+        interrupted = stream()
+        iterator = iter(interrupted)
+        # a data loader reads ahead of training
         assert [row["input_ids"] for row in islice(iterator, stop + 3)] == taken[: stop + 3]
-        state = json.loads(json.dumps(broken.state_after(stop)))
+        state = json.loads(json.dumps(interrupted.state_after(stop)))
         resumed = stream()
         resumed.resume(state)
         iterator = iter(resumed)
         rest = [row["input_ids"] for row in islice(iterator, 40)]
         assert rest == taken[stop : stop + 40]
-        # and from there once more
+        # and resumed once more from there
         third = stream()
         third.resume(json.loads(json.dumps(resumed.state_after(stop + 20))))
         assert next(iter(third))["input_ids"] == taken[stop + 20]
 
 
 @pytest.mark.parametrize(
-    ("rows", "held_out", "says"),
+    ("rows", "held_out", "message"),
     [
         (bodies(20), 0.1, "base.held_out: 0.1 is a share, but a stream's length is not known;"),
         ([{"body": ""}] * 9, 2, "base: held_out: the first 2 documents have no text"),
         ([{"body": ""}] * 9, 0, "me/text: has no text except what is held out"),
     ],
 )
-def test_a_stream_that_does_not_do(rows, held_out, says, make_stage, tokenizer):
+def test_an_unusable_stream_is_an_error(rows, held_out, message, make_stage, tokenizer):
     stage = streaming_stage(make_stage, held_out=held_out)
     with pytest.raises(DataError) as error:
         next(iter(open_text_stream(stage, streamed(rows), tokenizer, 16)[0]))
-    assert str(error.value).startswith(says)
+    assert str(error.value).startswith(message)
 
 
 def test_a_stream_must_be_alone_and_on_the_hub(tmp_path, make_recipe, tokenizer):
@@ -338,25 +329,25 @@ def test_base_streams_from_the_hub_and_resumes_bit_exactly(tmp_path):
                 text=True,
             )
 
-        whole = base("whole")
-        assert whole.wait(timeout=200) == 0, whole.stderr.read()
-        # each worker would give every row, and none would tell where it is
-        broken = base("broken", "--dataloader_num_workers", "2")
-        for line in broken.stdout:
+        straight = base("straight")
+        assert straight.wait(timeout=200) == 0, straight.stderr.read()
+        # each worker would yield every row, and none would report its position
+        interrupted = base("interrupted", "--dataloader_num_workers", "2")
+        for line in interrupted.stdout:
             if "step 2/8" in line:
-                broken.send_signal(signal.SIGTERM)
-        assert broken.wait(timeout=200) == 143, broken.stderr.read()
-        again = base("broken")
+                interrupted.send_signal(signal.SIGTERM)
+        assert interrupted.wait(timeout=200) == 143, interrupted.stderr.read()
+        again = base("interrupted")
         assert again.wait(timeout=200) == 0, again.stderr.read()
-        # as if it was killed between its last checkpoint and its model: no step is left
+        # as if killed between its last checkpoint and saving its model: no step is left
         runs = tmp_path / "runs"
-        shutil.copytree(runs / "whole", runs / "late")
+        shutil.copytree(runs / "straight", runs / "late")
         (runs / "late/base/model.safetensors").unlink()
         record = json.loads((runs / "late/base/stage.json").read_text())
         (runs / "late/base/stage.json").write_text(json.dumps(record | {"status": "running"}))
         late = base("late")
         assert late.wait(timeout=200) == 0, late.stderr.read()
-    names = ("whole", "broken", "late")
+    names = ("straight", "interrupted", "late")
     states = [load_file(runs / name / "base/model.safetensors") for name in names]
     logs = [
         [line.get("loss") for line in read_jsonl(runs / name / "base/metrics.jsonl")]

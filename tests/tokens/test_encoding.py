@@ -1,13 +1,12 @@
-"""Rows of every known format, refusals, and which tokens of a conversation are trained."""
+"""Which tokens of a conversation are trained on, with hfsft's templates and with others."""
 
 import random
 import re
 
 import pytest
+from chat_messages import HELLO, assistant, call, calling, system, tool, user
 from transformers import PreTrainedTokenizerFast
 
-from hfsft.errors import DataError
-from hfsft.recipe.schema import FORMATS as RECIPE_FORMATS
 from hfsft.tokens.encoding import (
     IGNORED,
     chatml_segments,
@@ -17,26 +16,10 @@ from hfsft.tokens.encoding import (
     nanochat_segments,
 )
 from hfsft.tokens.formats import (
-    FORMATS,
     BadRow,
     check_messages,
-    content_digest,
-    detect_format,
-    to_messages,
 )
 from hfsft.tokens.tokenizer import load_tokenizer
-
-
-def user(content) -> dict:
-    return {"role": "user", "content": content}
-
-
-def assistant(content) -> dict:
-    return {"role": "assistant", "content": content}
-
-
-def system(content) -> dict:
-    return {"role": "system", "content": content}
 
 
 @pytest.fixture(scope="module")
@@ -46,272 +29,6 @@ def chatml(tokenizer, tmp_path_factory):
     tokenizer.save_pretrained(folder)
     return load_tokenizer(str(folder), chat_template="chatml")
 
-
-def tool(content, **names) -> dict:
-    return {"role": "tool", "content": content} | names
-
-
-def call(name, arguments, **number) -> dict:
-    return number | {"type": "function", "function": {"name": name, "arguments": arguments}}
-
-
-def calling(*calls, content="") -> dict:
-    return {"role": "assistant", "content": content, "tool_calls": list(calls)}
-
-
-# --- formats ---
-
-HELLO = [user("Hi"), assistant("Hello")]
-MULTIPLE_CHOICE = (
-    "Multiple Choice question: Which is a fruit?\n"
-    "- Stone=A\n"
-    "- Apple=B\n"
-    "- Chair=C\n"
-    "\n"
-    "Respond only with the letter of the correct answer."
-)
-GSM8K = (
-    "In May she sold 48/2 = <<48/2=24>>24 clips.\n"
-    "In all <<48+24=72>>72.\n"
-    "#### 72"
-)  # fmt: skip
-READ = {
-    "messages": (
-        "messages",
-        {"messages": [system("Be kind."), *HELLO, user("And?"), assistant("Fine.")]},
-        [system("Be kind."), *HELLO, user("And?"), assistant("Fine.")],
-    ),
-    "messages of text parts": (
-        "messages",
-        {"messages": [user([{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]),
-                      assistant([{"type": "text", "text": "Hello"}])]},
-        HELLO,
-    ),
-    "messages with other roles' names": (
-        "messages",
-        {"messages": [{"role": "human", "content": "Hi"}, {"role": "model", "content": "Hello"}]},
-        HELLO,
-    ),
-    "sharegpt": (
-        "sharegpt",
-        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}],
-         "system": "Be kind."},
-        [system("Be kind."), *HELLO],
-    ),
-    "sharegpt with role and content": (
-        "sharegpt",
-        {"conversations": [*HELLO], "system": None},
-        HELLO,
-    ),
-    "prompt and completion as text": (
-        "prompt_completion",
-        {"prompt": "Hi", "completion": " Hello\n"},
-        HELLO,
-    ),
-    "prompt and completion as messages": (
-        "prompt_completion",
-        {"prompt": [system("Be kind."), user("Hi")], "completion": [assistant("Hello")]},
-        [system("Be kind."), *HELLO],
-    ),
-    "alpaca": (
-        "alpaca",
-        {"instruction": "Greet.", "input": "Hi", "output": "Hello", "system": "Be kind."},
-        [system("Be kind."), user("Greet.\n\nHi"), assistant("Hello")],
-    ),
-    "alpaca without input": (
-        "alpaca",
-        {"instruction": "Hi", "input": "", "output": "Hello"},
-        HELLO,
-    ),
-    "multiple choice as in ARC": (
-        "multiple_choice",
-        {"question": "Which is a fruit?",
-         "choices": {"text": ["Stone", "Apple", "Chair"], "label": ["A", "B", "C"]},
-         "answerKey": "B"},
-        [user(MULTIPLE_CHOICE), assistant("B")],
-    ),
-    "multiple choice as in MMLU": (
-        "multiple_choice",
-        {"question": "Which is a fruit?", "subject": "food",
-         "choices": ["Stone", "Apple", "Chair"], "answer": 1},
-        [user(MULTIPLE_CHOICE), assistant("B")],
-    ),
-    "gsm8k": (
-        "gsm8k",
-        {"question": "How many?", "answer": GSM8K},
-        [
-            user("How many?"),
-            assistant([
-                {"type": "text", "text": "In May she sold 48/2 = "},
-                {"type": "python", "text": "48/2"},
-                {"type": "python_output", "text": "24"},
-                {"type": "text", "text": "24 clips.\nIn all "},
-                {"type": "python", "text": "48+24"},
-                {"type": "python_output", "text": "72"},
-                {"type": "text", "text": "72.\n#### 72"},
-            ]),
-        ],
-    ),
-    "messages with several system turns at the beginning": (
-        "messages",
-        {"messages": [system("Be kind."), system("Be brief."), *HELLO, system("Now be rude."),
-                      *HELLO], "tools": None},
-        [system("Be kind.\n\nBe brief."), *HELLO, system("Now be rude."), *HELLO],
-    ),
-    "messages with tool calls": (
-        "messages",
-        {"messages": [
-            user("Add 1 and 2, and 3 and 4."),
-            calling(call("add", '{"a": 1, "b": 2}', id="x"), call("add", {"a": 3, "b": 4}, id="y"),
-                    content=None),
-            tool("3", tool_call_id="x"),
-            tool("", tool_call_id="y", name=None),
-            {"role": "assistant", "content": "3 and nothing.", "tool_calls": None},
-            user("And?"),
-            calling({"function": {"name": "stop", "arguments": ""}}, content=" \n"),
-        ], "tools": "[]"},
-        [
-            user("Add 1 and 2, and 3 and 4."),
-            calling(call("add", {"a": 1, "b": 2}, id="x"), call("add", {"a": 3, "b": 4}, id="y")),
-            tool("3", tool_call_id="x"),
-            tool("", tool_call_id="y"),
-            assistant("3 and nothing."),
-            user("And?"),
-            calling(call("stop", {})),
-        ],
-    ),
-    "sharegpt with tool calls": (
-        "sharegpt",
-        {"conversations": [
-            {"from": "human", "value": "Add 1 and 2."},
-            {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1, "b": 2}}'},
-            {"from": "observation", "value": "3"},
-            {"from": "gpt", "value": "It is 3."},
-        ], "tools": ""},
-        [user("Add 1 and 2."), calling(call("add", {"a": 1, "b": 2})), tool("3"),
-         assistant("It is 3.")],
-    ),
-    "gsm8k without a calculation": (
-        "gsm8k",
-        {"question": "Hi", "answer": "Hello"},
-        HELLO,
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", READ)
-def test_format_is_told_and_read(case):
-    name, row, messages = READ[case]
-    assert detect_format(list(row), "x") == name
-    assert to_messages(row, name) == messages
-
-
-def test_the_recipe_names_every_format():
-    assert set(RECIPE_FORMATS) == {*FORMATS, "text"}
-
-
-def test_undetected_format_lists_columns_and_formats():
-    with pytest.raises(DataError) as error:
-        detect_format(["chat", "id"], "rows.jsonl")
-    assert str(error.value) == (
-        "rows.jsonl: cannot tell the format from its columns chat, id\n"
-        "  Known: messages (messages); sharegpt (conversations); "
-        "prompt_completion (prompt, completion); alpaca (instruction, output); "
-        "multiple_choice (question, choices); gsm8k (question, answer). "
-        "Rename with `columns: {messages: YOUR_COLUMN}`"
-    )
-    with pytest.raises(DataError, match=r"columns \(none\)"):
-        detect_format([], "rows.jsonl")
-
-
-IMAGE = [{"type": "image", "url": "x"}]
-REFUSED = [
-    # rows that are not of their format
-    ("messages", {}, "not a row of format messages"),
-    ("sharegpt", {"conversations": "Hi"}, "no messages"),
-    ("sharegpt", {"conversations": [{"from": "human", "value": "Hi"}, "x"]},
-     "a message that is not a mapping"),
-    ("prompt_completion", {"prompt": 5, "completion": "Hello"}, "content that is not text"),
-    ("alpaca", {"instruction": None, "input": None, "output": "Hello"}, "empty content"),
-    ("multiple_choice", {"question": "?", "choices": ["x", "y"], "answer": 2},
-     "the answer is not among the choices"),
-    ("multiple_choice", {"question": "?", "choices": "['x', 'y']", "answer": 0},
-     "choices that are not a list"),
-    ("multiple_choice", {"question": None, "choices": ["x", "y"], "answer": 0}, "empty content"),
-    ("multiple_choice", {"question": "?", "choices": ["x", None], "answer": 0}, "empty content"),
-    ("multiple_choice",
-     {"question": "?", "choices": {"text": ["x"], "label": ["A", "B"]}, "answerKey": "A"},
-     "not a row of format multiple_choice"),
-    ("gsm8k", {"question": "?", "answer": 5}, "not a row of format gsm8k"),
-    ("gsm8k", {"question": "?", "answer": "<<5>>5"}, "a calculation without a result"),
-    ("gsm8k", {"question": "?", "answer": ""}, "empty content"),
-    # messages that are no conversation
-    ("messages", {"messages": None}, "no messages"),
-    ("messages", {"messages": []}, "no messages"),
-    ("messages", {"messages": "Hi"}, "no messages"),
-    ("messages", {"messages": ["Hi", "Hello"]}, "a message that is not a mapping"),
-    ("messages", {"messages": [user("Hi"), {"role": "critic", "content": "5"}]}, "unknown role"),
-    ("messages", {"messages": [user("Hi"), {"content": "Hello"}]}, "unknown role"),
-    ("messages", {"messages": [{"role": ["user"], "content": "Hi"}]}, "unknown role"),
-    ("messages", {"messages": [assistant("Hello"), user("Hi")]}, "roles out of order"),
-    ("messages", {"messages": [user("Hi"), user("Hi"), assistant("x")]}, "roles out of order"),
-    ("messages", {"messages": [*HELLO, system("Be kind.")]}, "roles out of order"),
-    ("messages", {"messages": [user("Hi")]}, "no assistant turn"),
-    ("messages", {"messages": [system("Be kind.")]}, "no assistant turn"),
-    ("messages", {"messages": [user("Hi"), assistant(None)]}, "empty content"),
-    ("messages", {"messages": [user(" \n"), assistant("Hello")]}, "empty content"),
-    ("messages", {"messages": [system(""), *HELLO]}, "empty content"),
-    ("messages", {"messages": [user("Hi"), assistant([])]}, "empty content"),
-    ("messages", {"messages": [user("Hi"), assistant(5)]}, "content that is not text"),
-    ("messages", {"messages": [user(IMAGE), assistant("Hello")]}, "content that is not text"),
-    ("messages", {"messages": [user("Hi"), assistant(IMAGE)]}, "content that is not text"),
-    ("messages", {"messages": [user([{"type": "python", "text": "1"}]), assistant("x")]},
-     "content that is not text"),
-    ("messages", {"messages": [user("Hi"), assistant([{"type": "python", "text": 1}])]},
-     "content that is not text"),
-    ("messages", {"messages": [user("Hi"), assistant("a\ud800b")]}, "invalid Unicode"),
-    ("messages", {"messages": [user("Hi"), system("Be kind."), system("Be kind.")]},
-     "no assistant turn"),
-    # tool calls
-    ("messages", {"messages": [user("Hi"), tool("5")]}, "a tool result without its call"),
-    ("messages", {"messages": [*HELLO, tool("5")]}, "a tool result without its call"),
-    ("messages", {"messages": [user("Hi"), calling(call("f", {})), user("Hi")]},
-     "a tool call without its result"),
-    ("messages", {"messages": [user("Hi"), calling(call("f", {})), system("x"), tool("5")]},
-     "a tool call without its result"),
-    ("messages", {"messages": [user("Hi"), calling(call("f", {})), tool("5")]},
-     "roles out of order"),
-    ("messages", {"messages": [user("Hi"), calling(call("f", {})), tool("5"), tool("6")]},
-     "more tool results than calls"),
-    ("messages", {"messages": [user("Hi"), calling(call("f", "{"))]},
-     "tool call arguments that are not JSON"),
-    ("messages", {"messages": [user("Hi"), calling(call("f", "[1]"))]},
-     "tool call arguments that are not a mapping"),
-    ("messages", {"messages": [user("Hi"), calling(call("f", {"a": "\ud800"}))]},
-     "invalid Unicode"),
-    ("messages", {"messages": [user("Hi"), calling(call(None, {}))]},
-     "a tool call without a name"),
-    ("messages", {"messages": [user("Hi"), calling("f")]}, "a tool call without a name"),
-    ("messages", {"messages": [user("Hi"), calling(call("f", {})), tool({"a": 1})]},
-     "content that is not text"),
-    ("sharegpt", {"conversations": [{"from": "human", "value": "Hi"},
-                                    {"from": "function_call", "value": "f(x)"}]},
-     "a tool call that is not JSON"),
-    ("sharegpt", {"conversations": [{"from": "human", "value": "Hi"},
-                                    {"from": "function_call", "value": "[]"}]},
-     "a tool call without a name"),
-    ("messages", {"messages": HELLO, "tools": '[{"name": "f"}]'}, "has its own tools"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("name", "row", "reason"), REFUSED)
-def test_refusal_says_why(name, row, reason):
-    with pytest.raises(BadRow) as error:
-        to_messages(row, name)
-    assert str(error.value) == reason
-
-
-# --- encoding ---
 
 TOOL = [
     system("Be brief."),
@@ -327,7 +44,7 @@ TOOL = [
     user("Thanks"),
     assistant("Bye"),
 ]
-# written out by hand: each piece, and whether it is trained with assistant_only
+# written by hand: each segment, and whether it is trained on with assistant_only
 BY_HAND = [
     ("<|bos|>", False),
     ("<|user_start|>", False),
@@ -355,9 +72,9 @@ BY_HAND = [
 def encoded_by_hand(tokenizer, trained_of) -> tuple[list[int], list[int]]:
     ids, labels = [], []
     for text, trained in BY_HAND:
-        piece = tokenizer.encode(text, add_special_tokens=False)
-        ids += piece
-        labels += piece if trained_of(text, trained) else [IGNORED] * len(piece)
+        segment = tokenizer.encode(text, add_special_tokens=False)
+        ids += segment
+        labels += segment if trained_of(text, trained) else [IGNORED] * len(segment)
     return ids, labels
 
 
@@ -395,7 +112,7 @@ def text_and_trained(messages, tokenizer, **settings) -> tuple[str, str]:
     return tokenizer.decode(ids), tokenizer.decode([i for i in labels if i != IGNORED])
 
 
-def test_nanochat_writes_tool_calls_within_the_assistant_s_turn(tokenizer):
+def test_nanochat_renders_tool_calls_within_the_assistant_s_turn(tokenizer):
     asked = "<|bos|><|user_start|>Add 1 and 2, and look up ä.<|user_end|><|assistant_start|>"
     first = f"Let me see.<|python_start|>{ADD}<|python_end|><|python_start|>{LOOK_UP}<|python_end|>"
     results = "<|output_start|>3<|output_end|><|output_start|>nothing<|output_end|>"
@@ -416,7 +133,7 @@ def test_nanochat_writes_tool_calls_within_the_assistant_s_turn(tokenizer):
     assert (text, trained) == (asked + first, first)
 
 
-def test_chatml_writes_tool_calls_as_hermes_does(chatml):
+def test_chatml_renders_tool_calls_as_hermes_does(chatml):
     asked = "<|im_start|>user\nAdd 1 and 2, and look up ä.<|im_end|>\n"
     begin, tools = "<|im_start|>assistant\n", "<|im_start|>tool\n<tool_response>\n"
     calls = [f"<tool_call>\n{one}\n</tool_call>" for one in (ADD, LOOK_UP, AGAIN)]
@@ -442,7 +159,7 @@ def test_templates_take_arguments_as_json_text_too(tokenizer, chatml):
         )
 
 
-def test_a_system_turn_in_the_middle(tokenizer, chatml):
+def test_a_later_system_message(tokenizer, chatml):
     messages = [system("Be kind."), *HELLO, system("Now be rude."), *HELLO]
     reason = "^a later system message, which the chat template cannot render$"
     with pytest.raises(BadRow, match=reason):
@@ -454,34 +171,19 @@ def test_a_system_turn_in_the_middle(tokenizer, chatml):
     assert trained == "Hello<|im_end|>" * 2
 
 
-def test_a_digest_is_of_what_is_said():
-    one = [user("Hi"), calling(call("f", {"a": 1, "b": 2}, id="x")), tool("5", tool_call_id="x")]
-    same = [user("Hi"), calling(call("f", {"b": 2, "a": 1}, id="y")), tool("5", tool_call_id="y")]
-    assert content_digest(one) == content_digest(same)
-    others = [
-        [user("Hi"), calling(call("f", {"a": 1, "b": 3})), tool("5")],
-        [user("Hi"), calling(call("f", {"a": 1, "b": 2})), tool("6")],
-        [system("Hi"), *one],
-        [user("Hi"), assistant(""), tool("5")],
-        [user("Hi"), assistant([{"type": "python", "text": "5"}])],
-        [user("Hi"), assistant([{"type": "python_output", "text": "5"}])],
-    ]
-    assert len({content_digest(messages) for messages in [one, *others]}) == 7
-
-
 def test_a_batch_is_each_conversation_by_itself(tokenizer):
     made = odd_conversations(50)
     made.insert(7, [*HELLO, system("Be kind."), *HELLO])  # nanochat cannot write it
     found = encode_conversations(made, tokenizer)
     assert isinstance(found[7], BadRow)
-    for place, (messages, encoded) in enumerate(zip(made, found, strict=True)):
-        if place != 7:
+    for index, (messages, encoded) in enumerate(zip(made, found, strict=True)):
+        if index != 7:
             alone = encode_conversation(messages, tokenizer)
             assert (encoded.ids.tolist(), encoded.labels.tolist()) == alone
     assert encode_conversations([], tokenizer) == []
 
 
-def test_chatml_writes_no_python_parts(chatml):
+def test_chatml_renders_no_python_parts(chatml):
     ids, labels = encode_conversation(TOOL, chatml)
     assert chatml.decode(ids) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n"
@@ -526,7 +228,7 @@ def odd_conversations(count: int) -> list[list[dict]]:
 
 
 @pytest.mark.parametrize("name", ["nanochat", "chatml"])
-def test_pieces_are_the_template_s_own_rendering(name, request, tokenizer):
+def test_segments_match_the_template_s_own_rendering(name, request, tokenizer):
     tokenizer = tokenizer if name == "nanochat" else request.getfixturevalue("chatml")
     assert tokenizer.hfsft_template == name
     same_tokens = 0
@@ -538,7 +240,7 @@ def test_pieces_are_the_template_s_own_rendering(name, request, tokenizer):
             messages, return_dict=True, return_assistant_tokens_mask=True
         )
         mask = [int(label != IGNORED) for label in labels]
-        # "assistant\n" and a newline after it: apart here, as a chat's prompt ends there, else one
+        # "assistant\n" and a newline after it: two segments here, as a prompt ends between them
         if re.search(r"<\|im_start\|>assistant\n\s*[\r\n]", text):
             continue
         assert theirs["input_ids"] == ids
@@ -582,7 +284,7 @@ UNMARKED = (
 
 @pytest.fixture
 def foreign(tokenizer, tmp_path):
-    """Gives a tokenizer of ours a template of somebody else's."""
+    """Gives the shared tokenizer a template that is not hfsft's."""
 
     def make(template: str):
         made = PreTrainedTokenizerFast.from_pretrained(saved(tokenizer, tmp_path / "a"))
@@ -607,7 +309,7 @@ def test_a_foreign_template_s_marks_are_trained(foreign):
     assert encode_conversation(TOOL, made, assistant_only=False) == (ids, ids)
 
 
-def test_a_foreign_template_without_marks_is_told_by_what_each_turn_adds(foreign):
+def test_without_marks_the_trained_tokens_are_what_each_assistant_turn_adds(foreign):
     made = foreign(UNMARKED)
     assert made.hfsft_training_template is None and made.eos_token == "<|eot|>"
     ids, labels = encode_conversation(TOOL, made)
@@ -686,33 +388,27 @@ def test_what_a_foreign_template_leaves_out_is_a_reason(foreign):
             encode_conversation(messages, made)
 
 
-def test_truncation_cuts_no_character(tokenizer):
+def test_truncation_splits_no_character(tokenizer):
     messages = [user("Hi"), assistant("🙂🦊🐳" * 20)]
-    whole, _ = encode_conversation(messages, tokenizer)
+    full, _ = encode_conversation(messages, tokenizer)
     for limit in range(12, 60):
         ((fitted,),) = fit_conversations([messages], tokenizer, limit)
         ids = fitted.ids.tolist()
         assert fitted.truncated and limit - 4 < len(ids) <= limit
-        assert ids == whole[: len(ids)] and len(fitted.labels) == len(ids)
+        assert ids == full[: len(ids)] and len(fitted.labels) == len(ids)
         assert "\ufffd" not in tokenizer.decode(ids)
 
 
-def test_a_split_keeps_exchanges_with_tools_whole(tokenizer):
+def test_splitting_keeps_exchanges_with_tools_together(tokenizer):
     messages = [system("Be brief."), *CALLS, *CALLS]
-    whole, _ = encode_conversation(messages, tokenizer)
-    (parts,) = fit_conversations([messages], tokenizer, len(whole) - 1, "split")
+    full, _ = encode_conversation(messages, tokenizer)
+    (parts,) = fit_conversations([messages], tokenizer, len(full) - 1, "split")
     assert len(parts) == 2 and not any(part.truncated for part in parts)
     # of four exchanges the last is a part of its own, after the system message
     first, last = messages[:-2], [messages[0], *messages[-2:]]
     assert [part.ids.tolist() for part in parts] == [
         encode_conversation(part, tokenizer)[0] for part in (first, last)
     ]
-
-
-@pytest.mark.parametrize("column", ["tools", "chat_template", "chat_template_kwargs"])
-def test_a_row_cannot_bring_its_own_template(column):
-    with pytest.raises(BadRow, match=f"^has its own {column}$"):
-        to_messages({"messages": HELLO, column: {"a": 1}}, "messages")
 
 
 def saved(tokenizer, folder) -> str:

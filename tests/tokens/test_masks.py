@@ -1,9 +1,9 @@
-"""Tokens and trained tokens of 200 odd conversations, read a second time without hfsft's code.
+"""Tokens and masks of 200 odd conversations, against an independent implementation.
 
-The second reading renders the chat template with transformers itself and takes the assistant's
+The reference renders the chat template with transformers itself and takes the assistant's
 characters from its `{% generation %}` blocks. Special tokens written inside messages are private
-use characters while it renders. A foreign template has no such blocks: the reading uses a copy of
-it that has them, hfsft the template as it is.
+use characters while it renders. Other templates have no such blocks: the reference uses a copy that
+has them, and hfsft the template as it is.
 """
 
 import json
@@ -31,7 +31,7 @@ NAMES = ("add", "get_weather", "Suche_ä", "f-1")
 
 
 def odd_text(rng: random.Random, specials: list[str]) -> str:
-    """One to four odd texts; one in four holds a special token literally; some have blank edges."""
+    """One to four odd texts; one in four has a literal special token; some have blank edges."""
     parts = [rng.choice(TEXTS) for _ in range(rng.randint(1, 4))]
     if rng.random() < 0.25:
         parts.insert(rng.randint(0, len(parts)), rng.choice(specials))
@@ -109,11 +109,11 @@ def special_tokens(tokenizer) -> list[str]:
     return [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
 
 
-# --- the second reading ---
+# --- the reference ---
 
 
 class Stand:
-    """Characters that stand for special tokens while a template renders."""
+    """Maps special tokens to private use characters while a template renders."""
 
     def __init__(self, tokenizer):
         self.to = {token: chr(0xE000 + i) for i, token in enumerate(special_tokens(tokenizer))}
@@ -150,10 +150,10 @@ def plain_ids(text: str, tokenizer) -> list[int]:
 
 
 def read_own(messages: list, tokenizer, trained_of=None) -> tuple[list[int], list[int]]:
-    """Read one of hfsft's templates: every text between special tokens or marks by itself.
+    """Encode through one of hfsft's templates: each text between special tokens or marks by itself.
 
     Args:
-        trained_of: gives the characters that are trained from the text; None: the template's marks.
+        trained_of: returns a mark per character of the text; None: the template's own marks.
     """
     stand = Stand(tokenizer)
     text, marks = rendered(stand.protect(messages), tokenizer.chat_template, tokenizer)
@@ -167,41 +167,41 @@ def read_own(messages: list, tokenizer, trained_of=None) -> tuple[list[int], lis
         found = special.match(text, start)
         if found:
             end = found.end()
-            piece = [tokenizer.convert_tokens_to_ids(found[0])]
+            segment = [tokenizer.convert_tokens_to_ids(found[0])]
         else:
             following = special.search(text, start)
             end = following.start() if following else len(text)
             edges = (i for i in range(start + 1, end) if blocks[i] != blocks[i - 1])
             end = next(edges, end)
-            piece = plain_ids(stand.restore(text[start:end]), tokenizer)
+            segment = plain_ids(stand.restore(text[start:end]), tokenizer)
         assert len(set(marks[start:end])) == 1
-        ids += piece
-        labels += piece if marks[start] else [IGNORED] * len(piece)
+        ids += segment
+        labels += segment if marks[start] else [IGNORED] * len(segment)
         start = end
     return ids, labels
 
 
 def read_foreign(messages: list, template: str, tokenizer) -> tuple[list[int], list[int]]:
-    """Read a foreign template: as one text, the literal special tokens in it apart."""
+    """Encode through another template: as one text, except for literal special tokens."""
     stand = Stand(tokenizer)
     text, marks = rendered(stand.protect(messages), template, tokenizer)
     ids, labels, start = [], [], 0
-    for piece in re.split(f"([{''.join(stand.back)}])", text):
-        if piece in stand.back:
-            found, trained = plain_ids(stand.back[piece], tokenizer), marks[start]
-            places = [trained] * len(found)
+    for segment in re.split(f"([{''.join(stand.back)}])", text):
+        if segment in stand.back:
+            found, trained = plain_ids(stand.back[segment], tokenizer), marks[start]
+            segment_marks = [trained] * len(found)
         else:
-            encoded = tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True)
+            encoded = tokenizer(segment, add_special_tokens=False, return_offsets_mapping=True)
             found = encoded["input_ids"]
-            places = [marks[start + first] for first, _ in encoded["offset_mapping"]]
+            segment_marks = [marks[start + first] for first, _ in encoded["offset_mapping"]]
         ids += found
-        labels += [i if mark else IGNORED for i, mark in zip(found, places, strict=True)]
-        start += len(piece)
+        labels += [i if mark else IGNORED for i, mark in zip(found, segment_marks, strict=True)]
+        start += len(segment)
     return ids, labels
 
 
 def encoded(raw: list[list], tokenizer, assistant_only: bool = True) -> list:
-    """What hfsft makes of rows, in one batch."""
+    """What hfsft encodes, in one batch."""
     found = encode_conversations([check_messages(m) for m in raw], tokenizer, assistant_only)
     return [
         str(one) if isinstance(one, BadRow) else (one.ids.tolist(), one.labels.tolist())

@@ -62,7 +62,7 @@ def test_trained_tokenizer_has_its_size_and_special_tokens(tokenizer):
     assert tokenizer.hfsft_template == "nanochat"
 
 
-def test_numbers_are_split_in_ones_and_twos():
+def test_numbers_are_split_into_one_or_two_digits():
     # a text of one number over and over: without the split it would be one token
     tokenizer = train_tokenizer(["12345 67890 "] * 5000 + facts(), 400)
     vocabulary = tokenizer.get_vocab()
@@ -83,7 +83,7 @@ def test_any_text_comes_back(tokenizer, text):
     )
 
 
-def test_special_tokens_are_read_only_when_asked(tokenizer):
+def test_special_tokens_are_recognized_only_when_asked(tokenizer):
     assert tokenizer.encode("<|assistant_end|>", add_special_tokens=False) == [4]
     assert 4 not in encode(tokenizer, "<|assistant_end|>")
 
@@ -97,7 +97,7 @@ def test_too_little_text_is_an_error():
     )
 
 
-def test_trained_tokenizer_survives_saving(tokenizer, save):
+def test_trained_tokenizer_is_the_same_after_saving(tokenizer, save):
     loaded = load_tokenizer(save(tokenizer))
     assert loaded.hfsft_template == "nanochat"
     assert loaded.get_vocab() == tokenizer.get_vocab()
@@ -105,7 +105,7 @@ def test_trained_tokenizer_survives_saving(tokenizer, save):
         assert encode(loaded, text) == encode(tokenizer, text)
     assert (loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id) == (0, 4, 9)
     assert sorted(loaded.all_special_ids) == list(range(10))
-    # whoever loads it without hfsft gets the same
+    # transformers alone loads the same
     stock = AutoTokenizer.from_pretrained(loaded.name_or_path)
     messages = [{"role": "user", "content": "Hi"}]
     assert stock.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == (
@@ -113,7 +113,7 @@ def test_trained_tokenizer_survives_saving(tokenizer, save):
     )
 
 
-def test_base_trains_on_so_many_characters_and_resumes_with_the_same(tmp_path):
+def test_base_trains_on_max_chars_characters_and_resumes_with_the_same(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text(
         f"output_dir: {tmp_path}\nmodel: {{depth: 2, vocab_size: 300}}\n"
@@ -128,7 +128,7 @@ def test_base_trains_on_so_many_characters_and_resumes_with_the_same(tmp_path):
             yield text
 
     tokenizer = base_tokenizer(recipe, texts(), resuming=False)
-    # one more is asked for before the limit is seen
+    # one more is read before the limit is checked
     assert sum(map(len, read[:-2])) < 3000 <= sum(map(len, read))
     assert len(tokenizer) == 300
     assert Path(tokenizer.name_or_path) == tmp_path / "r" / "tokenizer"
@@ -146,7 +146,7 @@ def test_chatml_tokens_without_a_template_get_chatml(save):
     assert len(tokenizer) == 300
     assert tokenizer.eos_token == "<|im_end|>"
     assert tokenizer.pad_token == "<|endoftext|>"
-    # no special token of the tokenizer, but now it is one
+    # not a special token before, but one now
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") not in encode(tokenizer, "<|im_end|>")
 
 
@@ -155,7 +155,7 @@ def test_chatml_tokens_of_the_plain_vocabulary_become_special(save):
     folder = save(plain)
     path = Path(folder) / "tokenizer.json"
     held = json.loads(path.read_text())
-    held["added_tokens"] = []  # what remains are two words of the vocabulary
+    held["added_tokens"] = []  # then both are ordinary words of the vocabulary
     path.write_text(json.dumps(held))
     tokenizer = load_tokenizer(folder)
     assert tokenizer.hfsft_template == "chatml"
@@ -219,7 +219,7 @@ def test_foreign_template_known_to_trl_is_trained_with_its_marked_copy(save):
     assert tokenizer.pad_token == "<|endoftext|>"
 
 
-def test_unknown_template_without_marks_is_told_by_its_turns(save):
+def test_an_unknown_template_without_marks_can_be_trained_with(save):
     tokenizer = load_tokenizer(save(plain_bpe("<|end|>", eos_token="<|end|>"), UNMARKED))
     assert (tokenizer.hfsft_template, tokenizer.hfsft_training_template) == (None, None)
     assert tokenizer.eos_token == "<|end|>"
@@ -254,7 +254,7 @@ def test_several_named_templates_are_an_error(save):
 
 
 @pytest.mark.parametrize(
-    ("file", "content", "says"),
+    ("file", "content", "message"),
     [
         ("tokenizer.json", "{", "cannot load its tokenizer"),
         ("tokenizer.json", "{}", "cannot load its tokenizer"),
@@ -263,13 +263,13 @@ def test_several_named_templates_are_an_error(save):
         ("tokenizer_config.json", "{", "cannot load its tokenizer"),
     ],
 )
-def test_broken_tokenizer_is_an_error_that_names_it(save, file, content, says):
+def test_broken_tokenizer_is_an_error_that_names_it(save, file, content, message):
     folder = save(plain_bpe())
     if content is None:
         (Path(folder) / file).unlink()
     else:
         (Path(folder) / file).write_text(content)
-    with pytest.raises(ModelError, match=says) as error:
+    with pytest.raises(ModelError, match=message) as error:
         load_tokenizer(folder)
     assert str(error.value).startswith(folder)
     assert len(str(error.value).splitlines()) == 1

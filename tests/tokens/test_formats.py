@@ -1,0 +1,283 @@
+"""Rows of every known format are read as messages, and others refused with the reason."""
+
+import pytest
+from chat_messages import HELLO, assistant, call, calling, system, tool, user
+
+from hfsft.errors import DataError
+from hfsft.recipe.schema import FORMATS as RECIPE_FORMATS
+from hfsft.tokens.formats import (
+    FORMATS,
+    BadRow,
+    content_digest,
+    detect_format,
+    to_messages,
+)
+
+MULTIPLE_CHOICE = (
+    "Multiple Choice question: Which is a fruit?\n"
+    "- Stone=A\n"
+    "- Apple=B\n"
+    "- Chair=C\n"
+    "\n"
+    "Respond only with the letter of the correct answer."
+)
+GSM8K = (
+    "In May she sold 48/2 = <<48/2=24>>24 clips.\n"
+    "In all <<48+24=72>>72.\n"
+    "#### 72"
+)  # fmt: skip
+READ = {
+    "messages": (
+        "messages",
+        {"messages": [system("Be kind."), *HELLO, user("And?"), assistant("Fine.")]},
+        [system("Be kind."), *HELLO, user("And?"), assistant("Fine.")],
+    ),
+    "messages of text parts": (
+        "messages",
+        {"messages": [user([{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]),
+                      assistant([{"type": "text", "text": "Hello"}])]},
+        HELLO,
+    ),
+    "messages with other roles' names": (
+        "messages",
+        {"messages": [{"role": "human", "content": "Hi"}, {"role": "model", "content": "Hello"}]},
+        HELLO,
+    ),
+    "sharegpt": (
+        "sharegpt",
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}],
+         "system": "Be kind."},
+        [system("Be kind."), *HELLO],
+    ),
+    "sharegpt with role and content": (
+        "sharegpt",
+        {"conversations": [*HELLO], "system": None},
+        HELLO,
+    ),
+    "prompt and completion as text": (
+        "prompt_completion",
+        {"prompt": "Hi", "completion": " Hello\n"},
+        HELLO,
+    ),
+    "prompt and completion as messages": (
+        "prompt_completion",
+        {"prompt": [system("Be kind."), user("Hi")], "completion": [assistant("Hello")]},
+        [system("Be kind."), *HELLO],
+    ),
+    "alpaca": (
+        "alpaca",
+        {"instruction": "Greet.", "input": "Hi", "output": "Hello", "system": "Be kind."},
+        [system("Be kind."), user("Greet.\n\nHi"), assistant("Hello")],
+    ),
+    "alpaca without input": (
+        "alpaca",
+        {"instruction": "Hi", "input": "", "output": "Hello"},
+        HELLO,
+    ),
+    "multiple choice as in ARC": (
+        "multiple_choice",
+        {"question": "Which is a fruit?",
+         "choices": {"text": ["Stone", "Apple", "Chair"], "label": ["A", "B", "C"]},
+         "answerKey": "B"},
+        [user(MULTIPLE_CHOICE), assistant("B")],
+    ),
+    "multiple choice as in MMLU": (
+        "multiple_choice",
+        {"question": "Which is a fruit?", "subject": "food",
+         "choices": ["Stone", "Apple", "Chair"], "answer": 1},
+        [user(MULTIPLE_CHOICE), assistant("B")],
+    ),
+    "gsm8k": (
+        "gsm8k",
+        {"question": "How many?", "answer": GSM8K},
+        [
+            user("How many?"),
+            assistant([
+                {"type": "text", "text": "In May she sold 48/2 = "},
+                {"type": "python", "text": "48/2"},
+                {"type": "python_output", "text": "24"},
+                {"type": "text", "text": "24 clips.\nIn all "},
+                {"type": "python", "text": "48+24"},
+                {"type": "python_output", "text": "72"},
+                {"type": "text", "text": "72.\n#### 72"},
+            ]),
+        ],
+    ),
+    "messages with several system turns at the beginning": (
+        "messages",
+        {"messages": [system("Be kind."), system("Be brief."), *HELLO, system("Now be rude."),
+                      *HELLO], "tools": None},
+        [system("Be kind.\n\nBe brief."), *HELLO, system("Now be rude."), *HELLO],
+    ),
+    "messages with tool calls": (
+        "messages",
+        {"messages": [
+            user("Add 1 and 2, and 3 and 4."),
+            calling(call("add", '{"a": 1, "b": 2}', id="x"), call("add", {"a": 3, "b": 4}, id="y"),
+                    content=None),
+            tool("3", tool_call_id="x"),
+            tool("", tool_call_id="y", name=None),
+            {"role": "assistant", "content": "3 and nothing.", "tool_calls": None},
+            user("And?"),
+            calling({"function": {"name": "stop", "arguments": ""}}, content=" \n"),
+        ], "tools": "[]"},
+        [
+            user("Add 1 and 2, and 3 and 4."),
+            calling(call("add", {"a": 1, "b": 2}, id="x"), call("add", {"a": 3, "b": 4}, id="y")),
+            tool("3", tool_call_id="x"),
+            tool("", tool_call_id="y"),
+            assistant("3 and nothing."),
+            user("And?"),
+            calling(call("stop", {})),
+        ],
+    ),
+    "sharegpt with tool calls": (
+        "sharegpt",
+        {"conversations": [
+            {"from": "human", "value": "Add 1 and 2."},
+            {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1, "b": 2}}'},
+            {"from": "observation", "value": "3"},
+            {"from": "gpt", "value": "It is 3."},
+        ], "tools": ""},
+        [user("Add 1 and 2."), calling(call("add", {"a": 1, "b": 2})), tool("3"),
+         assistant("It is 3.")],
+    ),
+    "gsm8k without a calculation": (
+        "gsm8k",
+        {"question": "Hi", "answer": "Hello"},
+        HELLO,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", READ)
+def test_format_is_detected_and_read(case):
+    name, row, messages = READ[case]
+    assert detect_format(list(row), "x") == name
+    assert to_messages(row, name) == messages
+
+
+def test_the_recipe_names_every_format():
+    assert set(RECIPE_FORMATS) == {*FORMATS, "text"}
+
+
+def test_undetected_format_lists_columns_and_formats():
+    with pytest.raises(DataError) as error:
+        detect_format(["chat", "id"], "rows.jsonl")
+    assert str(error.value) == (
+        "rows.jsonl: cannot tell the format from its columns chat, id\n"
+        "  Known: messages (messages); sharegpt (conversations); "
+        "prompt_completion (prompt, completion); alpaca (instruction, output); "
+        "multiple_choice (question, choices); gsm8k (question, answer). "
+        "Rename with `columns: {messages: YOUR_COLUMN}`"
+    )
+    with pytest.raises(DataError, match=r"columns \(none\)"):
+        detect_format([], "rows.jsonl")
+
+
+IMAGE = [{"type": "image", "url": "x"}]
+REFUSED = [
+    # rows that are not of their format
+    ("messages", {}, "not a row of format messages"),
+    ("sharegpt", {"conversations": "Hi"}, "no messages"),
+    ("sharegpt", {"conversations": [{"from": "human", "value": "Hi"}, "x"]},
+     "a message that is not a mapping"),
+    ("prompt_completion", {"prompt": 5, "completion": "Hello"}, "content that is not text"),
+    ("alpaca", {"instruction": None, "input": None, "output": "Hello"}, "empty content"),
+    ("multiple_choice", {"question": "?", "choices": ["x", "y"], "answer": 2},
+     "the answer is not among the choices"),
+    ("multiple_choice", {"question": "?", "choices": "['x', 'y']", "answer": 0},
+     "choices that are not a list"),
+    ("multiple_choice", {"question": None, "choices": ["x", "y"], "answer": 0}, "empty content"),
+    ("multiple_choice", {"question": "?", "choices": ["x", None], "answer": 0}, "empty content"),
+    ("multiple_choice",
+     {"question": "?", "choices": {"text": ["x"], "label": ["A", "B"]}, "answerKey": "A"},
+     "not a row of format multiple_choice"),
+    ("gsm8k", {"question": "?", "answer": 5}, "not a row of format gsm8k"),
+    ("gsm8k", {"question": "?", "answer": "<<5>>5"}, "a calculation without a result"),
+    ("gsm8k", {"question": "?", "answer": ""}, "empty content"),
+    # messages that are not a conversation
+    ("messages", {"messages": None}, "no messages"),
+    ("messages", {"messages": []}, "no messages"),
+    ("messages", {"messages": "Hi"}, "no messages"),
+    ("messages", {"messages": ["Hi", "Hello"]}, "a message that is not a mapping"),
+    ("messages", {"messages": [user("Hi"), {"role": "critic", "content": "5"}]}, "unknown role"),
+    ("messages", {"messages": [user("Hi"), {"content": "Hello"}]}, "unknown role"),
+    ("messages", {"messages": [{"role": ["user"], "content": "Hi"}]}, "unknown role"),
+    ("messages", {"messages": [assistant("Hello"), user("Hi")]}, "roles out of order"),
+    ("messages", {"messages": [user("Hi"), user("Hi"), assistant("x")]}, "roles out of order"),
+    ("messages", {"messages": [*HELLO, system("Be kind.")]}, "roles out of order"),
+    ("messages", {"messages": [user("Hi")]}, "no assistant turn"),
+    ("messages", {"messages": [system("Be kind.")]}, "no assistant turn"),
+    ("messages", {"messages": [user("Hi"), assistant(None)]}, "empty content"),
+    ("messages", {"messages": [user(" \n"), assistant("Hello")]}, "empty content"),
+    ("messages", {"messages": [system(""), *HELLO]}, "empty content"),
+    ("messages", {"messages": [user("Hi"), assistant([])]}, "empty content"),
+    ("messages", {"messages": [user("Hi"), assistant(5)]}, "content that is not text"),
+    ("messages", {"messages": [user(IMAGE), assistant("Hello")]}, "content that is not text"),
+    ("messages", {"messages": [user("Hi"), assistant(IMAGE)]}, "content that is not text"),
+    ("messages", {"messages": [user([{"type": "python", "text": "1"}]), assistant("x")]},
+     "content that is not text"),
+    ("messages", {"messages": [user("Hi"), assistant([{"type": "python", "text": 1}])]},
+     "content that is not text"),
+    ("messages", {"messages": [user("Hi"), assistant("a\ud800b")]}, "invalid Unicode"),
+    ("messages", {"messages": [user("Hi"), system("Be kind."), system("Be kind.")]},
+     "no assistant turn"),
+    # tool calls
+    ("messages", {"messages": [user("Hi"), tool("5")]}, "a tool result without its call"),
+    ("messages", {"messages": [*HELLO, tool("5")]}, "a tool result without its call"),
+    ("messages", {"messages": [user("Hi"), calling(call("f", {})), user("Hi")]},
+     "a tool call without its result"),
+    ("messages", {"messages": [user("Hi"), calling(call("f", {})), system("x"), tool("5")]},
+     "a tool call without its result"),
+    ("messages", {"messages": [user("Hi"), calling(call("f", {})), tool("5")]},
+     "roles out of order"),
+    ("messages", {"messages": [user("Hi"), calling(call("f", {})), tool("5"), tool("6")]},
+     "more tool results than calls"),
+    ("messages", {"messages": [user("Hi"), calling(call("f", "{"))]},
+     "tool call arguments that are not JSON"),
+    ("messages", {"messages": [user("Hi"), calling(call("f", "[1]"))]},
+     "tool call arguments that are not a mapping"),
+    ("messages", {"messages": [user("Hi"), calling(call("f", {"a": "\ud800"}))]},
+     "invalid Unicode"),
+    ("messages", {"messages": [user("Hi"), calling(call(None, {}))]},
+     "a tool call without a name"),
+    ("messages", {"messages": [user("Hi"), calling("f")]}, "a tool call without a name"),
+    ("messages", {"messages": [user("Hi"), calling(call("f", {})), tool({"a": 1})]},
+     "content that is not text"),
+    ("sharegpt", {"conversations": [{"from": "human", "value": "Hi"},
+                                    {"from": "function_call", "value": "f(x)"}]},
+     "a tool call that is not JSON"),
+    ("sharegpt", {"conversations": [{"from": "human", "value": "Hi"},
+                                    {"from": "function_call", "value": "[]"}]},
+     "a tool call without a name"),
+    ("messages", {"messages": HELLO, "tools": '[{"name": "f"}]'}, "has its own tools"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "row", "reason"), REFUSED)
+def test_a_refused_row_has_a_reason(name, row, reason):
+    with pytest.raises(BadRow) as error:
+        to_messages(row, name)
+    assert str(error.value) == reason
+
+
+def test_a_digest_covers_content_but_not_tool_call_ids():
+    one = [user("Hi"), calling(call("f", {"a": 1, "b": 2}, id="x")), tool("5", tool_call_id="x")]
+    same = [user("Hi"), calling(call("f", {"b": 2, "a": 1}, id="y")), tool("5", tool_call_id="y")]
+    assert content_digest(one) == content_digest(same)
+    others = [
+        [user("Hi"), calling(call("f", {"a": 1, "b": 3})), tool("5")],
+        [user("Hi"), calling(call("f", {"a": 1, "b": 2})), tool("6")],
+        [system("Hi"), *one],
+        [user("Hi"), assistant(""), tool("5")],
+        [user("Hi"), assistant([{"type": "python", "text": "5"}])],
+        [user("Hi"), assistant([{"type": "python_output", "text": "5"}])],
+    ]
+    assert len({content_digest(messages) for messages in [one, *others]}) == 7
+
+
+@pytest.mark.parametrize("column", ["tools", "chat_template", "chat_template_kwargs"])
+def test_a_row_with_its_own_template_is_refused(column):
+    with pytest.raises(BadRow, match=f"^has its own {column}$"):
+        to_messages({"messages": HELLO, column: {"a": 1}}, "messages")
