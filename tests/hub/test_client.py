@@ -34,12 +34,15 @@ from pathlib import Path
 from hfsft.errors import HfsftError
 from hfsft.recipe.schema import Source, Stage
 
+MODULES = ("hub.client", "data.sources", "data.mixture", "data.text", "tokens.tokenizer")
+MODULES += ("model.loading",)
+
 class Names(dict):
-    def __missing__(self, name):  # a process imports what it is asked for alone
+    def __missing__(self, name):  # import only the module of a name that is used
         if name == "snapshot_download":
             return importlib.import_module("huggingface_hub").snapshot_download
-        for module in ("hub", "mixture", "corpus", "tokenizer", "model"):
-            if f"\\ndef {name}(" in open(f"hfsft/{module}.py").read():
+        for module in MODULES:
+            if f"\\ndef {name}(" in Path("hfsft", *module.split(".")).with_suffix(".py").read_text():
                 return getattr(importlib.import_module(f"hfsft.{module}"), name)
         raise KeyError(name)
 
