@@ -42,7 +42,8 @@ class Names(dict):
         if name == "snapshot_download":
             return importlib.import_module("huggingface_hub").snapshot_download
         for module in MODULES:
-            if f"\\ndef {name}(" in Path("hfsft", *module.split(".")).with_suffix(".py").read_text():
+            path = Path("hfsft", *module.split(".")).with_suffix(".py")
+            if f"\\ndef {name}(" in path.read_text():
                 return getattr(importlib.import_module(f"hfsft.{module}"), name)
         raise KeyError(name)
 
