@@ -157,7 +157,7 @@ class Request:
 
 @dataclass
 class Fault:
-    """What goes wrong with the nth matching request and the `times - 1` matching ones after it.
+    """The failure of the nth matching request and the `times - 1` matching ones after it.
 
     `delay` seconds pass before the answer, or after its first `truncate` bytes; a truncated answer
     ends with a closed connection. A request answered with `status` or `reset` has no effect unless
@@ -202,7 +202,7 @@ class Refused(Exception):
 
 
 class HubServer:
-    """The server and all it stores; a context manager that listens on a free port of 127.0.0.1."""
+    """The server and its repositories; a context manager that listens on a free loopback port."""
 
     def __init__(self):
         self.tokens = {
@@ -243,7 +243,7 @@ class HubServer:
         self.stop()
 
     def env(self, home, token: str | None = None) -> dict[str, str]:
-        """The environment of a client process that sees this Hub alone."""
+        """The environment of a client process that can reach only this Hub."""
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(CLIENT_SETTINGS)}
         client = {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
         direct = {"NO_PROXY": "127.0.0.1,localhost", "no_proxy": "127.0.0.1,localhost"}
@@ -500,7 +500,7 @@ def _json(content, status: int = 200) -> Answer:
 
 
 def _card(readme: Blob | None) -> dict:
-    """The "cardData" of an info: what stands above a README's text."""
+    """The "cardData" of an info: the front matter of a README."""
     above = re.match(rb"---\n(.*?)\n---\n", readme.data, re.DOTALL) if readme else None
     return {"cardData": yaml.safe_load(above[1])} if above else {}
 
@@ -518,7 +518,7 @@ def _wants_lfs(path: str, size: int) -> bool:
 
 
 def _upload_modes(request: Request, commit: Commit) -> Answer:
-    """For each file of a preupload: regular or LFS, and the id of the one in its place."""
+    """For each file of a preupload: regular or LFS, and the id of the current one at its path."""
     answers = []
     for file in json.loads(request.body)["files"]:
         mode = "lfs" if _wants_lfs(file["path"], file["size"]) else "regular"

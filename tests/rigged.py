@@ -1,4 +1,4 @@
-"""Real models whose weights are set by hand, so that what they must score is known."""
+"""Real models with hand-set weights, whose scores are therefore known."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 
 
 def save(model: Any, tokenizer: Any, folder: Path) -> str:
-    """Save a model with its tokenizer; returns the folder as text."""
+    """Save a model with its tokenizer and return the folder as text."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
@@ -16,12 +16,12 @@ def save(model: Any, tokenizer: Any, folder: Path) -> str:
 
 @torch.no_grad()
 def always_follow(model: Any, successors: dict[int, int], other: int) -> Any:
-    """Have the last token alone say what follows: layers add nothing, each word has its own axis.
+    """Make the next token depend on the last one alone: layers add nothing, embeddings are one-hot.
 
     Args:
-        model: its `hidden_size` is its `vocab_size`, its head and embedding are two.
-        successors: token → the one that follows it.
-        other: follows all others.
+        model: its `hidden_size` equals its `vocab_size`; head and embedding are not tied.
+        successors: token → the next token.
+        other: the next token after all others.
     """
     for name, parameter in model.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight", "fc2.weight")):
@@ -36,7 +36,7 @@ def always_follow(model: Any, successors: dict[int, int], other: int) -> Any:
 
 
 def chain(tokens: list[int]) -> dict[int, int]:
-    """Each token of a text → the next; none may come twice with different successors."""
+    """Each token of a text → the next; a token must not have two different successors."""
     successors: dict[int, int] = {}
     for token, following in pairwise(tokens):
         assert successors.setdefault(token, following) == following, "a token comes twice"

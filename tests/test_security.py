@@ -1,4 +1,4 @@
-"""What others wrote: templates, models, file names; and what of this machine is sent to others."""
+"""Untrusted templates, models and file names; and no local paths in what is uploaded."""
 
 import json
 import os
@@ -54,18 +54,18 @@ def with_template(folder: Path, template: str) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize(("bomb", "says"), BOMBS.items(), ids=range(len(BOMBS)))
-def test_a_template_that_takes_too_much_is_refused(tmp_path, monkeypatch, bomb, says):
-    if says == SLOW:
+@pytest.mark.parametrize(("bomb", "message"), BOMBS.items(), ids=range(len(BOMBS)))
+def test_a_template_that_exceeds_its_limits_is_rejected(tmp_path, monkeypatch, bomb, message):
+    if message == SLOW:
         monkeypatch.setattr(templates, "SECONDS", 0.3)
     with pytest.raises(ModelError) as caught:
         load_tokenizer(with_template(tmp_path, bomb + MARKED))
     first, second = str(caught.value).splitlines()
-    assert first.startswith(f"{tmp_path}: ") and says in first
+    assert first.startswith(f"{tmp_path}: ") and message in first
     assert second.strip().startswith("Choose another: tokenizer: {chat_template: FILE}")
 
 
-def test_a_template_that_waits_for_the_data_ends_the_stage(tmp_path):
+def test_a_template_that_exceeds_its_limits_on_a_row_ends_the_stage(tmp_path):
     bomb = "{% if 'boom' in messages[0].content %}{{ 'a' * 500000000 }}{% endif %}"
     made = load_tokenizer(with_template(tmp_path, bomb + MARKED))
     calm = [{"role": "user", "content": "calm"}, {"role": "assistant", "content": "yes"}]
@@ -81,11 +81,11 @@ def test_a_template_that_waits_for_the_data_ends_the_stage(tmp_path):
     assert not isinstance(encoded, BadRow)
 
 
-# --- models from elsewhere ---
+# --- untrusted models ---
 
 
 class Evil:
-    """Unpickled, it leaves a file."""
+    """Creates a file when unpickled."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -108,7 +108,7 @@ def changed(data: bytes, **keys) -> bytes:
 
 
 def repositories(whole: dict[str, bytes], mark: Path) -> dict[str, dict[str, bytes]]:
-    """Models that ask for more than they should get, by the name of what they do."""
+    """Malicious models, by the name of what they attempt."""
     evil, code = pickle.dumps(Evil(mark)), f"import os; os.system('touch {mark}')".encode()
     no_weights = {name: data for name, data in whole.items() if name != "model.safetensors"}
     odd = ("../evil", "-rf", "--help", "ünï/🙂.txt", "a\nb", "x" * 200, "$(touch x)", "..\\up")
@@ -158,16 +158,16 @@ from hfsft.model.loading import load_model
 from hfsft.recipe.schema import Stage
 from hfsft.tokens.tokenizer import load_tokenizer
 
-said = {}
+results = {}
 for start in sys.argv[1:]:
     stage = Stage("sft", Path("run/sft"), 1, [], 0, model_name_or_path=start, max_length=64)
     try:
         model_positions(stage)
         load_model(stage, load_tokenizer(start))
-        said[start] = "loaded"
+        results[start] = "loaded"
     except HfsftError as error:
-        said[start] = str(error)
-print(json.dumps(said))
+        results[start] = str(error)
+print(json.dumps(results))
 """
 
 
@@ -189,7 +189,7 @@ def test_a_model_runs_no_code_and_reaches_nothing_else(tmp_path, whole, place):
                         path.parent.mkdir(parents=True, exist_ok=True)
                         path.write_bytes(data)
             starts = {f"models/{name}": name for name in made}
-        # whoever asked on standard input would get a yes
+        # any prompt on standard input would be answered with yes
         ours, theirs = pty.openpty()
         os.write(ours, b"y\n" * 20)
         done = subprocess.run(
@@ -203,19 +203,19 @@ def test_a_model_runs_no_code_and_reaches_nothing_else(tmp_path, whole, place):
         os.close(ours)
         os.close(theirs)
         assert done.returncode == 0, done.stderr
-        said = json.loads(done.stdout.splitlines()[-1])
+        results = json.loads(done.stdout.splitlines()[-1])
         for start, name in starts.items():
-            assert ANSWERS[name] in said[start] and len(said[start].splitlines()) == 1
+            assert ANSWERS[name] in results[start] and len(results[start].splitlines()) == 1
         assert not hub.seen("somebody")
     assert "[y/N]" not in done.stdout + done.stderr and not mark.exists()
     made_here = {path.name for path in tmp_path.iterdir()}
     assert made_here <= {"home", "hf"} and {p.name for p in home.iterdir()} <= {"models"}
 
 
-# --- what is sent to others ---
+# --- uploads ---
 
 
-def test_what_is_pushed_names_no_path_of_this_machine(tmp_path, whole, capsys):
+def test_a_push_contains_no_local_path(tmp_path, whole, capsys):
     start = tmp_path / "secret-place" / "model"
     start.mkdir(parents=True)
     for name, data in whole.items():
@@ -260,7 +260,7 @@ def test_what_is_pushed_names_no_path_of_this_machine(tmp_path, whole, capsys):
     adapter = json.loads(files["adapter/adapter_config.json"])
     assert adapter["base_model_name_or_path"] == "./model"
     assert json.loads(files["stage.json"])["settings"]["sft"]["data"] == [{"path": "chats.jsonl"}]
-    # here it is still known where all came from
+    # the local record keeps the path
     assert json.loads((folder / "stage.json").read_text())["lineage"]["model"] == str(start)
     assert capsys.readouterr().out == ""
     sft.main(str(path), "--quiet", "--restart", "--max_steps", "1")

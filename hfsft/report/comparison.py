@@ -1,4 +1,4 @@
-"""Two runs side by side: which recipe keys differ, and which results differ beyond noise."""
+"""Compare two runs: which recipe keys differ, and which results differ beyond noise."""
 
 import json
 from collections.abc import Iterator
@@ -18,17 +18,17 @@ from hfsft.run.results import read_run
 def write_comparison(
     folders: tuple[Path, Path], as_html: bool = False
 ) -> tuple[dict[str, Any], Path]:
-    """Compare two runs, and leave the page in the second one's `report/`.
+    """Compare two runs and write the page to the second one's `report/`.
 
     Args:
-        folders: of the runs.
-        as_html: leave it as one HTML file as well.
+        folders: the runs'.
+        as_html: write one HTML file as well.
 
     Returns:
         What `compare_runs` returns, and the file to open.
 
     Raises:
-        HfsftError: if one is no run, or the page cannot be written.
+        HfsftError: if one is not a run, or the page cannot be written.
     """
     from hfsft.report.pictures import draw_both  # matplotlib takes a second
 
@@ -53,11 +53,11 @@ def compare_runs(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any
 
     Returns:
         `runs`; `recipe` and `environment`: dotted key → both values, where they differ; and
-        `results`, one for each figure that both have: `stage`, `what`, `values`, `how`, and where
-        its noise is known the `difference` (second less first), its 95% interval from `low` to
-        `high`, and whether it is `beyond_noise`.
+        `results`, one for each figure that both have: `stage`, `what`, `values` and `how`, and if
+        its noise is known, `difference` (second minus first), `low` and `high` of its 95% interval,
+        and `beyond_noise`.
     """
-    settings = [dict(_flat(run["recipe"])) for run in (first, second)]
+    recipes = [dict(_flat(run["recipe"])) for run in (first, second)]
     environments = [dict(_flat(_environment(run))) for run in (first, second)]
     results = []
     for name, stage in first["stages"].items():
@@ -71,7 +71,7 @@ def compare_runs(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any
             ]
     return {
         "runs": [first["run"], second["run"]],
-        "recipe": _differing(*settings),
+        "recipe": _differing(*recipes),
         "environment": _differing(*environments),
         "results": results,
     }
@@ -87,12 +87,13 @@ def _environment(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def _differing(one: dict[str, Any], two: dict[str, Any]) -> dict[str, list[Any]]:
-    """Both values of the keys whose values differ, but for the run's name."""
+    """Both values of each key whose values differ; the run's name is left out."""
     keys = [key for key in dict.fromkeys([*one, *two]) if key != "name"]
     return {key: [one.get(key), two.get(key)] for key in keys if one.get(key) != two.get(key)}
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested mappings, under dotted keys."""
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}.")
@@ -104,18 +105,18 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _losses(pair: list[dict[str, Any]], folders: list[Path]) -> Iterator[dict[str, Any]]:
-    """The validation losses: of the same held-out documents one by one, where they are the same."""
+    """The validation losses, paired by document if both runs have the same held-out set."""
     values = [stage["reached"]["eval_loss"] for stage in pair]
     if None in values:
         return
-    result = {"what": "validation loss, nats a token", "values": values}
+    result = {"what": "validation loss, nats per token", "values": values}
     logs = [read_json_lines(folder / "validation.jsonl", nan_as_none=True) for folder in folders]
     last = [lines[-1] if lines else None for lines in logs]
     if all(last) and last[0]["tokens"] == last[1]["tokens"]:
         losses = [np.array(line["losses"], dtype=float) for line in last]
         yield result | _paired(losses[1] - losses[0], np.array(last[0]["tokens"], dtype=float))
     else:
-        yield result | {"how": "other held-out data: not to be compared"}
+        yield result | {"how": "different held-out data: not comparable"}
 
 
 def _paired(differences: np.ndarray, tokens: np.ndarray) -> dict[str, Any]:
@@ -137,7 +138,7 @@ def _paired(differences: np.ndarray, tokens: np.ndarray) -> dict[str, Any]:
 
 
 def _scores(pair: list[dict[str, Any]], folders: list[Path]) -> Iterator[dict[str, Any]]:
-    """Each task that both were evaluated on."""
+    """The tasks that both stages were evaluated on."""
     if not all(stage["evaluation"] for stage in pair):
         return
     from hfsft.evaluation.differences import compare  # brings torch, which takes seconds
@@ -146,18 +147,18 @@ def _scores(pair: list[dict[str, Any]], folders: list[Path]) -> Iterator[dict[st
         tasks = [stage["evaluation"]["tasks"][name] for stage in pair]
         key = "loss" if tasks[0]["kind"] == "loss" else "accuracy"
         yield {
-            "what": f"{name}, {'loss, nats a token' if key == 'loss' else 'share right'}",
+            "what": f"{name}, {'loss, nats per token' if key == 'loss' else 'accuracy'}",
             "values": [task[key] for task in tasks],
             "difference": found["difference"],
             "low": found["low"],
             "high": found["high"],
             "beyond_noise": not found["within_noise"],
-            "how": f"{'the same' if found['paired'] else 'not the same'} {found['rows']:,} rows",
+            "how": f"{'the same' if found['paired'] else 'different'} {found['rows']:,} rows",
         }
 
 
 def _costs(pair: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """What one run each says nothing about the noise of."""
+    """Throughput, time and memory, whose noise is unknown from one run each."""
     for key, what in (
         ("tokens_per_second", "tokens/s"),
         ("seconds", "seconds"),
@@ -168,7 +169,7 @@ def _costs(pair: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             yield {"what": what, "values": values, "how": "one run each"}
 
 
-# --- in words ---
+# --- as text ---
 
 
 def comparison_text(compared: dict[str, Any], picture: str | None) -> str:
@@ -176,7 +177,7 @@ def comparison_text(compared: dict[str, Any], picture: str | None) -> str:
 
     Args:
         compared: what `compare_runs` returns.
-        picture: of both runs' losses, from the page's folder.
+        picture: of both runs' losses, relative to the page.
     """
     names = [plain(run) for run in compared["runs"]]
     blocks = [f"# {names[0]} and {names[1]}", differences_text(compared)]
@@ -185,7 +186,13 @@ def comparison_text(compared: dict[str, Any], picture: str | None) -> str:
         blocks.append(f"## {what.capitalize()}")
         blocks.append(table(["key", *names], rows, left=3) if rows else "The same.")
     blocks += ["## Results", *([f"![Validation losses]({picture})"] if picture else [])]
-    judged = [result for result in compared["results"] if "low" in result]
+    blocks += _results_tables(compared["results"], names)
+    return "\n\n".join(blocks) + "\n"
+
+
+def _results_tables(results: list[dict[str, Any]], names: list[str]) -> list[str]:
+    """A table of results with known noise, a note about noise, and a table of the others."""
+    blocks = []
     rows = [
         [
             f"{result['stage']}: {plain(result['what'])}",
@@ -195,14 +202,15 @@ def comparison_text(compared: dict[str, Any], picture: str | None) -> str:
             "**yes**" if result["beyond_noise"] else "no",
             result["how"],
         ]
-        for result in judged
+        for result in results
+        if "low" in result
     ]
     if rows:
-        header = ["result", *names, "second less first (95% interval)", "beyond noise", "over"]
+        header = ["result", *names, "second - first (95% interval)", "beyond noise", "over"]
         blocks.append(table(header, rows))
     blocks.append(
         "Noise is that of the held-out sample: the same recipe with another seed may differ by "
-        "more. Of twenty results without a difference, one lies beyond a 95% interval by chance."
+        "more. Of twenty results that do not differ, one exceeds a 95% interval by chance."
     )
     rows = [
         [
@@ -211,22 +219,22 @@ def comparison_text(compared: dict[str, Any], picture: str | None) -> str:
             f"{result['values'][1] / result['values'][0]:.2f}" if result["values"][0] else "-",
             result["how"],
         ]
-        for result in compared["results"]
+        for result in results
         if "low" not in result
     ]
     if rows:
-        blocks.append(table(["without known noise", *names, "second / first", "why"], rows))
-    return "\n\n".join(blocks) + "\n"
+        blocks.append(table(["with unknown noise", *names, "second / first", "why"], rows))
+    return blocks
 
 
 def differences_text(compared: dict[str, Any]) -> str:
-    """The lines at the top: how many keys differ, and the results that differ beyond noise."""
-    judged = [result for result in compared["results"] if "low" in result]
-    beyond = [result for result in judged if result["beyond_noise"]]
+    """The lines at the top: the keys that differ, and the results that differ beyond noise."""
+    measured = [result for result in compared["results"] if "low" in result]
+    beyond = [result for result in measured if result["beyond_noise"]]
     keys = ", ".join(map(plain, (*compared["recipe"], *compared["environment"]))) or "none"
     lines = [
         f"Keys of recipe and environment that differ: {keys}.",
-        f"{len(beyond):,} of {len(judged):,} results differ beyond noise.",
+        f"{len(beyond):,} of {len(measured):,} results differ beyond noise.",
     ]
     lines += [
         f"{result['stage']} {plain(result['what'])}: {_figure(result['values'][0])}, then "

@@ -1,4 +1,4 @@
-"""Markdown that text from data cannot break out of, and one HTML file made of it."""
+"""Markdown that foreign text cannot break out of, and its rendering as one HTML file."""
 
 import base64
 import re
@@ -8,13 +8,11 @@ from pathlib import Path
 
 from markdown_it import MarkdownIt
 
-# what the terminal or the browser would act on instead of showing: control characters, and those
-# that turn the direction of writing
-UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+from hfsft.errors import printable
+from hfsft.run.files import write_text_atomically
 
-
-# what means something within a line of Markdown; an underscore only at the edge of a word
-MEANT = re.compile(r"[\\`*\[\]<>|~&$#]|(?<!\w)_|_(?!\w)")
+# characters with a meaning inside a line of Markdown; an underscore only at the edge of a word
+SYNTAX = re.compile(r"[\\`*\[\]<>|~&$#]|(?<!\w)_|_(?!\w)")
 
 
 STYLE = """
@@ -28,25 +26,20 @@ img { max-width: 100%; background: #fff }
 """
 
 
-def printable(text: str) -> str:
-    """The text with a mark in the place of every character that would act, not show."""
-    return UNSEEN.sub("\N{REPLACEMENT CHARACTER}", text)
-
-
 def plain(text: object) -> str:
-    """Any text as one line of Markdown that shows it as it is, within a table too."""
-    return MEANT.sub(r"\\\g<0>", " ".join(printable(str(text)).split()))
+    """Foreign text as one line of Markdown that shows it literally, also inside a table."""
+    return SYNTAX.sub(r"\\\g<0>", " ".join(printable(str(text)).split()))
 
 
 def code(text: str) -> str:
-    """A line of code within a sentence; not for tables, where a bar would end the cell."""
+    """Inline code; not for tables, where a `|` would end the cell."""
     ticks = "`" * (1 + _longest_ticks(text))
     space = " " if "`" in text else ""
     return f"{ticks}{space}{' '.join(printable(text).split())}{space}{ticks}"
 
 
 def fenced(text: str, language: str = "text") -> str:
-    """A block of text that no line of it can end."""
+    """A fenced block that none of its lines can close."""
     fence = "`" * max(3, 1 + _longest_ticks(text))
     return f"{fence}{language}\n{printable(text).rstrip()}\n{fence}"
 
@@ -56,44 +49,44 @@ def _longest_ticks(text: str) -> int:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
-    """A table of Markdown.
+    """A Markdown table.
 
     Args:
-        header: of its columns.
-        rows: cells of Markdown; text from elsewhere goes through `plain` first.
-        left: how many columns hold words; the others hold numbers and stand right.
+        header: the columns' titles.
+        rows: cells in Markdown; foreign text must go through `plain` first.
+        left: how many columns are left-aligned text; the others are right-aligned numbers.
     """
     rule = ["---"] * left + ["--:"] * (len(header) - left)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
 
 
 def write_page(path: Path, text: str, as_html: bool) -> Path:
-    """Write a page of Markdown, and with `as_html` one of HTML beside it.
+    """Write a page of Markdown, and with `as_html` an HTML file beside it.
 
     Args:
-        path: of the Markdown, beside which its pictures' paths start.
-        text: Markdown that opens with a title.
-        as_html: whether.
+        path: of the Markdown; its pictures' paths are relative to it.
+        text: Markdown whose first line is the title.
+        as_html: whether to write HTML as well.
 
     Returns:
         The file to open.
     """
-    path.write_text(text, encoding="utf-8")
+    write_text_atomically(path, text)
     if not as_html:
         return path
     page = path.with_suffix(".html")
     title = text.partition("\n")[0].removeprefix("# ").replace("\\", "")
-    page.write_text(html_page(title, text, path.parent), encoding="utf-8")
+    write_text_atomically(page, html_page(title, text, path.parent))
     return page
 
 
 def html_page(title: str, markdown: str, folder: Path) -> str:
-    """The Markdown as one HTML file that needs no other: its pictures are inside.
+    """Render Markdown as one self-contained HTML file with embedded pictures.
 
     Args:
         title: plain text.
-        markdown: HTML in it is shown, not obeyed.
-        folder: that its pictures' paths start from.
+        markdown: HTML in it is shown as text.
+        folder: the one that its pictures' paths are relative to.
     """
     parser = MarkdownIt("js-default")
     tokens = parser.parse(markdown)
@@ -103,7 +96,7 @@ def html_page(title: str, markdown: str, folder: Path) -> str:
                 picture = base64.b64encode((folder / str(child.attrs["src"])).read_bytes())
                 child.attrs["src"] = f"data:image/png;base64,{picture.decode()}"
     body = parser.renderer.render(tokens, parser.options, {})
-    # whatever slipped through: the browser runs no script and fetches nothing
+    # defence in depth: even if markup slips through, no script runs and nothing is fetched
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     return f"""<!doctype html>
 <html lang="en">

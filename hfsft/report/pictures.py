@@ -1,4 +1,4 @@
-"""A run's pictures: opaque white, colour-blind safe, and legible at 800 pixels and in print."""
+"""A run's pictures: white background, colour-blind safe, legible at 800 pixels and in print."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,8 +13,8 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodF
 from hfsft.noise import Z95
 from hfsft.run.results import accuracies, speeds_of, validated_sources
 
-# of Okabe and Ito, apart for every kind of colour blindness; the dashes and marks tell them apart
-# in grey print too
+# the palette of Okabe and Ito (2008), distinguishable with any colour blindness; dashes and markers
+# distinguish the curves in greyscale print too
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
@@ -24,13 +24,13 @@ DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
 MARKS = ("o", "s", "^", "D", "v", "P")
 
 
-SOURCES = 5  # curves of single sources in one picture, at most
+MAX_SOURCES = 5  # curves of single sources in one panel
 
 
 GIB = 2**30
 
 
-WHOLE = StrMethodFormatter("{x:,.0f}")
+INTEGER = StrMethodFormatter("{x:,.0f}")
 
 
 SETTINGS = {
@@ -43,16 +43,16 @@ SETTINGS = {
     "axes.axisbelow": True,
     "legend.fontsize": 9,
     "legend.framealpha": 0.9,
-    "text.parse_math": False,  # a dollar in a file's name is a dollar
+    "text.parse_math": False,  # a dollar sign in a file name is not a formula
 }
 
 
 def draw(run: dict[str, Any], folder: Path) -> dict[str, Path]:
-    """Draw every picture that there are numbers for.
+    """Draw every picture that the run has data for.
 
     Args:
         run: as `results.read_run` returns it.
-        folder: that they go to.
+        folder: where the pictures go.
 
     Returns:
         Name → file: `loss`, `speed`, `data`, `evaluation`.
@@ -76,15 +76,15 @@ def draw(run: dict[str, Any], folder: Path) -> dict[str, Path]:
 
 
 def draw_both(runs: Sequence[dict[str, Any]], labels: Sequence[str], path: Path) -> Path | None:
-    """Draw the validation losses of two runs over each other.
+    """Draw the validation losses of two runs in the same panels.
 
     Args:
         runs: as `results.read_run` returns them.
-        labels: that tell them apart.
+        labels: one per run, for the legend.
         path: of the picture.
 
     Returns:
-        The path; None where no stage was validated in both.
+        The path; None if no stage was validated in both.
     """
     stages = [
         name
@@ -108,12 +108,13 @@ def draw_both(runs: Sequence[dict[str, Any]], labels: Sequence[str], path: Path)
 def _save(picture: Callable[[], Figure], path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(SETTINGS), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a box, no matter
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # shows a box
         picture().savefig(path, dpi=200, facecolor="white")
     return path
 
 
 def _panels(count: int, height: float = 2.8) -> tuple[Figure, list[Axes]]:
+    """A figure with panels below each other, each `height` inches high."""
     figure = Figure(figsize=(8, height * count), layout="constrained")
     return figure, list(figure.subplots(count, 1, squeeze=False)[:, 0])
 
@@ -130,7 +131,7 @@ def _draw_losses(stages: dict[str, Any]) -> Figure:
             axes.plot(steps, losses, color="#777777", linewidth=1, label="training")
         if stage["validation"]:
             _plot_validation(axes, stage["validation"], "validation", 0)
-        for number, source in enumerate(validated_sources(stage)[:SOURCES], 1):
+        for number, source in enumerate(validated_sources(stage)[:MAX_SOURCES], 1):
             key = f"eval_{source}_loss"
             axes.plot(
                 *_columns([line for line in stage["validation"] if key in line], "step", key),
@@ -148,6 +149,7 @@ def _draw_losses(stages: dict[str, Any]) -> Figure:
 
 
 def _plot_validation(axes: Axes, lines: list[dict[str, Any]], label: str, number: int) -> None:
+    """Plot validation losses with error bars in the style of this number."""
     steps, losses = _columns(lines, "step", "eval_loss")
     errors = [Z95 * (line.get("eval_loss_error") or 0) for line in lines]
     style = {"color": COLOURS[number], "linestyle": DASHES[number], "marker": MARKS[number]}
@@ -156,6 +158,7 @@ def _plot_validation(axes: Axes, lines: list[dict[str, Any]], label: str, number
 
 
 def _mark_advice(axes: Axes, line: dict[str, Any]) -> None:
+    """Mark the step of the last advice and the losses it projects for longer runs."""
     step, advice = line["step"], line["advice"]
     axes.axvline(step, color="black", linewidth=1, linestyle=":", label=f"advice at step {step:,}")
     if advice["projected"]:
@@ -168,23 +171,23 @@ def _mark_advice(axes: Axes, line: dict[str, Any]) -> None:
 
 
 def _label_losses(axes: Axes, name: str) -> None:
-    axes.set(title=name, xlabel="optimizer step", ylabel="loss, nats a token")
-    axes.xaxis.set_major_formatter(WHOLE)
+    axes.set(title=name, xlabel="optimizer step", ylabel="loss, nats per token")
+    axes.xaxis.set_major_formatter(INTEGER)
     low, high = axes.dataLim.intervaly
-    if 0 < 3 * low < high:  # the first steps' fall would flatten all that follows
+    if 0 < 3 * low < high:  # a linear scale would flatten all but the first steps
         axes.set_yscale("log")
-        axes.set_ylabel("loss, nats a token (log)")
+        axes.set_ylabel("loss, nats per token (log)")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
 
 
-# --- speed and memory ---
+# --- throughput and memory ---
 
 
 def _draw_speed(stages: dict[str, Any]) -> Figure:
-    """A column for each stage, with scales of its own: one may take seconds, another hours."""
+    """A column per stage, each with its own scales: one may take seconds, another hours."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     grid = figure.subplots(2, len(stages), squeeze=False, sharex="col")
     for (name, stage), above, below in zip(stages.items(), *grid, strict=True):
@@ -195,7 +198,7 @@ def _draw_speed(stages: dict[str, Any]) -> Figure:
         speeds = speeds_of(stage)
         style = {"color": COLOURS[0], "marker": "." if len(speeds) < 50 else "", "linewidth": 1}
         above.plot([at / size for at, _ in speeds], [speed for _, speed in speeds], **style)
-        above.yaxis.set_major_formatter(WHOLE)
+        above.yaxis.set_major_formatter(INTEGER)
         lines = [line for line in stage["training"] if line.get("memory_bytes")]
         times, memory = _columns(lines, "seconds", "memory_bytes")
         below.plot([at / size for at in times], [held / GIB for held in memory], **style)
@@ -213,7 +216,7 @@ def _draw_speed(stages: dict[str, Any]) -> Figure:
             axes.margins(y=0.2)
         above.set(title=name, ylim=(0, None))
         below.set(xlabel=f"training time, {unit}", xlim=(0, None), ylim=(0, None))
-    grid[0][0].set_ylabel("speed, tokens/s")
+    grid[0][0].set_ylabel("throughput, tokens/s")
     grid[1][0].set_ylabel("memory, GiB")
     return figure
 
@@ -222,6 +225,7 @@ def _draw_speed(stages: dict[str, Any]) -> Figure:
 
 
 def _draw_data(stages: dict[str, Any]) -> Figure:
+    """A row per stage: on the left what each source contributed, on the right its lengths."""
     counts = [len(_sources(stage)) for stage in stages.values()]
     figure = Figure(figsize=(8, sum(0.3 * count + 1.1 for count in counts)), layout="constrained")
     ratios = [0.3 * count + 1 for count in counts]
@@ -229,7 +233,7 @@ def _draw_data(stages: dict[str, Any]) -> Figure:
         len(stages), 2, squeeze=False, sharey="row", gridspec_kw={"height_ratios": ratios}
     )
     for (name, stage), (left, right) in zip(stages.items(), grid, strict=True):
-        sources = _sources(stage)[::-1]  # the first one on top
+        sources = _sources(stage)[::-1]  # the first source on top
         labels = [_short(source["source"]) for source in sources]
         unit = "characters" if "characters" in sources[0] else "tokens"
         key = "used" if "used" in sources[0] else unit
@@ -240,11 +244,12 @@ def _draw_data(stages: dict[str, Any]) -> Figure:
         left.set_yticks(range(len(labels)), labels)
         left.margins(x=0.25)
         left.xaxis.set_major_locator(MaxNLocator(4))
-        left.xaxis.set_major_formatter(WHOLE)
+        left.xaxis.set_major_formatter(INTEGER)
         lengths = [source["length_percentiles"] for source in sources]
-        rows = [place for place, its in enumerate(lengths) if its]
+        rows = [index for index, percentiles in enumerate(lengths) if percentiles]
         low, middle, high, most = (
-            [its[at] for its in lengths if its] for at in ("5", "50", "95", "100")
+            [percentiles[at] for percentiles in lengths if percentiles]
+            for at in ("5", "50", "95", "100")
         )
         right.hlines(rows, low, high, color=COLOURS[0], linewidth=4, label="5% to 95%")
         right.plot(middle, rows, "o", color=COLOURS[1], label="median")
@@ -254,7 +259,7 @@ def _draw_data(stages: dict[str, Any]) -> Figure:
             right.set_xscale("log")
         else:
             right.set_xlim(0, None)
-        right.xaxis.set_major_formatter(WHOLE)
+        right.xaxis.set_major_formatter(INTEGER)
     grid[0][1].legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
     return figure
 
@@ -267,22 +272,23 @@ def _sources(stage: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _draw_evaluation(stages: dict[str, Any]) -> Figure:
+    """The accuracy of every stage on every task, with its interval and the chance level."""
     tasks = list(dict.fromkeys(task for stage in stages.values() for task in accuracies(stage)))
     figure = Figure(figsize=(8, 1.2 + 0.45 * len(tasks)), layout="constrained")
     axes = figure.subplots()
     for number, (name, stage) in enumerate(stages.items()):
         scores = accuracies(stage)
-        places = [tasks.index(task) + 0.2 * (number - (len(stages) - 1) / 2) for task in scores]
+        heights = [tasks.index(task) + 0.2 * (number - (len(stages) - 1) / 2) for task in scores]
         middle = [100 * score["accuracy"] for score in scores.values()]
         below = [100 * (score["accuracy"] - score["low"]) for score in scores.values()]
         above = [100 * (score["high"] - score["accuracy"]) for score in scores.values()]
         style = {"color": COLOURS[number], "fmt": MARKS[number], "markersize": 5, "capsize": 3}
-        axes.errorbar(middle, places, xerr=[below, above], label=f"after {name}", **style)
+        axes.errorbar(middle, heights, xerr=[below, above], label=f"after {name}", **style)
     known = {name: task for stage in stages.values() for name, task in accuracies(stage).items()}
     chances = [100 * known[task]["chance"] for task in tasks]
     style = {"color": "black", "markersize": 16, "label": "chance"}
     axes.plot(chances, range(len(tasks)), "|", **style)
-    axes.set(xlabel="right answers, % (95% interval)", xlim=(-2, 102))
+    axes.set(xlabel="accuracy, % (95% interval)", xlim=(-2, 102))
     axes.set_yticks(range(len(tasks)), [_short(task) for task in tasks])
     axes.invert_yaxis()
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, frameon=False)
@@ -290,10 +296,10 @@ def _draw_evaluation(stages: dict[str, Any]) -> Figure:
 
 
 def _columns(lines: list[dict[str, Any]], *keys: str) -> list[list[float]]:
-    """The values of each key; what is no number leaves a gap."""
+    """The values of each key; None becomes NaN, which leaves a gap."""
     return [[float("nan") if line[key] is None else line[key] for line in lines] for key in keys]
 
 
 def _short(name: str) -> str:
-    """A source's name or the end of it, in which the names of files differ."""
+    """A name truncated to its end, which distinguishes file names best."""
     return name if len(name) <= 28 else f"…{name[-27:]}"

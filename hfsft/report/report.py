@@ -1,4 +1,4 @@
-"""A run's report: what was trained from what, what came out, what it took, and how to repeat it."""
+"""A run's report: training, losses, evaluation, sample answers, cost, data, how to reproduce it."""
 
 import textwrap
 from collections.abc import Callable
@@ -17,39 +17,37 @@ GIB = 2**30
 NOTHING = "-"
 
 
-WIDTH = 92  # of a sample answer's lines
+WIDTH = 92  # characters of a sample answer's lines
 
 
-# what a stage may lack
+# what may be missing from a stage's results → whether it is
 GAPS: dict[str, Callable[[dict[str, Any]], bool]] = {
-    "not finished; the figures are as far as its log goes": lambda stage: not _is_done(stage),
+    "not finished; the figures are those of its log so far": lambda stage: not _is_done(stage),
     "not validated: the loss on unseen data is unknown": lambda stage: not stage["validation"],
     "no advice on how long to train": lambda stage: stage["validation"] and not stage["advice"],
     "no data.json: the rows were not counted": lambda stage: not stage["audit"],
-    "its data streamed and was not counted": lambda stage: (
+    "its data was streamed and not counted": lambda stage: (
         (stage["audit"] or {}).get("sources") == []
     ),
-    "not evaluated; `hfsft eval` does it": lambda stage: (
-        _is_done(stage) and not stage["evaluation"]
-    ),
+    "not evaluated; run `hfsft eval`": lambda stage: _is_done(stage) and not stage["evaluation"],
     "no sample answers": lambda stage: not stage["samples"],
-    "no plan to hold its memory against": lambda stage: not stage["record"].get("plan"),
+    "no plan to compare its memory with": lambda stage: not stage["record"].get("plan"),
     "energy was not measured": lambda stage: stage["reached"]["energy_joules"] is None,
 }
 
 
 def write_report(folder: Path, as_html: bool = False) -> tuple[dict[str, Any], Path]:
-    """Write a run's `report.md` with its pictures; the run may be at any point.
+    """Write the `report.md` of a run, finished or not, with its pictures.
 
     Args:
-        folder: of the run.
-        as_html: leave `report.html` as well, one file with the pictures inside.
+        folder: the run's.
+        as_html: write `report.html` as well, one file with embedded pictures.
 
     Returns:
-        The numbers, as `read_run` returns them, and the file to open.
+        The figures, as `read_run` returns them, and the file to open.
 
     Raises:
-        HfsftError: if it is no run, or the files cannot be written.
+        HfsftError: if it is not a run, or the files cannot be written.
     """
     run = read_run(folder)
     from hfsft.report.pictures import draw  # matplotlib takes a second
@@ -67,19 +65,19 @@ def report_text(run: dict[str, Any], pictures: dict[str, Path]) -> str:
 
     Args:
         run: as `read_run` returns it.
-        pictures: name → path from the report's folder.
+        pictures: name → path relative to the report.
     """
-    begun = {name: stage for name, stage in run["stages"].items() if stage}
+    started = {name: stage for name, stage in run["stages"].items() if stage}
     sections = {
         "Stages": _stages(run),
         "Missing from this report": _missing(run),
-        "Loss": _losses(begun),
-        "Evaluation": _evaluation(begun),
-        "Sample answers": _answers(begun),
-        "Cost": _cost(begun),
-        "Data": _data(begun),
-        "Environment": _environment(begun),
-        "To repeat it": _repetition(run, begun),
+        "Loss": _losses(started),
+        "Evaluation": _evaluation(started),
+        "Sample answers": _answers(started),
+        "Cost": _cost(started),
+        "Data": _data(started),
+        "Environment": _environment(started),
+        "To reproduce it": _reproduction(run, started),
     }
     shown = {"Loss": "loss", "Evaluation": "evaluation", "Cost": "speed", "Data": "data"}
     blocks = [f"# {plain(Path(run['run']).absolute().name)}", summary_text(run)]
@@ -100,22 +98,22 @@ def _is_done(stage: dict[str, Any]) -> bool:
 
 
 def summary_text(run: dict[str, Any]) -> str:
-    """What was trained from what and how long, what came out, and what to do next: three lines."""
-    begun = {name: stage for name, stage in run["stages"].items() if stage}
-    first, last = next(iter(begun.values())), list(begun.values())[-1]
-    lines = {"Trained": _trained(begun, first, last), "Came out": _came_out(begun)}
-    lines["Next"] = _next(run, begun)
+    """Three lines: what was trained and for how long, the results, and what to do next."""
+    started = {name: stage for name, stage in run["stages"].items() if stage}
+    first, last = next(iter(started.values())), list(started.values())[-1]
+    lines = {"Trained": _trained(started, first, last), "Results": _results(started)}
+    lines["Next"] = _next(run, started)
     return "\n".join(f"- **{label}:** {line}" for label, line in lines.items())
 
 
-def _trained(begun: dict[str, Any], first: dict[str, Any], last: dict[str, Any]) -> str:
+def _trained(started: dict[str, Any], first: dict[str, Any], last: dict[str, Any]) -> str:
     lineage = first["record"]["lineage"]
     start = f"from {plain(lineage['model'])}" if lineage["model"] else "from random weights"
     stages = ", ".join(
         f"{name} ({_steps(stage)} steps, {stage['reached']['tokens']:,} tokens)"
-        for name, stage in begun.items()
+        for name, stage in started.items()
     )
-    seconds = sum(stage["reached"]["seconds"] for stage in begun.values())
+    seconds = sum(stage["reached"]["seconds"] for stage in started.values())
     record = last["record"]
     return (
         f"a language model of {record['parameters']:,} parameters, {start}, in {stages}; "
@@ -123,49 +121,49 @@ def _trained(begun: dict[str, Any], first: dict[str, Any], last: dict[str, Any])
     )
 
 
-def _came_out(begun: dict[str, Any]) -> str:
+def _results(started: dict[str, Any]) -> str:
     parts = []
-    for name, stage in begun.items():
+    for name, stage in started.items():
         reached = stage["reached"]
         before, after = reached["eval_loss_before"], reached["eval_loss"]
         if after is not None:
             parts.append(f"{name} {_number(before)} → {_number(after)}")
-    said = "no loss on held-out data was measured after training."
+    text = "no loss on held-out data was measured after training."
     if parts:
-        said = f"loss on held-out data, in nats a token: {', '.join(parts)}."
-    graded = [(name, accuracies(stage)) for name, stage in begun.items()]
+        text = f"loss on held-out data, in nats per token: {', '.join(parts)}."
+    graded = [(name, accuracies(stage)) for name, stage in started.items()]
     graded = [(name, tasks) for name, tasks in graded if tasks]
     if graded:
         name, tasks = graded[-1]
         shown = ", ".join(
             f"{plain(task)} {score['accuracy']:.0%}" for task, score in list(tasks.items())[:5]
         )
-        said += f" Right answers after {name}: {shown}."
-    return said
+        text += f" Accuracy after {name}: {shown}."
+    return text
 
 
-def _next(run: dict[str, Any], begun: dict[str, Any]) -> str:
-    last, stage = list(begun.items())[-1]
+def _next(run: dict[str, Any], started: dict[str, Any]) -> str:
+    last, stage = list(started.items())[-1]
     names = list(run["stages"])
-    # a stage that was passed over, as where only sft was wanted, is not due
-    for name in (*begun, *names[names.index(last) + 1 :]):
+    # a skipped stage before the last one started is not due, such as base when only sft was run
+    for name in (*started, *names[names.index(last) + 1 :]):
         due = run["stages"][name]
         if due is None:
-            return f"{name} has not begun; {code(command_of(run, None))} goes on with it."
+            return f"{name} has not started; run {code(command_of(run, None))}."
         status, again = due["record"]["status"], code(command_of(run, due))
         if status == "running":
-            return f"{name} is running, or was killed; if no process trains it, {again} goes on."
+            return f"{name} is running, or was killed; if no process trains it, {again} resumes it."
         if status != "finished":
             why = "failed" if status == "failed" else "was interrupted"
             at = f"{due['reached']['steps']:,}"
-            return f"{name} {why} at step {at}; {again} goes on from its last checkpoint."
+            return f"{name} {why} at step {at}; {again} resumes from its last checkpoint."
     model = f"{run['run']}/{last}"
-    said = f"talk to it with {code(f'hfsft chat {model}')}"
+    text = f"chat with it: {code(f'hfsft chat {model}')}"
     if not stage["evaluation"]:
-        said += f", measure it with {code(f'hfsft eval {model}')}"
+        text += f", evaluate it: {code(f'hfsft eval {model}')}"
     if stage["advice"]:
-        said += f". Advice on {last}: {_advice(stage)}"
-    return said + "."
+        text += f". Advice on {last}: {_advice(stage)}"
+    return text + "."
 
 
 def _advice(stage: dict[str, Any]) -> str:
@@ -173,7 +171,7 @@ def _advice(stage: dict[str, Any]) -> str:
 
 
 def command_of(run: dict[str, Any], stage: dict[str, Any] | None) -> str:
-    """The command line of a stage, or where that is not known, one that does the same."""
+    """The command line that trained a stage, or if unknown, one that does the same."""
     return (stage and stage["record"].get("command")) or f"hfsft run {run['run']}/recipe.yaml"
 
 
@@ -183,7 +181,7 @@ def command_of(run: dict[str, Any], stage: dict[str, Any] | None) -> str:
 def _facts(stages: dict[str, Any], facts: dict[str, Callable[[dict[str, Any]], str]]) -> str:
     """A table with a row for each fact and a column for each stage."""
     rows = [
-        [fact, *(plain(show(stage)) if stage else "not begun" for stage in stages.values())]
+        [fact, *(plain(show(stage)) if stage else "not started" for stage in stages.values())]
         for fact, show in facts.items()
     ]
     return table(["", *stages], rows)
@@ -197,10 +195,10 @@ def _stages(run: dict[str, Any]) -> str:
         ),
         "starts from": lambda stage: stage["record"]["lineage"]["model"] or "random weights",
         "steps": _steps,
-        "conversations or rows a step": lambda stage: f"{stage['record']['examples_per_step']:,}",
+        "conversations or rows per step": lambda stage: f"{stage['record']['examples_per_step']:,}",
         "tokens": lambda stage: f"{stage['reached']['tokens']:,}",
         "parameters": lambda stage: f"{stage['record']['parameters']:,}",
-        "of them trained": lambda stage: f"{stage['record']['trained_parameters']:,}",
+        "trained parameters": lambda stage: f"{stage['record']['trained_parameters']:,}",
     }
     return _facts(run["stages"], facts) + (
         "\n\nbase learns language from raw text, mid the format of conversations, sft how an "
@@ -213,14 +211,14 @@ def _missing(run: dict[str, Any]) -> str:
         gap: [name for name, stage in run["stages"].items() if stage and is_so(stage)]
         for gap, is_so in GAPS.items()
     }
-    found["not begun"] = [name for name, stage in run["stages"].items() if stage is None]
+    found["not started"] = [name for name, stage in run["stages"].items() if stage is None]
     lines = [f"- {', '.join(names)}: {gap}." for gap, names in found.items() if names]
     return "\n".join(lines + ([] if run["recipe_text"] else ["- recipe.yaml."]))
 
 
-def _losses(begun: dict[str, Any]) -> str:
+def _losses(started: dict[str, Any]) -> str:
     rows = []
-    for name, stage in begun.items():
+    for name, stage in started.items():
         if not stage["validation"]:
             continue
         first = stage["validation"][0]
@@ -238,46 +236,47 @@ def _losses(begun: dict[str, Any]) -> str:
         for source in validated_sources(stage):
             values = [_number(line.get(f"eval_{source}_loss")) for line in (first, last)]
             rows.append([f"{name}, {plain(source)}", *values, NOTHING, NOTHING])
-    said = [
-        "Loss is the mean negative log-likelihood of a token that is trained on, in nats: lower is "
-        "better, and 0.1 less means that right tokens get 1.1 times the probability. Validation is "
-        "on held-out data; ± and bars are 95% intervals over the held-out examples."
+    blocks = [
+        "Loss is the mean cross-entropy per trained token, in nats: lower is better, and 0.1 less "
+        "means 1.1 times the probability of the right tokens. Validation is on held-out data; ± "
+        "and bars are 95% intervals over the held-out examples."
     ]
     if rows:
-        header = ["held-out data", "before", "after", "bits a byte", "next token guessed"]
-        said.append(table(header, rows))
-    for name, stage in begun.items():
+        header = ["held-out data", "before", "after", "bits per byte", "top-1 accuracy"]
+        blocks.append(table(header, rows))
+    for name, stage in started.items():
         loss = stage["reached"]["train_loss"]
-        ends = f"{name}: training loss {_number(loss)} in the last logged steps."
+        line = f"{name}: training loss {_number(loss)} in the last logged steps."
         if stage["advice"]:
-            ends += f" Advice: {_advice(stage)}."
-        said.append(ends)
-    return "\n\n".join(said)
+            line += f" Advice: {_advice(stage)}."
+        blocks.append(line)
+    return "\n\n".join(blocks)
 
 
-def _evaluation(begun: dict[str, Any]) -> str:
-    found = {name: stage["evaluation"] for name, stage in begun.items() if stage["evaluation"]}
+def _evaluation(started: dict[str, Any]) -> str:
+    found = {name: stage["evaluation"] for name, stage in started.items() if stage["evaluation"]}
     if not found:
         return ""
     names = list(dict.fromkeys(task for one in found.values() for task in one["tasks"]))
     rows = []
     for task in names:
-        scores = [found[name]["tasks"].get(task) if name in found else None for name in begun]
+        scores = [found[name]["tasks"].get(task) if name in found else None for name in started]
         known = next(score for score in scores if score)
         chance = f"{known['chance']:.0%}" if "accuracy" in known else NOTHING
         rows.append([plain(task), f"{known['rows']:,}", chance, *map(_score, scores)])
-    mean = [found[name].get("mean_centred") if name in found else None for name in begun]
+    mean = [found[name].get("mean_centred") if name in found else None for name in started]
     shown = [NOTHING if value is None else f"{value:.3f}" for value in mean]
-    rows.append(["mean above chance, 0 to 1", NOTHING, NOTHING, *shown])
-    header = ["task", "rows", "chance", *(name.upper() for name in begun)]
+    rows.append(["mean centred accuracy", NOTHING, NOTHING, *shown])
+    header = ["task", "rows", "chance", *(name.upper() for name in started)]
     seconds = sum(one["seconds"] for one in found.values())
     seeds = ", ".join(str(seed) for seed in dict.fromkeys(one["seed"] for one in found.values()))
     return "\n\n".join(
         [
             table(header, rows),
-            "Right answers, with 95% intervals; of loss tasks nats a token. Stages whose intervals "
-            "overlap may differ by luck alone; held_out is each stage's own data. Rows were drawn "
-            f"with seed {seeds}; the evaluation took {duration(seconds)}.",
+            "Accuracy with 95% intervals; for loss tasks nats per token. Centred accuracy is 0 at "
+            "chance and 1 at best. Stages whose intervals overlap may differ by chance alone; "
+            "held_out is each stage's own data. Rows were drawn with seed "
+            f"{seeds}; the evaluation took {duration(seconds)}.",
         ]
     )
 
@@ -291,37 +290,37 @@ def _score(score: dict[str, Any] | None) -> str:
     return f"{score['loss']:.3f}{error}"
 
 
-def _answers(begun: dict[str, Any]) -> str:
+def _answers(started: dict[str, Any]) -> str:
     prompts = dict.fromkeys(
-        sample["prompt"] for stage in begun.values() for sample in stage["samples"]
+        sample["prompt"] for stage in started.values() for sample in stage["samples"]
     )
     blocks = []
     for prompt in prompts:
         lines = [_indented("prompt", prompt)]
-        for name, stage in begun.items():
+        for name, stage in started.items():
             given = [sample for sample in stage["samples"] if sample["prompt"] == prompt]
             for sample in given[:1] + given[1:][-1:]:
                 lines.append(_indented(f"{name}, step {sample['step']:,}", sample["answer"]))
         blocks.append(fenced("\n".join(lines)))
     if blocks:
         blocks.insert(
-            0, "What the model said to the recipe's prompts when a stage began and ended."
+            0, "Answers to the recipe's sample prompts at the start and the end of each stage."
         )
     return "\n\n".join(blocks)
 
 
 def _indented(label: str, text: str) -> str:
-    """A label and a text whose every further line is indented: it cannot pass for a label."""
+    """A label and a text whose further lines are indented, so that none looks like a label."""
     text = text.strip() or "(nothing)"
     lines = [part for line in text.split("\n") for part in textwrap.wrap(line, WIDTH) or [""]]
     return f"{label + ':':<18}" + f"\n{'':18}".join(lines)
 
 
-def _cost(begun: dict[str, Any]) -> str:
+def _cost(started: dict[str, Any]) -> str:
     def share(stage: dict[str, Any]) -> str:
         reached = stage["reached"]
-        aside = reached["eval_seconds"] + reached["sample_seconds"]
-        return f"{aside / reached['seconds']:.1%}" if aside else NOTHING
+        seconds = reached["eval_seconds"] + reached["sample_seconds"]
+        return f"{seconds / reached['seconds']:.1%}" if seconds else NOTHING
 
     def planned(stage: dict[str, Any]) -> str:
         plan = stage["record"].get("plan")
@@ -329,38 +328,38 @@ def _cost(begun: dict[str, Any]) -> str:
 
     facts = {
         "time": lambda stage: duration(stage["reached"]["seconds"]),
-        "of it validation and samples": share,
-        "speed": lambda stage: _amount(stage["reached"]["tokens_per_second"], "tokens/s"),
+        "share of validation and samples": share,
+        "throughput": lambda stage: _amount(stage["reached"]["tokens_per_second"], "tokens/s"),
         "peak memory": lambda stage: _amount(stage["reached"]["peak_memory_bytes"], "GiB", GIB, 2),
-        "planned": planned,
-        "memory is of": lambda stage: stage["record"].get("peak_memory_of") or NOTHING,
+        "planned memory": planned,
+        "memory measured": lambda stage: stage["record"].get("peak_memory_of") or NOTHING,
         "energy": lambda stage: _amount(stage["reached"]["energy_joules"], "Wh", 3600, 1),
     }
-    return _facts(begun, facts) + (
-        "\n\nTime is from the first step to the end of the last validation, without loading. Speed "
-        "is the median of the intervals between log lines, and leaves both out."
+    return _facts(started, facts) + (
+        "\n\nTime is from the first step to the end of the last validation, without loading. "
+        "Throughput is the median over the intervals between log lines, without validation."
     )
 
 
-def _data(begun: dict[str, Any]) -> str:
+def _data(started: dict[str, Any]) -> str:
     blocks = []
-    for name, stage in begun.items():
+    for name, stage in started.items():
         audit = stage["audit"]
         if not audit or not audit["sources"]:
             continue
         unit = "characters" if "characters" in audit["sources"][0] else "tokens"
-        header = [f"{name}: source", "rows read", "kept", "refused", "held out", "used", unit]
-        header += ["trained on", "median", "95% up to", "longest", "cut or split"]
+        header = [f"{name}: source", "rows read", "kept", "rejected", "held out", "used", unit]
+        header += ["trained on", "median", "95% up to", "longest", "truncated or split"]
         rows = [_source_row(source, unit) for source in audit["sources"]]
         blocks.append(table(header, rows))
         reasons = [
-            f"{plain(source['source'])}: {count:,} refused, {plain(reason)}"
+            f"{plain(source['source'])}: {count:,} rejected, {plain(reason)}"
             for source in audit["sources"]
             for reason, count in source["refused"].items()
         ]
         blocks += ["\n".join(f"- {reason}" for reason in reasons)] if reasons else []
     if blocks:
-        blocks.append("Lengths are those of rows that were prepared.")
+        blocks.append("Lengths are those of prepared rows.")
     return "\n\n".join(blocks)
 
 
@@ -381,43 +380,43 @@ def _source_row(source: dict[str, Any], unit: str) -> list[str]:
     ]
 
 
-def _environment(begun: dict[str, Any]) -> str:
+def _environment(started: dict[str, Any]) -> str:
     libraries = dict.fromkeys(
-        key for stage in begun.values() for key in stage["record"]["versions"]
+        key for stage in started.values() for key in stage["record"]["versions"]
     )
     facts = {
-        "begun": lambda stage: stage["record"]["started"],
+        "started": lambda stage: stage["record"]["started"],
         "device": lambda stage: stage["record"]["device"],
         "processes": lambda stage: str(stage["record"]["processes"]),
         "precision": lambda stage: stage["record"]["precision"],
     }
     for name in libraries:
         facts[name] = lambda stage, name=name: stage["record"]["versions"].get(name, NOTHING)
-    return _facts(begun, facts)
+    return _facts(started, facts)
 
 
-def _repetition(run: dict[str, Any], begun: dict[str, Any]) -> str:
-    known = all(stage["record"].get("command") for stage in begun.values())
-    commands = dict.fromkeys(command_of(run, stage) for stage in begun.values())
+def _reproduction(run: dict[str, Any], started: dict[str, Any]) -> str:
+    known = all(stage["record"].get("command") for stage in started.values())
+    commands = dict.fromkeys(command_of(run, stage) for stage in started.values())
     blocks = [
-        "The commands as they were given, in order:"
+        "The commands, in order:"
         if known
         else "Not every command was recorded; `hfsft run` does the same:",
         fenced("\n".join(commands), "sh"),
     ]
     if run["recipe_text"]:
         blocks += [
-            "The recipe with every default, as it was run (`recipe.yaml`):",
+            "The recipe as run, with every default (`recipe.yaml`):",
             fenced(run["recipe_text"], "yaml"),
         ]
     return "\n\n".join(blocks)
 
 
-# --- words for numbers ---
+# --- numbers as text ---
 
 
 def duration(seconds: float) -> str:
-    """Seconds in the two largest units that say something."""
+    """A duration in its one or two largest units."""
     whole = round(seconds)
     if whole < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"

@@ -1,4 +1,4 @@
-"""The end of a run: its generated tasks graded, one table, sample answers, what to type next."""
+"""The summary after `hfsft run`: losses, grades of built-in tasks, answers, next commands."""
 
 from typing import Any
 
@@ -6,22 +6,22 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from hfsft.errors import printable
 from hfsft.recipe.schema import Recipe
-from hfsft.report.markdown import printable
 from hfsft.run.record import read_record
 
 
 def run_summary(recipe: Recipe) -> dict[str, Any]:
-    """Gather the stages' records, grade the last stage's generated tasks, answer sample prompts.
+    """Collect the stages' records, grade the last stage's built-in tasks, answer sample prompts.
 
-    Every stage is asked the same rows; what it answered goes to its `eval.json`.
+    Every stage is evaluated on the same rows; its figures go to its `eval.json`.
 
     Args:
         recipe: of a finished run.
 
     Returns:
-        Plain data: `stages` (the records' figures), `accuracy` of each stage on each task,
-        `answers` to the recipe's `sample_prompts`, and the last `model` folder.
+        JSON data: `stages` (figures of the records), `accuracy` of each stage on each task,
+        `answers` to the recipe's `sample_prompts`, and `model`, the last stage's folder.
     """
     from hfsft.evaluation.answering import Evaluator
     from hfsft.evaluation.evaluate import GRADED, evaluate
@@ -48,13 +48,15 @@ def run_summary(recipe: Recipe) -> dict[str, Any]:
 
 
 def print_summary(summary: dict[str, Any]) -> None:
-    """Print a run's summary for a person.
+    """Print a run's summary.
 
     Args:
         summary: what `run_summary` returns, and the path of the `report`.
     """
     console = Console(highlight=False)
-    table = Table(title=summary["run"], title_justify="left", header_style="bold")
+    table = Table(
+        title=escape(printable(summary["run"])), title_justify="left", header_style="bold"
+    )
     table.add_column("stage")
     columns = ("steps", "tokens", "loss before", "loss after", "seconds", "peak memory")
     for column in columns:
@@ -76,10 +78,10 @@ def print_summary(summary: dict[str, Any]) -> None:
         _print_accuracy(console, summary["accuracy"])
     console.print()
     for prompt, answer in summary["answers"].items():
-        for who, text in (("you", prompt), ("model", answer)):
-            console.print(f"[bold]{who}:[/] ", end="")
+        for speaker, text in (("you", prompt), ("model", answer)):
+            console.print(f"[bold]{speaker}:[/] ", end="")
             console.out(printable(text.strip()), highlight=False)
-    console.print(f"\nTalk to it: [bold]hfsft chat {escape(summary['model'])}[/]")
+    console.print(f"\nChat with it: [bold]hfsft chat {escape(summary['model'])}[/]")
     console.print(f"All figures: [bold]{escape(summary['report'])}[/]")
 
 

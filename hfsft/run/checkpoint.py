@@ -161,7 +161,7 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
     if problems:
         listed = "\n  ".join(problems)
         raise CheckpointError(
-            f"no valid checkpoint to resume from; pass --restart to start over\n  {listed}"
+            f"no valid checkpoint to resume from; start over with --restart\n  {listed}"
         )
     return None, []
 

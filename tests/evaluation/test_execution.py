@@ -70,8 +70,8 @@ def test_a_sleeping_program_is_killed():
 def test_nothing_is_written_or_deleted(program, tmp_path):
     kept = tmp_path / "kept"
     kept.write_text("as it was")
-    places = {"path": str(tmp_path / "new"), "kept": str(kept), "folder": str(tmp_path)}
-    assert not succeeds(program.format(**places))
+    paths = {"path": str(tmp_path / "new"), "kept": str(kept), "folder": str(tmp_path)}
+    assert not succeeds(program.format(**paths))
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
     assert kept.read_text() == "as it was"
 

@@ -1,4 +1,4 @@
-"""Models and datasets on the Hub: one that answers, on loopback, and one out of reach."""
+"""Models and datasets on a Hub on loopback, and with no Hub reachable."""
 
 import hashlib
 import json
@@ -34,12 +34,16 @@ from pathlib import Path
 from hfsft.errors import HfsftError
 from hfsft.recipe.schema import Source, Stage
 
+MODULES = ("hub.client", "data.sources", "data.mixture", "data.text", "tokens.tokenizer")
+MODULES += ("model.loading",)
+
 class Names(dict):
-    def __missing__(self, name):  # a process imports what it is asked for alone
+    def __missing__(self, name):  # import only the module of a name that is used
         if name == "snapshot_download":
             return importlib.import_module("huggingface_hub").snapshot_download
-        for module in ("hub", "mixture", "corpus", "tokenizer", "model"):
-            if f"\\ndef {name}(" in open(f"hfsft/{module}.py").read():
+        for module in MODULES:
+            path = Path("hfsft", *module.split(".")).with_suffix(".py")
+            if f"\\ndef {name}(" in path.read_text():
                 return getattr(importlib.import_module(f"hfsft.{module}"), name)
         raise KeyError(name)
 
@@ -60,7 +64,7 @@ print(json.dumps(answers))
 
 
 def ask(env: dict[str, str], *expressions: str) -> list:
-    """The value of each expression in a new process, or its error's type and text; and seconds."""
+    """Each expression's value in a new process, or its error's type and text; and its seconds."""
     done = subprocess.run(
         [sys.executable, "-c", ASK, *expressions],
         cwd=Path(__file__).parents[2],
@@ -79,7 +83,7 @@ def hub():
         yield hub
 
 
-def test_what_the_hub_has_is_loaded(hub, tmp_path, tokenizer, make_model):
+def test_repositories_of_the_hub_are_loaded(hub, tmp_path, tokenizer, make_model):
     tokenizer.save_pretrained(tmp_path / "model")
     make_model("llama").save_pretrained(tmp_path / "model")
     hub.add_repo(
@@ -116,7 +120,7 @@ def test_what_the_hub_has_is_loaded(hub, tmp_path, tokenizer, make_model):
     ]
 
 
-def test_what_the_hub_lacks_is_an_error_that_says_so(hub, tmp_path):
+def test_a_missing_repository_is_an_error(hub, tmp_path):
     hub.add_repo("me/there", files={"config.json": b"{}"})
     hub.add_repo("me/secret", "dataset", private=True)
     private = "no dataset me/secret here or on the Hub (a private one needs `hf auth login`)"
@@ -141,7 +145,7 @@ def test_what_the_hub_lacks_is_an_error_that_says_so(hub, tmp_path):
     assert answers[0][0] is None
 
 
-def test_out_of_reach_is_one_error_at_once_unless_it_is_in_the_cache(hub, tmp_path):
+def test_an_unreachable_hub_is_one_immediate_error_unless_cached(hub, tmp_path):
     hub.add_repo("me/cached", "dataset", {"train.jsonl": ROWS.encode()})
     ask(hub.env(tmp_path), "len(snapshot_download('me/cached', repo_type='dataset'))")
     answers = ask(
@@ -175,13 +179,13 @@ SENT = {
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """A stage's folder of a few bytes, with much that must not leave this machine."""
+    """A tiny stage folder, with many files that must not be uploaded."""
     files = {
         "README.md": '---\nlicense: mit\n---\npipeline("text-generation", model="runs/x/sft")\n',
         "adapter/adapter_config.json": "{}",
         "config.json": "{}",
         "model.safetensors": f"weights of {tmp_path}",
-        # what stays here
+        # not uploaded
         ".env": PLANTED,
         "adapter/.cache/x": PLANTED,
         "checkpoints/checkpoint-1/optimizer.pt": "states",
@@ -197,12 +201,12 @@ def folder(tmp_path) -> Path:
 
 
 def uploads(hub, folder: Path) -> int:
-    """How often the weights were sent."""
+    """How often the weights were uploaded."""
     oid = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     return len(hub.seen(f"PUT /cdn/{oid}"))
 
 
-def test_a_folder_goes_in_one_commit_and_nothing_goes_twice(hub, tmp_path, folder):
+def test_a_folder_is_one_commit_and_nothing_is_uploaded_twice(hub, tmp_path, folder):
     repo = hub.add_repo("me/once", files={"theirs.txt": b"stays"})
     push = f"push_folder(Path({str(folder)!r}), 'me/once')"
     answers = ask(hub.env(tmp_path / "home", "hf_write"), "bound_requests()", push, push)
@@ -220,7 +224,7 @@ def test_a_folder_goes_in_one_commit_and_nothing_goes_twice(hub, tmp_path, folde
     assert uploads(hub, folder) == 1
 
 
-def test_a_mirror_deletes_what_is_there_alone_and_in_its_folder(hub, tmp_path, folder):
+def test_a_mirror_deletes_extra_files_of_its_folder_only(hub, tmp_path, folder):
     old = {"last/old.bin": b"o", "last/config.json": b"old", "lasting.txt": b"l", "README.md": b"r"}
     hub.add_repo("me/mirror", files=old)
     push = f"push_folder(Path({str(folder)!r}), 'me/mirror', 'main', 'last', ('a*',), True)"
@@ -249,7 +253,7 @@ def test_a_mirror_deletes_what_is_there_alone_and_in_its_folder(hub, tmp_path, f
     ],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else value,
 )
-def test_what_may_pass_is_tried_again(hub, tmp_path, folder, step, damage):
+def test_temporary_failures_are_retried(hub, tmp_path, folder, step, damage):
     name = f"me/{'-'.join([step, *map(str, damage)])}"
     repo = hub.add_repo(name)
     oid = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
@@ -258,7 +262,7 @@ def test_what_may_pass_is_tried_again(hub, tmp_path, folder, step, damage):
     answers = ask(hub.env(tmp_path / "home", "hf_write"), "bound_requests(1.0)", push)
     assert answers[1][0] == f"{hub.endpoint}/{name}/commit/{repo.at().oid}"
     assert set(hub.files(name)) == SENT
-    # where the answer alone was lost there is no second commit
+    # if only the response was lost, there is no second commit
     assert len(repo.commits) == 2
     assert answers[1][1] >= damage.get("retry_after", 1)
 
@@ -274,7 +278,7 @@ def test_what_may_pass_is_tried_again(hub, tmp_path, folder, step, damage):
     ],
     ids=["503", "stalled", "too long a wait", "400", "full"],
 )
-def test_what_does_not_pass_ends(hub, tmp_path, folder, damage, words, attempts):
+def test_permanent_failures_end_the_push(hub, tmp_path, folder, damage, words, attempts):
     name = f"me/down-{'-'.join(map(str, damage.values()))}"
     hub.add_repo(name)
     hub.fail(f"POST .*/{name}/commit/", times=99, **damage)
@@ -356,7 +360,7 @@ def test_missing_write_access_is_reported_before_training(hub, tmp_path):
     assert set(made.refs) == {f"refs/heads/{name}" for name in ("main", "checkpoints", "a/b")}
 
 
-def test_a_hub_out_of_reach_or_switched_off_is_an_error_too(hub, tmp_path):
+def test_an_unreachable_or_disabled_hub_is_an_error_too(hub, tmp_path):
     env = hub.env(tmp_path, "hf_write")
     check = "open_repository('me/x', None, ['main'])"
     assert ask(env | {"HF_ENDPOINT": NOWHERE}, check)[0][0] == [
@@ -369,7 +373,7 @@ def test_a_hub_out_of_reach_or_switched_off_is_an_error_too(hub, tmp_path):
     ]
 
 
-def test_tokens_are_taken_out_of_texts(hub, tmp_path):
+def test_tokens_are_removed_from_text(hub, tmp_path):
     assert [
         answer
         for answer, _ in ask(
@@ -380,7 +384,7 @@ def test_tokens_are_taken_out_of_texts(hub, tmp_path):
     ] == ["Bearer (token) and (token)!", "hf_hub_download"]
 
 
-def test_odd_names_in_a_repository_do_no_harm(hub, tmp_path):
+def test_odd_file_names_in_a_repository_do_no_harm(hub, tmp_path):
     names = ("train.jsonl", "../../escape.jsonl", "a\nb.jsonl", "$(touch x).jsonl", "..\\up.jsonl")
     hub.add_repo("me/odd", "dataset", dict.fromkeys(names, ROWS.encode()))
     home = tmp_path / "a" / "b" / "home"
@@ -389,7 +393,7 @@ def test_odd_names_in_a_repository_do_no_harm(hub, tmp_path):
     assert not [path for path in tmp_path.rglob("*escape*") if home not in path.parents]
 
 
-def test_the_licence_of_a_dataset_is_what_its_page_states(hub, tmp_path):
+def test_the_licence_of_a_dataset_is_that_of_its_page(hub, tmp_path):
     stated = {"one": "license: mit", "two": "license: [mit, cc-by-4.0]", "no": "x: 1"}
     for name, above in stated.items():
         files = {"README.md": f"---\n{above}\n---\n".encode()}
@@ -399,7 +403,7 @@ def test_the_licence_of_a_dataset_is_what_its_page_states(hub, tmp_path):
     assert [answer for answer, _ in answers] == ["mit", "mit, cc-by-4.0", None, None, None]
 
 
-def test_folders_are_no_business_of_the_hub(tmp_path):
+def test_local_folders_need_no_hub(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     require_model(str(tmp_path))
     with pytest.raises(ModelError, match=r"^\./nowhere: no such folder$"):

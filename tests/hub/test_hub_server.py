@@ -1,4 +1,4 @@
-"""The Hub of hub_server.py under the real clients: what they store, read, refuse and repeat."""
+"""The Hub of hub_server.py with the real clients: storing, reading, refusing and retrying."""
 
 import io
 import json
@@ -47,7 +47,7 @@ def add(path, data):
 
 
 def run(hub, home, code, token="hf_write", **settings):
-    """What the code prints as JSON, run in a fresh process that knows only this Hub."""
+    """The JSON that the code prints, run in a new process that can reach only this Hub."""
     environment = hub.env(home, token) | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"} | settings
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, cwd=home, capture_output=True, text=True
@@ -59,7 +59,7 @@ def run(hub, home, code, token="hf_write", **settings):
 # -- who is asking
 
 
-def test_whoami_tells_the_role_and_the_organisations(hub):
+def test_whoami_returns_the_role_and_the_organisations(hub):
     me = client(hub, "hf_read").whoami()
     assert me["name"] == "me"
     assert [org["name"] for org in me["orgs"]] == ["lab"]
@@ -170,7 +170,7 @@ def test_regular_and_lfs_files_of_one_commit_come_back_byte_for_byte(hub, tmp_pa
     assert hub.seen("GET /me/model/resolve/.*/notes/7.txt")[0].token == "hf_write"
 
 
-def test_what_did_not_change_is_not_uploaded_again(hub):
+def test_unchanged_files_are_not_uploaded_again(hub):
     api = client(hub)
     hub.add_repo("me/model", files={"a.txt": b"a", "model.safetensors": WEIGHTS})
     before = api.model_info("me/model").sha
@@ -243,7 +243,7 @@ def test_listings_come_in_pages_and_by_folder(hub):
     assert [entry.path for entry in found] == ["d/1", "d/1/x.txt"]
 
 
-def test_an_unknown_request_says_so(hub):
+def test_an_unknown_request_is_an_error(hub):
     with pytest.raises(HfHubHTTPError, match="does not speak GET /api/collections/x"):
         client(hub).get_collection("x")
 
@@ -295,7 +295,7 @@ def test_a_reset_is_retried_by_listings_but_not_by_downloads(hub, tmp_path):
     assert Path(path).read_bytes() == WEIGHTS
 
 
-def test_a_commit_whose_answer_is_lost_has_happened(hub):
+def test_a_commit_whose_response_is_lost_still_happened(hub):
     api = client(hub)
     hub.add_repo("me/model")
     for applied in (False, True):
@@ -305,7 +305,7 @@ def test_a_commit_whose_answer_is_lost_has_happened(hub):
         assert ("a.txt" in hub.files("me/model")) is applied
 
 
-def test_a_slow_answer_is_asked_for_again(hub, tmp_path):
+def test_a_slow_response_is_requested_again(hub, tmp_path):
     hub.add_repo("me/model", files={"a.txt": b"a"})
     hub.fail("HEAD .*/a.txt", delay=1.0)
     path = client(hub).hf_hub_download("me/model", "a.txt", cache_dir=tmp_path, etag_timeout=0.2)
@@ -355,7 +355,7 @@ print(json.dumps(api.list_repo_files("me/out")))
     assert hub.seen("POST /api/validate-yaml")
 
 
-def test_a_download_that_stalls_is_started_again(hub, tmp_path):
+def test_a_stalled_download_is_restarted(hub, tmp_path):
     hub.add_repo("me/model", files={"model.safetensors": WEIGHTS})
     hub.fail("GET /cdn/", truncate=1000, delay=60)
     code = """

@@ -33,12 +33,12 @@ for step in (1, 2):
     shutil.rmtree(stage.checkpoints / f"checkpoint-{step}")
 pusher.model(folder)
 took = time.monotonic() - began
-pushes, said = pusher.finish(wait), []
+pushes, printed = pusher.finish(wait), []
 try:
-    report_pushes(pushes, folder, said.append)
+    report_pushes(pushes, folder, printed.append)
 except Exception as error:
-    said.append(str(error))
-print(json.dumps([took, [[push.folder.name, push.url, push.problem] for push in pushes], said]))
+    printed.append(str(error))
+print(json.dumps([took, [[push.folder.name, push.url, push.problem] for push in pushes], printed]))
 """
 
 
@@ -103,8 +103,8 @@ WHOLE = {*MODEL, *STATES, "manifest.json"}
 )
 def test_a_strategy_decides_where_checkpoints_go(hub, tmp_path, stage, strategy, held):
     name = f"me/strategy-{strategy}"
-    _, pushes, said = run(hub, stage, tmp_path, hub_model_id=name, hub_strategy=strategy)
-    assert all(problem is None for _, _, problem in pushes) and len(said) == len(pushes)
+    _, pushes, printed = run(hub, stage, tmp_path, hub_model_id=name, hub_strategy=strategy)
+    assert all(problem is None for _, _, problem in pushes) and len(printed) == len(pushes)
     assert pushes[-1][0] == "sft"
     repo = hub.repos["model", name]
     assert set(hub.files(name)) == {".gitattributes", *MODEL}
@@ -134,19 +134,19 @@ def test_another_branch_has_its_own_checkpoints(hub, tmp_path, stage):
 def test_a_hub_that_hangs_blocks_nothing(hub, tmp_path, stage):
     hub.add_repo("me/still")
     hub.fail("(POST|PUT) .*/me/still/(preupload|commit)/", times=999, delay=90.0)
-    took, pushes, said = run(hub, stage, tmp_path, wait=3, hub_model_id="me/still")
+    took, pushes, printed = run(hub, stage, tmp_path, wait=3, hub_model_id="me/still")
     assert took < 20  # a single push is given up after some 60 s
     assert [folder for folder, _, _ in pushes][-1] == "sft"
     assert {problem for _, _, problem in pushes} >= {"sft to me/still: not done in 3 s"}
-    assert f"pushes failed; everything is safe in {stage}\n" in said[-1]
+    assert f"pushes failed; everything is safe in {stage}\n" in printed[-1]
 
 
 def test_a_failed_push_is_reported_and_resumed(hub, tmp_path, stage):
     hub.add_repo("me/late")
     fault = hub.fail("POST .*/me/late/commit/", times=999, status=503)
     settings = {"hub_model_id": "me/late", "hub_strategy": "end"}
-    _, _, said = run(hub, stage, tmp_path, patience=2, **settings)
-    assert said == [
+    _, _, printed = run(hub, stage, tmp_path, patience=2, **settings)
+    assert printed == [
         f"1 of 1 pushes failed; everything is safe in {stage}\n"
         f"  not pushed: cannot push {stage} to me/late: 503 Fault on demand: 503\n"
         f"  To push again: hfsft push {stage}"

@@ -120,9 +120,9 @@ def test_interrupted_during_the_push_it_says_how_to_resume(hub, home):
     )
     assert any("pushing to me/fast" in line for line in run.stdout)
     run.send_signal(signal.SIGTERM)
-    said = run.communicate(timeout=60)[1]
+    printed = run.communicate(timeout=60)[1]
     assert run.returncode == 143
-    assert said == (
+    assert printed == (
         "hfsft: sft: stopped while it was pushed; it is finished in runs/fast/sft\n"
         "  To go on with it: hfsft push runs/fast/sft\n"
     )

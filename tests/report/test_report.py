@@ -1,4 +1,4 @@
-"""The report, read as a stranger reads it: of a tiny run, of half ones, and of hostile text."""
+"""The report of a tiny run, of incomplete ones, and with hostile text."""
 
 import json
 import re
@@ -14,10 +14,10 @@ import yaml
 from PIL import Image
 
 from hfsft import base, mid, sft
-from hfsft.errors import HfsftError
+from hfsft.errors import HfsftError, printable
 from hfsft.evaluation.evaluate import evaluate
 from hfsft.report.comparison import compare_runs, write_comparison
-from hfsft.report.markdown import code, fenced, html_page, plain, printable, table
+from hfsft.report.markdown import code, fenced, html_page, plain, table
 from hfsft.report.pictures import draw
 from hfsft.report.report import duration, report_text, summary_text, write_report
 from hfsft.run.results import read_run, speeds_of
@@ -76,7 +76,7 @@ def trained(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(trained, tmp_path) -> Path:
-    """A copy of the run, to be broken."""
+    """A copy of the run that a test may change."""
     leave = shutil.ignore_patterns("checkpoints", "*.safetensors", "report*")
     return shutil.copytree(trained, tmp_path / "tiny", ignore=leave)
 
@@ -104,10 +104,10 @@ class Seen(HTMLParser):
         self.text += data
 
 
-# --- a whole run ---
+# --- a complete run ---
 
 
-def test_three_lines_say_what_came_out(run):
+def test_three_lines_summarize_the_results(run):
     read = read_run(run)
     lines = summary_text(read).splitlines()
     reached = {name: stage["reached"] for name, stage in read["stages"].items()}
@@ -118,7 +118,7 @@ def test_three_lines_say_what_came_out(run):
     before, after = (reached["sft"][key] for key in ("eval_loss_before", "eval_loss"))
     assert f"sft {before:.3f} → {after:.3f}" in lines[1]
     accuracy = read["stages"]["sft"]["evaluation"]["tasks"]["arithmetic"]["accuracy"]
-    assert f"Right answers after sft: arithmetic {accuracy:.0%}" in lines[1]
+    assert f"Accuracy after sft: arithmetic {accuracy:.0%}" in lines[1]
     assert f"`hfsft chat {run}/sft`" in lines[2]
 
 
@@ -136,7 +136,7 @@ def test_report_has_every_section_and_its_pictures(run):
         "Cost",
         "Data",
         "Environment",
-        "To repeat it",
+        "To reproduce it",
     ]
     shown = re.findall(r"!\[.*?\]\((.*?)\)", text)
     assert shown == [f"report/{name}.png" for name in ("loss", "evaluation", "speed", "data")]
@@ -146,7 +146,7 @@ def test_report_has_every_section_and_its_pictures(run):
             assert picture.convert("RGBA").getpixel((0, 0)) == (255, 255, 255, 255)
 
 
-def test_report_says_the_numbers_of_the_files(run):
+def test_report_has_the_figures_of_the_files(run):
     text = sections(report_text(read_run(run), {}))
     record = json.loads((run / "sft/stage.json").read_text())
     scores = json.loads((run / "sft/eval.json").read_text())["tasks"]["arithmetic"]
@@ -162,7 +162,7 @@ def test_report_says_the_numbers_of_the_files(run):
     assert f"{record['peak_memory_bytes'] / 2**30:.2f} GiB" in text["Cost"]
     assert "| small_talk | 40 | 40 | 0 |" in text["Data"]
     assert f"| torch | {record['versions']['torch']} |" in text["Environment"]
-    recipe = re.search("(`{3,})yaml\n(.*)\n\\1", text["To repeat it"], re.S)[2]
+    recipe = re.search("(`{3,})yaml\n(.*)\n\\1", text["To reproduce it"], re.S)[2]
     assert yaml.safe_load(recipe) == yaml.safe_load(printable((run / "recipe.yaml").read_text()))
     assert "base: not evaluated" in text["Missing from this report"]
     assert "sft, step 0:" in text["Sample answers"] and "sft, step 4:" in text["Sample answers"]
@@ -179,13 +179,13 @@ def test_advice_plan_and_energy_are_shown(run):
         file.write(json.dumps(line) + "\n")
     text = write_report(run)[1].read_text()
     assert "Advice on sft: stop at 4." in text
-    assert "| planned | - | - | 3.00 GiB |" in text
+    assert "| planned memory | - | - | 3.00 GiB |" in text
     assert "| energy | - | - | 2.0 Wh |" in text
     assert "| status | finished | finished | finished at a plateau |" in text
     assert "base, mid: no plan" in sections(text)["Missing from this report"]
 
 
-def test_speed_leaves_validation_out():
+def test_throughput_leaves_validation_out():
     stage = {
         "validation": [
             {"eval_loss": 1, "seconds": 5.0, "eval_seconds": 3.0, "sample_seconds": 1.0}
@@ -198,7 +198,7 @@ def test_speed_leaves_validation_out():
     assert speeds_of(stage) == [(6.0, 50.0), (8.0, 100.0)]
 
 
-# --- half a run ---
+# --- an incomplete run ---
 
 
 def test_a_run_with_only_sft(run):
@@ -208,39 +208,39 @@ def test_a_run_with_only_sft(run):
     (run / "recipe.yaml").write_text(yaml.safe_dump({"name": "tiny", "sft": recipe["sft"]}))
     text = report_text(read_run(run), {})
     assert "|  | sft |" in sections(text)["Stages"]
-    assert "starts from | " in text and f"Next:** talk to it with `hfsft chat {run}/sft`" in text
+    assert "starts from | " in text and f"Next:** chat with it: `hfsft chat {run}/sft`" in text
 
 
-def test_stages_that_were_passed_over_are_not_due(run):
+def test_skipped_stages_are_not_due(run):
     shutil.rmtree(run / "base")
     text = report_text(read_run(run), {})
-    assert "- base: not begun." in sections(text)["Missing from this report"]
-    assert f"Next:** talk to it with `hfsft chat {run}/sft`" in text
+    assert "- base: not started." in sections(text)["Missing from this report"]
+    assert f"Next:** chat with it: `hfsft chat {run}/sft`" in text
 
 
-def test_a_stage_that_has_not_begun(run):
+def test_a_stage_that_has_not_started(run):
     shutil.rmtree(run / "sft")
     text = report_text(read_run(run), {})
-    assert "- sft: not begun." in sections(text)["Missing from this report"]
-    assert "sft has not begun; `hfsft run" in text
+    assert "- sft: not started." in sections(text)["Missing from this report"]
+    assert "sft has not started; run `hfsft run" in text
 
 
 @pytest.mark.parametrize(
-    ("status", "said"),
+    ("status", "expected"),
     [
         (
             "running",
-            "sft is running, or was killed; if no process trains it, `accelerate x` goes on",
+            "sft is running, or was killed; if no process trains it, `accelerate x` resumes it",
         ),
         (
             "interrupted",
-            "sft was interrupted at step 2; `accelerate x` goes on from its last checkpoint",
+            "sft was interrupted at step 2; `accelerate x` resumes from its last checkpoint",
         ),
-        ("failed", "sft failed at step 2; `accelerate x` goes on from its last checkpoint"),
+        ("failed", "sft failed at step 2; `accelerate x` resumes from its last checkpoint"),
     ],
 )
-def test_a_stage_that_was_broken_off(run, status, said):
-    """Its record was never closed, and the log's last line is cut short."""
+def test_an_interrupted_stage(run, status, expected):
+    """Its record was never closed, and the log's last line is truncated."""
     record = json.loads((run / "sft/stage.json").read_text())
     measured = ("steps", "tokens", "seconds", "train_loss", "eval_loss", "peak_memory_bytes")
     kept = {key: value for key, value in record.items() if key not in measured}
@@ -250,12 +250,12 @@ def test_a_stage_that_was_broken_off(run, status, said):
     lines = [line for line in lines if json.loads(line)["step"] <= 2]
     (run / "sft/metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 3, "lo')
     text = report_text(read_run(run), {})
-    assert said in text
+    assert expected in text
     assert "| steps | 2 of 2 | 2 of 2 | 2 of 4 |" in text
     assert "sft: not finished" in text
 
 
-def test_what_is_missing_is_said(run):
+def test_missing_results_are_listed(run):
     for stage in run.glob("*/stage.json"):
         for name in ("data.json", "eval.json", "samples.jsonl"):
             (stage.parent / name).unlink(missing_ok=True)
@@ -271,7 +271,7 @@ def test_what_is_missing_is_said(run):
     assert sorted(path.name for path in (run / "report").iterdir()) == ["loss.png", "speed.png"]
 
 
-def test_what_is_no_run_is_said_in_a_line(run, tmp_path):
+def test_a_folder_that_is_not_a_run_is_an_error(run, tmp_path):
     with pytest.raises(HfsftError, match="is not a run: it holds no base, mid or sft"):
         write_report(tmp_path / "nothing")
     with pytest.raises(HfsftError, match=f"is not a run.*its run is {run}"):
@@ -281,17 +281,17 @@ def test_what_is_no_run_is_said_in_a_line(run, tmp_path):
         write_report(run)
 
 
-def test_a_folder_that_cannot_be_written_is_said_in_a_line(run):
+def test_a_folder_that_is_not_writable_is_an_error(run):
     (run / "report").write_text("in the way")
     with pytest.raises(HfsftError, match="cannot be written"):
         write_report(run)
 
 
-# --- text from elsewhere ---
+# --- foreign text ---
 
 
 @pytest.mark.parametrize("text", [HOSTILE, "| --- |", "&lt;b&gt;", "a\\", "$x$ ~~y~~", "_a_ b_c"])
-def test_text_is_shown_as_it_is(text, tmp_path):
+def test_text_is_shown_literally(text, tmp_path):
     shown = " ".join(printable(text).split())
     page = Seen(html_page("t", table(["a"], [[plain(text)]]) + f"\n\nx {code(text)} y", tmp_path))
     assert page.text.count(shown) == 2
@@ -300,7 +300,7 @@ def test_text_is_shown_as_it_is(text, tmp_path):
     assert printable(text).rstrip() in block.text and "h1" not in block.tags
 
 
-def test_hostile_text_stays_text_in_the_whole_report(run):
+def test_hostile_text_stays_text_everywhere_in_the_report(run):
     """In an answer, a source's name, a setting, a reason and the device."""
     audit = json.loads((run / "sft/data.json").read_text())
     audit["sources"][0] |= {"source": HOSTILE, "refused": {HOSTILE: 1}}
@@ -322,7 +322,7 @@ def test_hostile_text_stays_text_in_the_whole_report(run):
             assert len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) == 13
 
 
-def test_tokens_are_left_out(run):
+def test_access_tokens_are_removed(run):
     token = "hf_" + "a" * 30
     write_json(run / "sft/stage.json", {"command": f"HF_TOKEN={token} hfsft sft x.yaml"})
     assert token not in report_text(read_run(run), {})
@@ -331,7 +331,7 @@ def test_tokens_are_left_out(run):
 # --- two runs ---
 
 
-def test_runs_that_differ_are_told_apart_beyond_noise(run, tmp_path):
+def test_runs_that_differ_beyond_noise(run, tmp_path):
     other = shutil.copytree(run, tmp_path / "other")
     recipe = yaml.safe_load((other / "recipe.yaml").read_text())
     recipe["sft"]["learning_rate"] = 0.5
@@ -348,11 +348,11 @@ def test_runs_that_differ_are_told_apart_beyond_noise(run, tmp_path):
     assert compared["recipe"] == {"sft.learning_rate": [2e-5, 0.5]}
     assert compared["environment"] == {"sft.versions.torch": [torch.__version__, "1.0"]}
     results = {(result["stage"], result["what"]): result for result in compared["results"]}
-    loss = results["sft", "validation loss, nats a token"]
+    loss = results["sft", "validation loss, nats per token"]
     assert loss["difference"] == pytest.approx(0.5) and loss["beyond_noise"] is True
     assert loss["how"] == "the same 4 held-out documents"
-    assert results["mid", "validation loss, nats a token"]["beyond_noise"] is False
-    score = results["sft", "arithmetic, share right"]
+    assert results["mid", "validation loss, nats per token"]["beyond_noise"] is False
+    score = results["sft", "arithmetic, accuracy"]
     assert score["difference"] == 0 and score["how"] == "the same 5 rows"
     assert path == other / "report" / "against-tiny.html"
     text = path.with_suffix(".md").read_text()
@@ -360,12 +360,12 @@ def test_runs_that_differ_are_told_apart_beyond_noise(run, tmp_path):
     assert "against-tiny.png" in text and (other / "report/against-tiny.png").is_file()
 
 
-def test_losses_on_other_data_are_not_compared(run, tmp_path):
+def test_losses_on_different_data_are_not_compared(run, tmp_path):
     other = shutil.copytree(run, tmp_path / "other")
     (other / "sft/validation.jsonl").unlink()
     results = compare_runs(read_run(run), read_run(other))["results"]
     loss = next(one for one in results if (one["stage"], "loss" in one["what"]) == ("sft", True))
-    assert "beyond_noise" not in loss and loss["how"] == "other held-out data: not to be compared"
+    assert "beyond_noise" not in loss and loss["how"] == "different held-out data: not comparable"
 
 
 # --- the command, the browser ---
@@ -406,7 +406,7 @@ def test_page_opens_from_disk_in_a_browser(run, tmp_path):
     assert (0x00, 0x72, 0xB2) in colours  # the first curve's
 
 
-def test_durations_are_said_in_two_units():
+def test_durations_have_two_units():
     assert [duration(s) for s in (1.24, 59.4, 61, 3599, 8040)] == [
         "1.2 s",
         "59 s",
@@ -416,7 +416,7 @@ def test_durations_are_said_in_two_units():
     ]
 
 
-def test_names_that_matplotlib_would_read_are_drawn(run):
+def test_names_that_matplotlib_would_interpret_are_drawn(run):
     audit = json.loads((run / "sft/data.json").read_text())
     audit["sources"][0]["source"] = "_$\\frac{$_" + "x" * 50
     audit["sources"].append(audit["sources"][0] | {"length_percentiles": {}})
