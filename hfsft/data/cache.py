@@ -110,7 +110,10 @@ def cached_rows(
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
-    return datasets.Dataset.from_file(str(path))
+    made = datasets.Dataset.from_file(str(path))
+    # datasets' own would name the cache file and its time; this one outlives the cache
+    made._fingerprint = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+    return made
 
 
 def cached_map(

@@ -69,7 +69,7 @@ def print_summary(summary: dict[str, Any]) -> None:
             f"{record['tokens']:,}",
             *("-" if loss is None else f"{loss:.3f}" for loss in losses),
             f"{record['seconds']:,.0f}",
-            f"{record['peak_memory_bytes'] / 2**30:.2f} GiB",
+            _gibibytes(record["peak_memory_bytes"]),
         )
     console.print()
     console.print(table)
@@ -83,6 +83,10 @@ def print_summary(summary: dict[str, Any]) -> None:
             console.out(printable(text.strip()), highlight=False)
     console.print(f"\nChat with it: [bold]hfsft chat {escape(summary['model'])}[/]")
     console.print(f"All figures: [bold]{escape(summary['report'])}[/]")
+
+
+def _gibibytes(size: int | None) -> str:
+    return "-" if size is None else f"{size / 2**30:.2f} GiB"
 
 
 def _memory_of(summary: dict[str, Any]) -> str:

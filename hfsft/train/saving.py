@@ -244,12 +244,14 @@ def data_fingerprint(train: Any, examples: int | None = None) -> dict[str, Any]:
     if isinstance(train, TextStream):
         return {"examples": None, "digest": None}
     count = len(train) if examples is None else min(examples, len(train))
-    if getattr(train, "cache_files", None) and "labels" not in train.column_names:
-        # the cache file of base text is named by a digest of all it depends on
-        return {"examples": count, "digest": Path(train.cache_files[0]["filename"]).stem}
-    digest = hashlib.blake2b(digest_size=16)
+    digest, hashed = hashlib.blake2b(digest_size=16), count
     if isinstance(train, datasets.Dataset):
-        for table in train.select(range(count)).with_format("arrow").iter(batch_size=1000):
+        if "labels" not in train.column_names:
+            # the fingerprint of base text stands for its sources, tokenizer and row length; some
+            # rows are hashed as well, as the code that makes them may have changed
+            digest.update(train._fingerprint.encode())
+            hashed = min(count, 1000)
+        for table in train.select(range(hashed)).with_format("arrow").iter(batch_size=1000):
             for name in sorted({"input_ids", "labels"} & set(table.column_names)):
                 values = table[name].combine_chunks()
                 digest.update(values.value_lengths().to_numpy())
