@@ -1,0 +1,28 @@
+"""Files that survive a kill or a full disk."""
+
+import math
+
+import pytest
+
+from hfsft.run.files import read_json_lines, write_text_atomically
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "deep" / "stage.json"
+    write_text_atomically(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_text_atomically(path, "new \ud800")  # a lone surrogate cannot be encoded
+    assert path.read_text() == "old"
+    write_text_atomically(path, "new")
+    assert path.read_text() == "new"
+    assert [file.name for file in path.parent.iterdir()] == ["stage.json"]
+
+
+def test_torn_lines_are_skipped_and_line_separators_kept(tmp_path):
+    path = tmp_path / "log.jsonl"
+    text = '{"a": "x\u2028y"}\n{"half": "a li\n12\n\n{"loss": NaN}\n'
+    path.write_bytes(text.encode() + b'{"a": "\xff')
+    first, second = read_json_lines(path)
+    assert first == {"a": "x\u2028y"} and math.isnan(second["loss"])
+    assert read_json_lines(path, nan_as_none=True)[1] == {"loss": None}
+    assert read_json_lines(tmp_path / "missing.jsonl") == []
