@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 LATEST := .venv-latest
-# of test-latest: pyproject.toml's range ends where it was tried last
+# of test-latest
 TORCH ?= 2.13.0
+STACK := transformers trl accelerate peft datasets bitsandbytes huggingface_hub tokenizers safetensors
 INSTALLED := $(VENV)/.installed
 
 .PHONY: demo test test-slow test-latest check
@@ -18,11 +19,12 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
 
-# the newest releases within pyproject.toml's ranges instead of constraints.txt
+# the newest releases of the stack, beyond pyproject.toml's ranges too, instead of constraints.txt
 test-latest:
 	test -d $(LATEST) || $(PYTHON) -m venv $(LATEST)
 	$(LATEST)/bin/pip install --quiet "torch==$(TORCH)"
-	$(LATEST)/bin/pip install --quiet --upgrade --upgrade-strategy eager --editable ".[dev]" "torch==$(TORCH)"
+	$(LATEST)/bin/pip install --quiet --editable ".[dev]" "torch==$(TORCH)"
+	$(LATEST)/bin/pip install --quiet --upgrade $(STACK) "torch==$(TORCH)"
 	$(LATEST)/bin/pip list
 	$(LATEST)/bin/python -m pytest -m "not slow"
 
