@@ -51,7 +51,7 @@ def audit_source(
     prepared = {}
     if kept is not None:
         prepared = {
-            "excluded": dict((excluded or Counter()).most_common()),
+            "passed_over": dict((excluded or Counter()).most_common()),
             "prepared": len(ordered),
         }
     return {
@@ -168,7 +168,7 @@ def _losses(source: dict[str, Any]) -> Iterator[str]:
     """Why a source's epoch does not have exactly its rows, where the table does not show it."""
     for reason, count in source["refused"].items():
         yield f"{count:,} refused: {reason}"
-    for reason, count in source.get("excluded", {}).items():
+    for reason, count in source.get("passed_over", {}).items():
         yield f"{count:,} excluded: {reason}"
     if source["duplicates"] and "exact duplicate" not in source["refused"]:
         yield f"{source['duplicates']:,} exact copies kept (to drop them: duplicates: drop)"

@@ -60,7 +60,7 @@ def test_only_what_a_run_uses_is_prepared(make_stage, tokenizer, tmp_path):
         prepared = sum(source["prepared"] for source in audit["sources"])
         assert prepared == used == len(train.conversations)
         # only replacements for rows that are too long are encoded in addition
-        excluded = sum(sum(source["excluded"].values()) for source in audit["sources"])
+        excluded = sum(sum(source["passed_over"].values()) for source in audit["sources"])
         assert 0 < excluded < 0.25 * used
         rejected = read_jsonl(stage.folder / "rejected.jsonl")
         assert sum(entry["reason"] == "longer than max_length" for entry in rejected) == excluded

@@ -91,7 +91,7 @@ def test_refused_rows_are_listed_and_data_json_counts(tmp_path, make_stage, toke
         "source": source,
         "read": 10,
         "kept": 4,
-        "excluded": {"nothing left to train on": 1},
+        "passed_over": {"nothing left to train on": 1},
         "prepared": 3,
         "train": 3,
         "used": 3,
@@ -188,7 +188,7 @@ def test_counts_can_be_recounted_by_hand(make_stage, tokenizer, tmp_path, capsys
         mine = [row for source, row in by_hand if source == index]
         assert counted["used"] == len(mine)
         assert counted["prepared"] == len(set(mine)) + counted["held_out"]
-        assert counted["excluded"] == {
+        assert counted["passed_over"] == {
             "longer than max_length": refused.count("longer than max_length")
         }
         numbers = [

@@ -124,6 +124,6 @@ def test_interrupted_during_the_push_it_says_how_to_resume(hub, home):
     assert run.returncode == 143
     assert printed == (
         "hfsft: sft: stopped while it was pushed; it is finished in runs/fast/sft\n"
-        "  To go on with it: hfsft push runs/fast/sft\n"
+        "  To resume the push: hfsft push runs/fast/sft\n"
     )
     assert json.loads((home / "runs/fast/sft/stage.json").read_text())["status"] == "finished"
