@@ -123,7 +123,7 @@ def test_interrupted_during_the_push_it_says_how_to_resume(hub, home):
     printed = run.communicate(timeout=60)[1]
     assert run.returncode == 143
     assert printed == (
-        "hfsft: sft: stopped while it was pushed; it is finished in runs/fast/sft\n"
+        "hfsft: sft: stopped during the push; the model is finished in runs/fast/sft\n"
         "  To resume the push: hfsft push runs/fast/sft\n"
     )
     assert json.loads((home / "runs/fast/sft/stage.json").read_text())["status"] == "finished"
