@@ -127,9 +127,9 @@ def _model_folder(model: str) -> Path:
 def _load_tasks(
     names: list[str], folder: Path, rows: int | None, seed: int, data: dict[str, str]
 ) -> dict[str, Task]:
-    """Load every task before any is run, so that an error does not come after hours; not lm-eval's.
+    """Load every task before running any, so that bad data is reported at once, not hours later.
 
-    lm-eval loads its own tasks; that it is installed is checked here.
+    Except lm-eval's, which it loads itself; here it is only checked that lm-eval is installed.
     """
     loaded = {
         name: load_task(name, str(folder), rows, seed, data.get(name))

@@ -100,7 +100,7 @@ def print_results(results: dict[str, Any]) -> None:
         console.print(table)
     for name, task in results["tasks"].items():
         if task["kind"] == "loss":
-            console.print(f"{name}: loss {_loss(task)}, {task['rows']:,} documents")
+            console.print(_shown(f"{name}: loss {_loss(task)}, {task['rows']:,} documents"))
     if results["mean_centred"] is not None:
         console.print(f"mean centred accuracy: {results['mean_centred']:.4f}")
 
