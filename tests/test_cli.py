@@ -211,7 +211,7 @@ def test_plan_of_a_run_that_is_not_trained_yet(tmp_path):
     assert done.returncode == 0, done.stderr
     for words in ("base", "mid", "sft", "peak", "fits", "optimizer states", "on disk"):
         assert words in done.stdout
-    # a plan that says no is an answer as well
+    # a plan that does not fit is a result too, not an error
     card = ("--memory", "600MB", "--sft.optim", "auto", "--json")
     done = call(str(BIN / "hfsft"), "plan", "tiny.yaml", *card, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -77,7 +77,7 @@ def test_a_template_that_exceeds_its_limits_on_a_row_ends_the_stage(tmp_path):
     with pytest.raises(ModelError, match=LARGE):
         templates.prompt_text(loud[:1], made)
     long = [{"role": "user", "content": "to be or not " * 20_000}, calm[1]]
-    (encoded,) = encode_conversations([long], made)  # the bounds are not met by what is long itself
+    (encoded,) = encode_conversations([long], made)  # limits are relative to the row's own length
     assert not isinstance(encoded, BadRow)
 
 
@@ -95,9 +95,9 @@ class Evil:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, tokenizer, make_model) -> dict[str, bytes]:
+def model_files(tmp_path_factory, tokenizer, make_model) -> dict[str, bytes]:
     """The files of a model that can be trained."""
-    folder = tmp_path_factory.mktemp("whole")
+    folder = tmp_path_factory.mktemp("model_files")
     make_model("llama").save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -107,10 +107,10 @@ def changed(data: bytes, **keys) -> bytes:
     return json.dumps(json.loads(data) | keys).encode()
 
 
-def repositories(whole: dict[str, bytes], mark: Path) -> dict[str, dict[str, bytes]]:
+def repositories(model_files: dict[str, bytes], mark: Path) -> dict[str, dict[str, bytes]]:
     """Malicious models, by the name of what they attempt."""
     evil, code = pickle.dumps(Evil(mark)), f"import os; os.system('touch {mark}')".encode()
-    no_weights = {name: data for name, data in whole.items() if name != "model.safetensors"}
+    no_weights = {name: data for name, data in model_files.items() if name != "model.safetensors"}
     odd = ("../evil", "-rf", "--help", "ünï/🙂.txt", "a\nb", "x" * 200, "$(touch x)", "..\\up")
     index = {"metadata": {}, "weight_map": {"lm_head.weight": "../../out.safetensors"}}
     to_pickle = {"metadata": {}, "weight_map": {"lm_head.weight": "w.bin"}}
@@ -118,21 +118,21 @@ def repositories(whole: dict[str, bytes], mark: Path) -> dict[str, dict[str, byt
     auto_map = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}
     its_tokenizer = {"AutoTokenizer": [None, "evil.T"]}
     return {
-        "odd": whole | dict.fromkeys(odd, b"evil"),
-        "both": whole | {"pytorch_model.bin": evil},
+        "odd": model_files | dict.fromkeys(odd, b"evil"),
+        "both": model_files | {"pytorch_model.bin": evil},
         "pickle": no_weights | {"pytorch_model.bin": evil},
         "index": no_weights | {"model.safetensors.index.json": json.dumps(index).encode()},
         "indexed-pickle": no_weights
         | {"model.safetensors.index.json": json.dumps(to_pickle).encode(), "w.bin": evil},
-        "adapter": whole
+        "adapter": model_files
         | {"adapter_config.json": json.dumps(base).encode(), "adapter_model.bin": evil},
-        "code": whole
-        | {"config.json": changed(whole["config.json"], model_type="evil", auto_map=auto_map)}
+        "code": model_files
+        | {"config.json": changed(model_files["config.json"], model_type="evil", auto_map=auto_map)}
         | {"evil.py": code},
-        "tokenizer-code": whole
+        "tokenizer-code": model_files
         | {
             "tokenizer_config.json": changed(
-                whole["tokenizer_config.json"], tokenizer_class="Evil", auto_map=its_tokenizer
+                model_files["tokenizer_config.json"], tokenizer_class="Evil", auto_map=its_tokenizer
             ),
             "evil.py": code,
         },
@@ -172,10 +172,10 @@ print(json.dumps(results))
 
 
 @pytest.mark.parametrize("place", ["folder", "hub"])
-def test_a_model_runs_no_code_and_reaches_nothing_else(tmp_path, whole, place):
+def test_a_model_runs_no_code_and_reaches_nothing_else(tmp_path, model_files, place):
     mark, home = tmp_path / "mark", tmp_path / "home"
     home.mkdir()
-    made = repositories(whole, mark)
+    made = repositories(model_files, mark)
     with HubServer() as hub:
         if place == "hub":
             for name, files in made.items():
@@ -215,10 +215,10 @@ def test_a_model_runs_no_code_and_reaches_nothing_else(tmp_path, whole, place):
 # --- uploads ---
 
 
-def test_a_push_contains_no_local_path(tmp_path, whole, capsys):
+def test_a_push_contains_no_local_path(tmp_path, model_files, capsys):
     start = tmp_path / "secret-place" / "model"
     start.mkdir(parents=True)
-    for name, data in whole.items():
+    for name, data in model_files.items():
         (start / name).write_bytes(data)
     chats = tmp_path / "secret-place" / "chats.jsonl"
     rows = [{"prompt": f"What is {n}?", "completion": f"A number, {n}."} for n in range(40)]

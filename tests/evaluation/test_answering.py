@@ -92,8 +92,8 @@ def test_the_answer_token_is_the_one_of_training(folder):
             [evaluator.prompt_text("Which?", answer=letter) for letter in "ABC"]
         )
         assert evaluator.tokenizer.decode([*ids, tokens[1]]).endswith(written)
-        whole = evaluator.encode([evaluator.prompt_text("Which?", answer="B")])[0]
-        assert whole[: len(ids) + 1] == [*ids, tokens[1]]
+        answered = evaluator.encode([evaluator.prompt_text("Which?", answer="B")])[0]
+        assert answered[: len(ids) + 1] == [*ids, tokens[1]]
     assert (
         chats.encode([chats.prompt_text("Which?")])[0]
         == chats.split_choices([chats.prompt_text("Which?", answer=letter) for letter in "ABC"])[0]

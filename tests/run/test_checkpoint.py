@@ -112,8 +112,8 @@ def test_steps_are_sorted_as_numbers(tmp_path):
 def test_a_damaged_checkpoint_is_moved_aside_when_its_step_is_saved_again(tmp_path):
     for _ in range(3):
         (write(tmp_path, 5) / "optimizer.pt").unlink()
-    whole = write(tmp_path, 5)
-    assert newest_whole(tmp_path) == (whole, [])
+    valid = write(tmp_path, 5)
+    assert newest_whole(tmp_path) == (valid, [])
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "checkpoint-5",
         "checkpoint-5.broken-1",
