@@ -6,7 +6,8 @@
         subprocess.run([sys.executable, "train.py"], env=hub.env(tmp_path, "hf_write"))
         assert hub.seen("POST .*/commit/main")[0].token == "hf_write"
 
-What it does not speak (Xet, multipart LFS, pull requests, search, settings) it answers with 501.
+Unsupported requests (Xet, multipart LFS, pull requests, search, settings) are answered with 501.
+It is longer than 500 lines because it stands in for one program, from request to response.
 """
 
 import base64
@@ -38,7 +39,7 @@ CLIENT_SETTINGS = ("HF_", "HUGGINGFACE_", "HUGGING_FACE_", "TRANSFORMERS_")
 
 @dataclass(frozen=True)
 class Account:
-    """The user behind a token, and what the token may do."""
+    """The user of a token, and the token's permissions."""
 
     user: str
     role: str = "write"  # or "read"
@@ -62,7 +63,7 @@ class Blob:
 
     @cached_property
     def oid(self) -> str:
-        """Git's own id, so that a client can tell an unchanged file before it uploads it."""
+        """Git's blob id, by which a client recognises an unchanged file before uploading it."""
         return hashlib.sha1(b"blob %d\0" % len(self.data) + self.data).hexdigest()
 
     @property
@@ -74,7 +75,7 @@ class Blob:
 
 @dataclass(frozen=True)
 class Commit:
-    """A full set of files, and who put it there and why."""
+    """A full set of files, with its author and message."""
 
     oid: str
     title: str
@@ -86,13 +87,13 @@ class Commit:
 
 @dataclass
 class Repo:
-    """A repository: commits, the refs that point at them, and who may read it."""
+    """A repository: commits, refs that point at them, and who has access."""
 
     id: str
     kind: str = "model"  # or "dataset", "space"
     private: bool = False
     gated: bool = False
-    readers: set[str] = field(default_factory=set)  # users let in beside the owner
+    readers: set[str] = field(default_factory=set)  # users with access besides the owner
     refs: dict[str, str] = field(default_factory=dict)  # "refs/heads/main" -> commit id
     commits: dict[str, Commit] = field(default_factory=dict)  # oldest first
 
@@ -116,7 +117,7 @@ class Repo:
     def commit(
         self, files: dict[str, Blob], title: str, user: str, branch: str = "main", message: str = ""
     ) -> Commit:
-        """Put a commit with exactly these files on a branch."""
+        """Add a commit with exactly these files to a branch."""
         oid = secrets.token_hex(20)
         self.commits[oid] = Commit(oid, title, message, user, _now(), files)
         self.refs[f"refs/heads/{branch}"] = oid
@@ -125,7 +126,7 @@ class Repo:
 
 @dataclass
 class Request:
-    """One line of the log; `status` stays None where the connection was reset."""
+    """One entry of the log; `status` stays None if the connection was reset."""
 
     method: str
     url: str = field(repr=False)  # as sent
@@ -140,7 +141,7 @@ class Request:
 
     @property
     def parts(self) -> list[str]:
-        """The decoded path segments; a branch name may hold an encoded slash."""
+        """The decoded path segments; a branch name may contain an encoded slash."""
         return [unquote(part) for part in urlsplit(self.url).path.strip("/").split("/")]
 
     @property
@@ -192,7 +193,7 @@ class Answer:
 
 
 class Refused(Exception):
-    """An error as the Hub words it: the client picks its exception class by X-Error-Code."""
+    """An error in the Hub's words; the client chooses its exception class by X-Error-Code."""
 
     def __init__(self, status: int, message: str, code: str = "", commit: str = "", **body: str):
         super().__init__(message)
@@ -264,7 +265,7 @@ class HubServer:
         return repo
 
     def files(self, repo_id: str, kind: str = "model", revision: str = "main") -> dict[str, bytes]:
-        """What a repository holds at a revision."""
+        """The files of a repository at a revision."""
         commit = self.repos[kind, repo_id].at(revision)
         return {path: blob.data for path, blob in commit.files.items()}
 
@@ -273,14 +274,14 @@ class HubServer:
         return [request for request in list(self.requests) if request.matches(pattern)]
 
     def fail(self, pattern: str, *args, **damage) -> Fault:
-        """Arrange a `Fault`, counted from now on."""
+        """Schedule a `Fault`; requests are counted from now on."""
         fault = Fault(pattern, *args, **damage)
         with self._lock:
             self._faults.append(fault)
         return fault
 
     def due_fault(self, request: Request) -> Fault | None:
-        """Count the request for every fault it matches; the first one whose turn it is acts."""
+        """Count the request for every fault it matches, and return the first one that is due."""
         with self._lock:
             due = [fault for fault in self._faults if fault.acts_on(request)]
         return due[0] if due else None
@@ -292,7 +293,7 @@ class HubServer:
         except Refused as refused:
             return refused.answer
         except Exception:
-            # 501: the client retries 500, and would hide the traceback for half a minute
+            # 501: the client would retry a 500 and hide the traceback for half a minute
             return _json({"error": traceback.format_exc()}, 501)
 
     def _route(self, request: Request, *parts: str) -> Answer:
@@ -571,7 +572,7 @@ def _new_ref(repo: Repo, ref: str, revision: str) -> Answer:
 
 
 def _content(request: Request, data: bytes, etag: str) -> Answer:
-    """The file, or the range of it that was asked for."""
+    """The file, or the requested range of it."""
     headers = {"ETag": f'"{etag}"', "Accept-Ranges": "bytes"}
     asked = re.fullmatch(r"bytes=(\d*)-(\d*)", request.headers.get("range", ""))
     if not asked:

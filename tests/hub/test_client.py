@@ -290,64 +290,71 @@ def test_permanent_failures_end_the_push(hub, tmp_path, folder, damage, words, a
     assert set(hub.files(name)) == {".gitattributes"}
 
 
+READ_ONLY = "\n  It needs a token with write access: https://huggingface.co/settings/tokens"
+REJECTED = "\n  The Hub rejected this token: run `hf auth login` or fix HF_TOKEN"
+RIGHTS = 'You don\'t have the rights to create a model under the namespace "{}"'
+# token, call, error
+NO_ACCESS = (
+    (None, "repository_id('x')", "a push needs a token: run `hf auth login`, or set HF_TOKEN"),
+    (
+        PLANTED,
+        "repository_id('x')",
+        f"cannot ask the Hub whose token this is: 401 Unauthorized{REJECTED}",
+    ),
+    (
+        "hf_read",
+        "open_repository('me/mine', None, ['main'])",
+        "cannot write to me/mine on the Hub: 403 Forbidden: you must use a write token to "
+        "upload to a repository." + READ_ONLY,
+    ),
+    (
+        "hf_read",
+        "open_repository('me/new', None, ['main'])",
+        f"cannot write to me/new on the Hub: 403 {RIGHTS.format('me')}{READ_ONLY}",
+    ),
+    (
+        "hf_write",
+        "open_repository('other/new', None, ['main'])",
+        f"cannot write to other/new on the Hub: 403 {RIGHTS.format('other')}{READ_ONLY}",
+    ),
+    (
+        "hf_write",
+        "open_repository('me/mine', True, ['main'])",
+        "me/mine is public on the Hub, but a private one was requested",
+    ),
+    (
+        "hf_write",
+        "open_repository('me/mine', None, ['v1'])",
+        "v1 is a tag of me/mine, but a push needs a branch",
+    ),
+    (
+        "hf_write",
+        "repository_id('../../etc')",
+        "'../../etc' is not a valid repository name: use at most 96 letters, digits, '-', '_' "
+        "and '.'; set hub_model_id",
+    ),
+    (
+        "hf_\x01illegal",
+        "repository_id('x')",
+        "the token contains an invalid character: run `hf auth login` again",
+    ),
+)
+
+
 def test_missing_write_access_is_reported_before_training(hub, tmp_path):
     mine = hub.add_repo("me/mine")
     mine.refs["refs/tags/v1"] = mine.at().oid
-    hub.add_repo("me/hidden", private=True)
-    home, before = tmp_path / "home", set(hub.repos)
-    write_token = "\n  It needs a token with write access: https://huggingface.co/settings/tokens"
-    none = "\n  The Hub rejected this token: run `hf auth login` or fix HF_TOKEN"
-    rights = 'You don\'t have the rights to create a model under the namespace "{}"'
-    for token, expression, words in (
-        (None, "repository_id('x')", "a push needs a token: run `hf auth login`, or set HF_TOKEN"),
-        (
-            PLANTED,
-            "repository_id('x')",
-            f"cannot ask the Hub whose token this is: 401 Unauthorized{none}",
-        ),
-        (
-            "hf_read",
-            "open_repository('me/mine', None, ['main'])",
-            "cannot write to me/mine on the Hub: 403 Forbidden: you must use a write token to "
-            "upload to a repository." + write_token,
-        ),
-        (
-            "hf_read",
-            "open_repository('me/new', None, ['main'])",
-            f"cannot write to me/new on the Hub: 403 {rights.format('me')}{write_token}",
-        ),
-        (
-            "hf_write",
-            "open_repository('other/new', None, ['main'])",
-            f"cannot write to other/new on the Hub: 403 {rights.format('other')}{write_token}",
-        ),
-        (
-            "hf_write",
-            "open_repository('me/mine', True, ['main'])",
-            "me/mine is public on the Hub, but a private one was requested",
-        ),
-        (
-            "hf_write",
-            "open_repository('me/mine', None, ['v1'])",
-            "v1 is a tag of me/mine, but a push needs a branch",
-        ),
-        (
-            "hf_write",
-            "repository_id('../../etc')",
-            "'../../etc' is not a valid repository name: use at most 96 letters, digits, '-', '_' "
-            "and '.'; set hub_model_id",
-        ),
-        (
-            "hf_\x01illegal",
-            "repository_id('x')",
-            "the token contains an invalid character: run `hf auth login` again",
-        ),
-    ):
-        answer = ask(hub.env(home, token), "bound_requests(5.0)", expression)[1][0]
+    before = set(hub.repos)
+    for token, expression, words in NO_ACCESS:
+        answer = ask(hub.env(tmp_path, token), "bound_requests(5.0)", expression)[1][0]
         assert answer == ["HfsftError", words]
     assert set(hub.repos) == before
+
+
+def test_a_repository_and_its_branches_are_created_where_missing(hub, tmp_path):
+    hub.add_repo("me/hidden", private=True)
     answers = ask(
-        hub.env(home, "hf_write"),
+        hub.env(tmp_path, "hf_write"),
         "repository_id('fast')",
         "repository_id('lab/fast')",
         "open_repository('lab/fast', True, ['main', 'checkpoints', 'a/b'])",

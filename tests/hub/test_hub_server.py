@@ -319,7 +319,7 @@ def test_a_truncated_download_is_completed(hub, tmp_path):
     path = client(hub).hf_hub_download("me/model", "model.safetensors", cache_dir=tmp_path)
     assert Path(path).read_bytes() == WEIGHTS
     ranges = [request.headers.get("range") for request in hub.seen("GET /cdn/")]
-    # the client keeps 10 MB chunks only: what came before the cut is asked for again
+    # the client keeps complete 10 MB chunks only: a truncated one is requested again
     assert ranges == [None, None]
 
 

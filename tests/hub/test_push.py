@@ -230,15 +230,9 @@ print(model_card(stage, record))
 """
 
 
-def test_the_card_is_complete(hub, tmp_path, stage):
+def card_of(hub, tmp_path, stage, sources, note) -> str:
+    """The card of a stage that was trained on the sources, made in a process of its own."""
     hub.add_repo("me/chats", "dataset", {"README.md": b"---\nlicense: cc-by-4.0\n---\n"})
-    planted = "hf_PlantedTokenThatNoHubKnowsOfAtAll00"
-    sources = [
-        {"path": "me/chats", "name": "small", "revision": "main"},
-        {"path": "identity"},
-        {"path": str(tmp_path / "home of|mine.jsonl")},
-    ]
-    (tmp_path / "home of|mine.jsonl").write_text("{}")
     (stage / "data.json").write_text(
         json.dumps({"sources": [{"source": "me/chats:small", "kept": 1234}]})
     )
@@ -252,7 +246,7 @@ def test_the_card_is_complete(hub, tmp_path, stage):
         },
         "settings": {
             "seed": 42,
-            "sft": {"data": sources, "note": f"```\n---\n{planted}"},
+            "sft": {"data": sources, "note": note},
             "start": {"model": "x"},
         },
         "versions": {"hfsft": "0.1", "torch": "2.13"},
@@ -270,7 +264,19 @@ def test_the_card_is_complete(hub, tmp_path, stage):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    _, above, text = done.stdout.split("---\n", 2)
+    return done.stdout
+
+
+def test_the_card_is_complete(hub, tmp_path, stage):
+    planted = "hf_PlantedTokenThatNoHubKnowsOfAtAll00"
+    sources = [
+        {"path": "me/chats", "name": "small", "revision": "main"},
+        {"path": "identity"},
+        {"path": str(tmp_path / "home of|mine.jsonl")},
+    ]
+    (tmp_path / "home of|mine.jsonl").write_text("{}")
+    card = card_of(hub, tmp_path, stage, sources, note=f"```\n---\n{planted}")
+    _, above, text = card.split("---\n", 2)
     assert yaml.safe_load(above) == {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -292,7 +298,7 @@ def test_the_card_is_complete(hub, tmp_path, stage):
         f'chat = pipeline("text-generation", model="{stage.as_posix()}")',
     ):
         assert line in text.splitlines()
-    assert planted not in done.stdout and "start:" not in text
+    assert planted not in card and "start:" not in text
     block = text.partition("## Recipe\n")[2].partition("Trained with")[0]
     assert all(line.startswith("    ") for line in block.splitlines() if line)
     recipe = yaml.safe_load(block)
