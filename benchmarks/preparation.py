@@ -26,7 +26,7 @@ from hfsft.data.mixture import mix_conversations
 from hfsft.data.tasks import facts, speeches
 from hfsft.recipe.schema import Source, Stage
 from hfsft.tokens.encoding import fit_conversations
-from hfsft.tokens.formats import check_messages
+from hfsft.tokens.row_formats import check_messages
 from hfsft.tokens.tokenizer import load_tokenizer, train_tokenizer
 
 PAIRS = 5

@@ -17,7 +17,7 @@ def main(*argv: str) -> None:
     # torch, transformers and trl take 4 s to import: a mistake in the recipe is reported before
     from hfsft.data.text import base_texts, load_text, text_length
     from hfsft.model.loading import build_model
-    from hfsft.run.checkpoint import checkpoints
+    from hfsft.run.manifest import checkpoints
     from hfsft.tokens.tokenizer import base_tokenizer
     from hfsft.train.arguments import arguments, rows_per_step
     from hfsft.train.finishing import train_and_save

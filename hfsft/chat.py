@@ -9,7 +9,7 @@ from transformers import TextIteratorStreamer
 
 from hfsft.errors import ModelError, printable
 from hfsft.evaluation.answering import load_for_answers, load_its_tokenizer
-from hfsft.tokens.templates import prompt_text
+from hfsft.tokens.foreign_templates import prompt_text
 
 
 class Chat:

@@ -260,7 +260,7 @@ def push(
 def evaluate_models(
     models: Annotated[
         list[str],
-        typer.Argument(metavar="MODEL...", help="Folders or Hub ids; of two the difference too."),
+        typer.Argument(metavar="MODEL...", help="Folders or Hub ids; two are compared as well."),
     ],
     tasks: Annotated[
         list[str] | None,

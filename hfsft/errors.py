@@ -53,7 +53,7 @@ class ModelError(HfsftError):
 
 
 class MemoryShortage(HfsftError):
-    """A step that does not fit into memory, even in the smallest micro-batches."""
+    """A stage whose plan, or a step whose smallest micro-batch, does not fit into memory."""
 
 
 class DiskShortage(HfsftError):
@@ -69,7 +69,7 @@ class CheckpointError(HfsftError):
 
 
 class Interrupted(HfsftError):
-    """A stage stopped by a signal, with a checkpoint on disk to resume from."""
+    """A stage stopped by a signal; its message names the checkpoint to resume from, if any."""
 
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)

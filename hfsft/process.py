@@ -1,4 +1,4 @@
-"""Signals and errors of a process: one or two lines on standard error, and the exit status."""
+"""Signals and errors of a process: a few lines on standard error, and the exit status."""
 
 import gc
 import os

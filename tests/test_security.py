@@ -17,9 +17,9 @@ from plain_tokenizers import MARKED, plain_bpe
 from hfsft import sft
 from hfsft.errors import ModelError
 from hfsft.hub.client import _additions
-from hfsft.tokens import templates
+from hfsft.tokens import foreign_templates
 from hfsft.tokens.encoding import encode_conversations
-from hfsft.tokens.formats import BadRow
+from hfsft.tokens.row_formats import BadRow
 from hfsft.tokens.tokenizer import load_tokenizer
 
 # --- chat templates ---
@@ -57,7 +57,7 @@ def with_template(folder: Path, template: str) -> str:
 @pytest.mark.parametrize(("bomb", "message"), BOMBS.items(), ids=range(len(BOMBS)))
 def test_a_template_that_exceeds_its_limits_is_rejected(tmp_path, monkeypatch, bomb, message):
     if message == SLOW:
-        monkeypatch.setattr(templates, "SECONDS", 0.3)
+        monkeypatch.setattr(foreign_templates, "SECONDS", 0.3)
     with pytest.raises(ModelError) as caught:
         load_tokenizer(with_template(tmp_path, bomb + MARKED))
     first, second = str(caught.value).splitlines()
@@ -75,7 +75,7 @@ def test_a_template_that_exceeds_its_limits_on_a_row_ends_the_stage(tmp_path):
     with pytest.raises(ModelError, match=LARGE):  # not a row that is left out, one after the other
         encode_conversations([loud] * 1000, made)
     with pytest.raises(ModelError, match=LARGE):
-        templates.prompt_text(loud[:1], made)
+        foreign_templates.prompt_text(loud[:1], made)
     long = [{"role": "user", "content": "to be or not " * 20_000}, calm[1]]
     (encoded,) = encode_conversations([long], made)  # limits are relative to the row's own length
     assert not isinstance(encoded, BadRow)

@@ -253,7 +253,7 @@ def test_restart_moves_the_old_stage_aside(recipe, run, tmp_path):
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["TERM", "INT"]
 )
-def test_a_signal_saves_and_the_same_command_goes_on_to_the_bit(
+def test_a_signal_saves_and_the_same_command_resumes_to_the_bit(
     recipe, run, tmp_path, monkeypatch, number, status
 ):
     class Send(TrainerCallback):
@@ -321,7 +321,7 @@ def test_num_train_epochs_instead_of_steps(recipe, tmp_path):
     assert read_json(tmp_path / "tiny" / "sft" / "stage.json")["steps"] == 4
 
 
-def test_a_missing_earlier_stage_names_the_mend(tmp_path):
+def test_a_missing_earlier_stage_names_the_fix(tmp_path):
     path = tmp_path / "alone.yaml"
     path.write_text(yaml.safe_dump(RECIPE | {"output_dir": str(tmp_path / "runs")}))
     from hfsft.errors import ModelError
@@ -374,7 +374,7 @@ def test_it_stops_at_a_plateau_if_the_recipe_says_so(recipe, tmp_path, monkeypat
     assert read_json(tmp_path / "on" / "sft" / "stage.json")["steps"] == 12
 
 
-def test_wandb_logs_offline_where_it_has_no_key(make_stage, tmp_path, monkeypatch, capsys):
+def test_wandb_logs_offline_without_an_api_key(make_stage, tmp_path, monkeypatch, capsys):
     stage = make_stage(quiet=False, trainer={"report_to": "wandb"})
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DIR"):

@@ -14,8 +14,8 @@ from hfsft.data.rows import Row, SourceRows, rows_of_batch
 from hfsft.data.sources import ROW_COLUMN, parse_row
 from hfsft.errors import DataError
 from hfsft.recipe.schema import Stage
-from hfsft.tokens.encoding import Encoded, TooLong, fit_conversations
-from hfsft.tokens.formats import BadRow, to_messages
+from hfsft.tokens.encoding import Encoded, TooLong, fit_conversations, tokenizer_key
+from hfsft.tokens.row_formats import BadRow, to_messages
 
 # the columns of a cached conversation; a refused row has one entry, without tokens
 FEATURES = {
@@ -67,14 +67,10 @@ class EncodedConversations:
 
     def _cache_key(self) -> str:
         """Everything that an encoded row depends on, except the row and the code."""
-        backend = self.tokenizer.backend_tokenizer
-        # settings left by an earlier caller would be part of the key
-        backend.no_truncation()
-        backend.no_padding()
         stage, tokenizer = self.stage, self.tokenizer
         return repr(
             (
-                hashlib.blake2b(backend.to_str().encode()).hexdigest(),
+                tokenizer_key(tokenizer),
                 *(tokenizer.chat_template, tokenizer.hfsft_training_template),
                 *(stage.max_length, stage.on_too_long, stage.assistant_only_loss, self.positions),
             )

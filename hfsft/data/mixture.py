@@ -38,7 +38,7 @@ logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
 class Mixture:
     """A stage's data, and what became of every row of its sources."""
 
-    # a dataset; of sft a `RunOrder`; of a stream an endless one; None where no row is left
+    # a dataset; of sft a `RunOrder`, of a stream a `TextStream`; None where no row is left
     train: Any
     held_out: Any  # a dataset, each row with its `source`; None where the stage does not validate
     audit: dict[str, Any]  # as `audit.write_audit` takes it

@@ -10,7 +10,7 @@ from hfsft.data.cache import cached_map
 from hfsft.data.sources import ROW_COLUMN, columns_of, load_rows, parse_row
 from hfsft.errors import DataError
 from hfsft.recipe.schema import Source, Stage
-from hfsft.tokens.formats import BadRow, content_digest, detect_format, to_messages
+from hfsft.tokens.row_formats import BadRow, content_digest, detect_format, to_messages
 
 Row = tuple[int, int]  # the position of a source in the stage's data, and of a row in the source
 

@@ -27,7 +27,7 @@ from hfsft.data.tasks import TASKS, TEXTS, task_rows, text_rows
 from hfsft.errors import DataError, first_line, nearest
 from hfsft.hub.client import require_on_hub
 from hfsft.recipe.schema import Source
-from hfsft.tokens.formats import BadRow, known_format
+from hfsft.tokens.row_formats import BadRow, known_format
 
 JSON_COLUMN = "hfsft_json"  # a row as its JSON text
 ROW_COLUMN = "hfsft_row"  # a row's index in its source, from 0

@@ -32,8 +32,8 @@ from hfsft.data.stream import (
 )
 from hfsft.errors import DataError
 from hfsft.recipe.schema import Recipe, Source, Stage
-from hfsft.tokens.encoding import encode_texts
-from hfsft.tokens.formats import BadRow
+from hfsft.tokens.encoding import encode_texts, tokenizer_key
+from hfsft.tokens.row_formats import BadRow
 
 ROW_FEATURES = {"input_ids": datasets.List(datasets.Value("int32"))}
 
@@ -135,7 +135,7 @@ def _packed_rows(
                     yield {"input_ids": np.array(row, dtype=np.int32)}
 
     key = [
-        tokenizer.backend_tokenizer.to_str(),
+        tokenizer_key(tokenizer),
         length,
         [
             (source_rows._fingerprint, source.columns)

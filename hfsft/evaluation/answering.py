@@ -25,7 +25,7 @@ from hfsft.model.head import fuse_head
 from hfsft.model.loading import bf16_is_native, load_plain_model
 from hfsft.recipe.schema import Stage
 from hfsft.tokens.encoding import IGNORED
-from hfsft.tokens.templates import bounded, prompt_text, special_tokens
+from hfsft.tokens.foreign_templates import bounded, prompt_text, special_tokens
 
 # these delimit a calculator call and its result, as in karpathy/nanochat
 TOOL_TOKENS = ("<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>")

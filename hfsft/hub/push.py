@@ -35,8 +35,9 @@ from hfsft.hub.client import (
     repository_id,
     without_tokens,
 )
-from hfsft.recipe.schema import STAGES, Stage
-from hfsft.run.checkpoint import MANIFEST, PLACE, checkpoints
+from hfsft.recipe.key import STAGES
+from hfsft.recipe.schema import Stage
+from hfsft.run.manifest import MANIFEST, PLACE, checkpoints
 from hfsft.run.record import read_record
 
 CHECKPOINTS = "checkpoints"  # the branch

@@ -17,7 +17,7 @@ from hfsft.errors import ModelError, RecipeError, first_line
 from hfsft.hub.client import NOT_LOADED, require_model, why_not_loaded
 from hfsft.recipe.schema import Recipe, Stage
 
-# without it, transformers has a bot convert a model that has pickles alone, and loads the result
+# else transformers asks a Hub bot to convert a repository that has pickles alone, and loads that
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "true")
 
 

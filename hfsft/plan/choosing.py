@@ -18,11 +18,14 @@ from hfsft.plan.plan import (
     row_length,
 )
 from hfsft.plan.step_memory import KINDS
-from hfsft.recipe.schema import AUTO, RENAMED, STAGE_FIELDS, Recipe, Stage
+from hfsft.recipe.key import AUTO
+from hfsft.recipe.names import RENAMED
+from hfsft.recipe.schema import STAGE_FIELDS, Recipe, Stage
 
 BUSY_TOKENS = 4096  # assumed: a smaller micro-batch is bound by kernel launches, not arithmetic
 MARGIN = 0.95  # the share of the limit that `auto` plans for: a plan is off by a few percent
-OPTIMIZERS = ("adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_8bit")  # by bytes a parameter
+# from most to least GPU memory per parameter
+OPTIMIZERS = ("adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_8bit")
 LORA = {"r": 16}  # what is proposed
 
 
@@ -42,7 +45,7 @@ def nearest_settings(
     """The nearest settings that fit, for a stage that does not.
 
     Args:
-        recipe: as `plan_stage` takes it; and the rest.
+        recipe: all arguments are those of `plan_stage`.
 
     Returns:
         Changed settings by the recipe's keys, each with its plan: every change that suffices alone,
@@ -114,7 +117,7 @@ def choose(
     result, do not change.
 
     Args:
-        recipe: as `plan_stage` takes it; and the rest.
+        recipe: all arguments are those of `plan_stage`.
 
     Returns:
         The stage with the values, and a sentence of what was chosen and why; "" if nothing was
@@ -212,7 +215,7 @@ def require_fit(
         f"{gigabytes(-plan.headroom)} more than there is\n"
         f"  GB: {sizes}\n"
         f"  What fits: {'; '.join(fitting) or 'nothing near; take a smaller model'}\n"
-        "  --ignore_plan starts it all the same"
+        "  --ignore_plan starts it anyway"
     )
 
 

@@ -51,7 +51,7 @@ class Plan:
     device: str  # cuda or cpu
     precision: str  # bf16, fp16 or fp32
     rows: int  # of a micro-batch
-    length: int  # tokens a row
+    length: int  # tokens per row
     optim: str
     checkpointing: bool
     parameters: int
@@ -201,7 +201,7 @@ def row_length(recipe: Recipe, stage: Stage) -> int:
 
 
 def examples_of_step(recipe: Recipe, stage: Stage) -> int:
-    """Rows of an optimizer step on all ranks; of sft at most, a conversation a row."""
+    """Rows of an optimizer step on all ranks; for sft at most: one conversation per row."""
     if stage.name == "sft":
         return stage.examples_per_step
     if stage.tokens_per_step is None:
@@ -216,7 +216,7 @@ def examples_per_rank(recipe: Recipe, stage: Stage) -> int:
 
 
 def planned_config(recipe: Recipe, stage: Stage) -> Any:
-    """The configuration of the model that a stage trains, also of one that is still to be trained.
+    """The configuration of the model that a stage trains, even if it is not trained yet.
 
     Raises:
         RecipeError: if base's model cannot be built.
@@ -295,7 +295,7 @@ def _notes(step: TracedStep) -> Iterator[str]:
     if step.cuda:
         yield f"{gigabytes(CUDA_OVERHEAD)} of runtime overhead are assumed, not measured"
         if not torch.cuda.is_available():
-            yield "no such card is here: seconds are an RTX 4060's at 30 TFLOP/s"
+            yield "no CUDA GPU on this machine: times assume an RTX 4060 at 30 TFLOP/s"
     if step.stage.load_in_4bit:
         yield "4-bit weights are by formula, not traced"
     if str(step.stage.trainer.get("optim")).startswith("paged"):

@@ -34,15 +34,13 @@ def print_plan(planned: dict[str, Any]) -> None:
     row("peak", lambda data: f"{data['peak'] / 1e9:.2f}", style="bold")
     row("peak is in", lambda data: data["phase"])
     other = "peak_with_checkpointing_changed"
-    row("peak, checkpointing changed", lambda data: f"{data[other] / 1e9:.2f}")
+    row("peak, checkpointing toggled", lambda data: f"{data[other] / 1e9:.2f}")
     row("limit", lambda data: "none" if data["limit"] is None else f"{data['limit'] / 1e9:.2f}")
     row("fits", lambda data: "yes" if data["fits"] else "no", style="bold", end_section=True)
     row("steps", lambda data: f"{data['steps']:,}" if data["steps"] else "by epoch")
-    row("tokens a step, at most", lambda data: f"{data['tokens_per_step']:,}")
-    row("seconds a step, at most", lambda data: f"{data['seconds_per_step']:.3g}")
-    row(
-        "tokens a second", lambda data: f"{data['tokens_per_step'] / data['seconds_per_step']:,.0f}"
-    )
+    row("tokens/step, at most", lambda data: f"{data['tokens_per_step']:,}")
+    row("seconds/step, at most", lambda data: f"{data['seconds_per_step']:.3g}")
+    row("tokens/s", lambda data: f"{data['tokens_per_step'] / data['seconds_per_step']:,.0f}")
     row("minutes, at most", _minutes)
     row("disk", lambda data: f"{data['disk'] / 1e9:.2f}")
     console.print(table)
@@ -58,11 +56,11 @@ def print_plan(planned: dict[str, Any]) -> None:
         for item in data["nearest"]:
             console.print(f"  {gigabytes(item['peak'])}  {item['settings']}")
     if all(data["timed"] for data in stages.values()):
-        console.print("Seconds are from a few micro-batches that were timed on this device.")
+        console.print("Times are measured from a few micro-batches on this device.")
     else:
         console.print(
-            f"Seconds are from operations, at {UTILISATION:.0%} of the device's rate in large "
-            "products; --time times some."
+            f"Times are estimated from FLOPs at {UTILISATION:.0%} of the measured matmul rate; "
+            "--time measures a few micro-batches."
         )
     console.print(f"The run takes up to {gigabytes(planned['disk'])} on disk.")
     for note in dict.fromkeys(note for data in stages.values() for note in data["notes"]):

@@ -24,7 +24,8 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 from hfsft.model.attention import DOCUMENTS, document_attention, packed_attention, varlen_attention
 from hfsft.model.head import CHUNK_BYTES, fuse_head
 from hfsft.model.loading import plain_model, with_lora
-from hfsft.recipe.schema import AUTO, Stage
+from hfsft.recipe.key import AUTO
+from hfsft.recipe.schema import Stage
 
 KINDS = ("weights", "gradients", "optimizer", "activations", "attention", "head")
 

@@ -15,7 +15,7 @@ FLAGS = {
     "restart": "start the stage over; its old folder is moved aside, not deleted",
     "quiet": "print errors only",
     "trust_remote_code": "run the Python code in a model's repository",
-    "ignore_plan": "start a stage even if, by its plan, it does not fit into memory",
+    "ignore_plan": "start a stage even if it should not fit into memory or on the disk",
 }
 
 
@@ -62,7 +62,7 @@ REFUSED = {
     "auto_find_batch_size": "it would silently change which examples share a step",
     "packing": "it would change which conversations share a step",
     "padding_free": "it would change which conversations share a step",
-    "eval_packing": "validation is never packed",
+    "eval_packing": "validation packs its documents without changing their losses",
     "save_only_model": "training could not resume from such a checkpoint",
     "ignore_data_skip": "a resumed run would see different examples",
     "resume_from_checkpoint": (
@@ -88,7 +88,7 @@ REFUSED = {
     "pad_token": "the tokenizer's own pad token is used, or one is added",
     "remove_unused_columns": MANAGED,
     "train_sampling_strategy": "the seed decides the order of the examples",
-    "hub_always_push": "pushes never wait for each other; what remains is pushed at the end",
+    "hub_always_push": "pushes run one after another beside training; the rest at the end",
     "disable_tqdm": MANAGED,
     "include_num_input_tokens_seen": MANAGED,
     "logging_nan_inf_filter": "it would replace a NaN loss in the log by the mean of earlier ones",

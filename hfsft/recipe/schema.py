@@ -10,10 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hfsft.errors import RecipeError, quoted
-from hfsft.recipe.key import AUTO as AUTO  # kept here for those who import them from here
 from hfsft.recipe.key import FREE, key
-from hfsft.recipe.key import STAGES as STAGES
-from hfsft.recipe.names import RENAMED as RENAMED
 
 MEMORY = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]i?B)")
 

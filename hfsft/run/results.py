@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from hfsft.errors import HfsftError
-from hfsft.recipe.schema import STAGES
+from hfsft.recipe.key import STAGES
 from hfsft.run.files import read_json_lines
 
 

@@ -3,9 +3,10 @@
 A conversation is first rendered as segments of text, each special or not and trained or not; then
 the texts of a batch are tokenized together. Each segment is tokenized by itself, so a special token
 written inside a message stays plain text. Templates other than hfsft's two are rendered by Jinja in
-`templates.py`.
+`foreign_templates.py`.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from hfsft.tokens import templates
-from hfsft.tokens.formats import BadRow, Messages
+from hfsft.tokens import foreign_templates
+from hfsft.tokens.row_formats import BadRow, Messages
 
 IGNORED = -100  # the label of a token that is not trained on, in torch and transformers
 
@@ -211,6 +212,15 @@ def encode_conversations(
     return found
 
 
+def tokenizer_key(tokenizer: Any) -> str:
+    """All of a tokenizer that the ids of a text depend on, for the key of cached rows."""
+    backend = tokenizer.backend_tokenizer
+    # left by an earlier caller, they would be part of the key
+    backend.no_truncation()
+    backend.no_padding()
+    return hashlib.blake2b(backend.to_str().encode()).hexdigest()
+
+
 def encode_texts(texts: list[str], tokenizer: Any) -> list[list[int]]:
     """Token ids of each text, in parallel on all cores; special tokens in it are plain text."""
     backend = tokenizer.backend_tokenizer
@@ -228,10 +238,10 @@ def _encode_foreign(messages: Messages, tokenizer: Any, assistant_only: bool) ->
     """Encode a conversation through a template that is not hfsft's."""
     try:
         plain = [message | {"content": plain_text(message)} for message in messages]
-        ids, mask = templates.encode(plain, tokenizer, assistant_only)
+        ids, mask = foreign_templates.encode(plain, tokenizer, assistant_only)
     except BadRow as bad:
         return bad
-    except templates.TemplateError as error:
+    except foreign_templates.TemplateError as error:
         return BadRow(str(error))
     return Encoded(np.array(ids, np.int32), np.array(mask, bool))
 

@@ -17,7 +17,7 @@ from hfsft.errors import ModelError, RecipeError
 from hfsft.hub.client import NOT_LOADED, require_model, why_not_loaded
 from hfsft.recipe.schema import Recipe, Stage
 from hfsft.run.disk import writing_to
-from hfsft.tokens.templates import TemplateError, end_of_turn
+from hfsft.tokens.foreign_templates import TemplateError, end_of_turn
 
 # karpathy/nanochat's nine, in its order, and a pad token of its own: as the embedding's padding_idx
 # it gets no gradient, so no token with a meaning can serve

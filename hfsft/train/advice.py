@@ -85,7 +85,7 @@ class Validation:
 
     @cached_property
     def loss(self) -> float:
-        """Mean loss a trained token, in nats."""
+        """Mean loss per trained token, in nats."""
         return float(self.losses.sum() / self.tokens.sum())
 
     @cached_property
@@ -105,7 +105,7 @@ class Advice:
         plateau: whether the steps left would gain less than `WORTH`, 90% sure, or the validation
             loss rises while the training loss falls.
         projected: total steps → interval that holds what a run of so many steps ends at, in `RATE`
-            of the cases; nats a token, on the same held-out conversations.
+            of the cases; nats per token, on the same held-out conversations.
     """
 
     step: int

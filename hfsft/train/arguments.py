@@ -94,7 +94,7 @@ def rows_per_step(stage: Stage, length: int) -> int:
 
     Args:
         stage: `tokens_per_step`, or without it one batch on each device.
-        length: tokens a row.
+        length: tokens per row.
 
     Raises:
         RecipeError: if the step does not divide over the devices.

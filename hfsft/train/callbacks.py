@@ -58,18 +58,18 @@ class StopOnSignal(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         """Stop at the same step on every rank."""
-        if state.global_step < state.max_steps and self.is_told():
+        if state.global_step < state.max_steps and self.any_rank_signalled():
             control.should_save = True
             control.should_training_stop = True
 
-    def is_told(self) -> bool:
+    def any_rank_signalled(self) -> bool:
         """Whether any rank received a signal; a collective, so every rank must call it."""
         if self.accelerator.num_processes > 1:
             flag = torch.tensor([self.received], device=self.accelerator.device)
             self.received = int(self.accelerator.gather(flag).max())
         return bool(self.received)
 
-    def give_back(self) -> None:
+    def restore_handlers(self) -> None:
         """Restore the previous signal handlers."""
         for number, handler in self.before.items():
             signal.signal(number, handler)

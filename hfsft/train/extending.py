@@ -1,4 +1,4 @@
-"""Extending a stage: resume from a checkpoint that a run with another `max_steps` shares."""
+"""Extending a stage: resume with another `max_steps` from a step that both schedules share."""
 
 import os
 import shutil
@@ -9,7 +9,7 @@ from accelerate import PartialState
 
 from hfsft.errors import CheckpointError, RecipeError
 from hfsft.recipe.schema import Recipe, Stage
-from hfsft.run.checkpoint import checkpoints, newest_whole, step_of, verify
+from hfsft.run.manifest import checkpoints, newest_valid, step_of, verify
 from hfsft.run.record import LOGS, settings_of, write_record
 from hfsft.train.folder import lock_stage, move_aside
 from hfsft.train.schedule import STABLE, shared_steps
@@ -40,7 +40,7 @@ def extend(recipe: Recipe, stage: Stage, record: dict[str, Any]) -> None:
         if not stage.quiet:
             print(
                 f"{stage.name}: resuming from step {step_of(checkpoint)}, up to {stage.max_steps}; "
-                f"the model of step {reached} is now in {aside}"
+                f"what was trained to step {reached} is now in {aside}"
             )
     state.wait_for_everyone()
 
@@ -53,7 +53,8 @@ def checkpoint_to_extend(stage: Stage, record: dict[str, Any]) -> Path | None:
         record: its `stage.json`, with the old one.
 
     Returns:
-        A checkpoint that newer ones must make way for, see `begin_from`; None if it is the newest.
+        The checkpoint to resume from, if newer ones or a finished model must be moved aside for it
+        (see `begin_from`); else None.
 
     Raises:
         RecipeError: if there is none, with the reason.
@@ -68,12 +69,15 @@ def checkpoint_to_extend(stage: Stage, record: dict[str, Any]) -> Path | None:
         except CheckpointError:
             continue
         finished = record["status"] == "finished"
-        newest, _ = newest_whole(stage.checkpoints)
+        newest, _ = newest_valid(stage.checkpoints)
         return checkpoint if finished or newest != checkpoint else None
     schedule = stage.trainer.get("lr_scheduler_type", "linear")
     why = f"no checkpoint of the first {shared} steps is left"
     if shared < 1:
-        why = f"under lr_scheduler_type {schedule} every step then has another learning rate"
+        why = (
+            f"with lr_scheduler_type {schedule}, another max_steps changes the learning rate of "
+            "every step"
+        )
     raise RecipeError(
         f"{stage.folder} was started with max_steps {before} and cannot resume to {now}: {why}\n"
         f"  lr_scheduler_type: {STABLE} keeps a checkpoint to resume from; for now give this run "

@@ -1,29 +1,23 @@
-"""Train a stage, and leave a complete model folder: the model first, all else after it."""
+"""Train a stage and leave a complete model folder: the model first, everything else after it."""
 
-import contextlib
 import json
 import shutil
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from hfsft.errors import Interrupted, first_line
+from hfsft.errors import Interrupted
 from hfsft.hub.push import report_pushes
 from hfsft.model.loading import merged_model, name_base
 from hfsft.plan.sizes import SMALL_FILES, checkpoint_size, model_size, most_checkpoints
 from hfsft.process import Stopped
 from hfsft.recipe.schema import Recipe, Stage
-from hfsft.run.checkpoint import PARTIAL, checkpoints, clear, newest_whole, step_of
 from hfsft.run.disk import require_room, shown, writing_to
-from hfsft.run.files import write_text_atomically
+from hfsft.run.manifest import PARTIAL, clear
 from hfsft.run.record import write_record
 from hfsft.train.card import model_card
 from hfsft.train.folder import lock_stage
-from hfsft.train.measuring import figures, joules, new_record, peak_memory
-from hfsft.train.step import StepAbandoned
+from hfsft.train.resuming import optional, train_with_record
 
 
 def train_and_save(trainer: Any, recipe: Recipe, stage: Stage) -> None:
@@ -39,7 +33,7 @@ def train_and_save(trainer: Any, recipe: Recipe, stage: Stage) -> None:
         try:
             if trainer.is_world_process_zero() and not recipe.ignore_plan:
                 _require_room(trainer, stage)
-            record = _train_with_record(trainer, recipe, stage)
+            record = train_with_record(trainer, recipe, stage)
             _save_stage(trainer, stage, record)
             if trainer.is_world_process_zero():
                 lock.release()
@@ -58,97 +52,7 @@ def _require_room(trainer: Any, stage: Stage) -> None:
     require_room(stage.name, stage.folder, count * one + final, contents)
 
 
-# --- training ---
-
-
-def _train_with_record(trainer: Any, recipe: Recipe, stage: Stage) -> dict[str, Any]:
-    """Train, and keep `stage.json` true to how it ended, unless it finished; returns the record."""
-    is_main, device = trainer.is_world_process_zero(), trainer.args.device
-    record = new_record(trainer, recipe, stage)
-    if is_main:
-        _write_recipe(recipe)
-        write_record(stage.folder, record)
-    before = _optional(trainer, "energy", lambda: joules(device))
-    try:
-        try:
-            _train(trainer, stage)
-        except StepAbandoned:
-            trainer.save_if_new()
-        if trainer.stop_signal.received and not trainer.is_complete():
-            record["status"] = "interrupted"
-            raise _interrupted(trainer, stage)
-        record["status"] = "finished"
-    except BaseException:
-        if record["status"] == "running":
-            record["status"] = "failed"
-        raise
-    finally:
-        _optional(trainer, "the progress bar", trainer.console.close)
-        trainer.stop_signal.give_back()
-        record |= figures(trainer)
-        record |= _optional(trainer, "peak memory", lambda: peak_memory(device)) or {
-            "peak_memory_bytes": None,
-            "peak_memory_of": None,
-            "peak_allocated_bytes": None,
-        }
-        after = _optional(trainer, "energy", lambda: joules(device))
-        # of a stage that one command trained on one GPU from beginning to end
-        counted = None not in (before, after) and trainer.args.world_size == 1
-        if record["status"] == "finished":
-            resumed = trainer.resumed_from is not None
-            record["energy_joules"] = round(after - before, 1) if counted and not resumed else None
-        elif is_main:
-            with contextlib.suppress(OSError):  # of a full disk; the error before it is reported
-                write_record(stage.folder, record)
-    return record
-
-
-def _optional(trainer: Any, what: str, make: Callable[[], Any]) -> Any:
-    """What `make` returns; None where it fails: no finished training may be lost for it."""
-    try:
-        return make()
-    except Exception as error:
-        trainer.say(f"{trainer.stage.name}: {what} failed: {first_line(error)}")
-        return None
-
-
-def _train(trainer: Any, stage: Stage) -> None:
-    """Train, from the newest checkpoint that verifies, and validate where that is still due."""
-    checkpoint, passed_over = newest_whole(stage.checkpoints)
-    for problem in passed_over:
-        trainer.say(f"passed over: {problem}")
-    trainer.args.eval_on_start = stage.validates
-    if checkpoint is not None:
-        trainer.prepare_resume(checkpoint)
-        trainer.say(f"{stage.name}: resuming from {checkpoint}")
-        trainer.args.eval_on_start = trainer.validation_is_due(step_of(checkpoint))
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    except StepAbandoned:
-        if not trainer.has_every_step() or trainer.stop_signal.received:
-            raise
-    if trainer.has_every_step() and not trainer.is_complete():
-        trainer.evaluate()
-
-
-def _interrupted(trainer: Any, stage: Stage) -> Interrupted:
-    number, step = trainer.stop_signal.received, trainer.state.global_step
-    reached = f"{stage.name} stopped by {signal.Signals(number).name} at step {step}"
-    if step == 0:
-        return Interrupted(f"{reached}, before there was anything to save", number)
-    return Interrupted(
-        f"{reached} of {trainer.args.max_steps}, saved in {checkpoints(stage.checkpoints)[0]}\n"
-        "  The same command resumes from there",
-        number,
-    )
-
-
-def _write_recipe(recipe: Recipe) -> None:
-    text = yaml.safe_dump(recipe.resolved, sort_keys=False, allow_unicode=True)
-    write_text_atomically(recipe.folder / "recipe.yaml", text)
-
-
-# --- saving ---
+# --- the finished model ---
 
 
 def _save_stage(trainer: Any, stage: Stage, record: dict[str, Any]) -> None:
@@ -162,7 +66,7 @@ def _save_stage(trainer: Any, stage: Stage, record: dict[str, Any]) -> None:
     _write_rope_theta(partial / "config.json")
     _move_into(stage.folder, partial)
     card = stage.folder / "README.md"
-    _optional(trainer, "the model card", lambda: card.write_text(model_card(stage, record)))
+    optional(trainer, "the model card", lambda: card.write_text(model_card(stage, record)))
     write_record(stage.folder, record)
     trainer.say(_summary(stage, record, trainer.state.global_step))
 

@@ -16,7 +16,7 @@ from hfsft.recipe.schema import Stage
 from hfsft.tokens.encoding import IGNORED
 from hfsft.train.advice import Validation
 
-FEWEST = 16  # documents, whatever the budget: the mean of fewer says next to nothing
+FEWEST = 16  # documents, whatever the budget: the mean over fewer is too noisy
 
 
 ANSWER_TOKENS = 48  # of an answer to a sample prompt at most
@@ -127,7 +127,7 @@ def validation_metrics(
         text_bytes: of all text; None: leave out bits per byte.
 
     Returns:
-        Mean loss a token, its standard error over documents, accuracy, the loss of each source
+        Mean loss per token, its standard error over documents, accuracy, the loss of each source
         if there are several, and bits per byte.
     """
     losses, tokens, correct, text_losses = totals.numpy()

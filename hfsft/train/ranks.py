@@ -4,9 +4,9 @@ Every second each rank writes a heartbeat to the process group's store, from a t
 and reads those of its peers. A collective alone does not notice: gloo sees a dead peer but not a
 stopped one, and NCCL waits for ten minutes or more.
 
-The store is the launcher's. While the launcher is stopped, as by Ctrl-Z, nobody is watched; when it
-is gone, the stage saves a checkpoint and stops. Without torchrun (mpirun) rank 0 holds the store,
-and a stopped rank 0 goes unnoticed. A rank in an endless loop counts as alive.
+The store is the launcher's. While the launcher is stopped, as by Ctrl-Z, no rank is watched; when
+it is gone, the stage saves a checkpoint and stops. Without torchrun (mpirun) rank 0 holds the
+store, and a stopped rank 0 goes unnoticed. A rank in an endless loop counts as alive.
 """
 
 import atexit
@@ -24,12 +24,12 @@ from accelerate import PartialState
 from torch.distributed import DistError, distributed_c10d
 
 from hfsft import process
-from hfsft.run.checkpoint import checkpoints
+from hfsft.run.manifest import checkpoints
 
 BEAT = 1.0  # seconds between heartbeats
-# our heartbeats without one from a peer before it counts as dead: torchrun kills the other ranks
-# 30 s after a death, and a thread may wait 13 s for the GIL (seen: np.unique of 30 M numbers on two
-# busy cores)
+# a peer counts as dead after this many of our heartbeats without one of its own: torchrun kills the
+# other ranks 30 s after a death, and a thread may wait 13 s for the GIL (seen: np.unique of 30 M
+# numbers on two busy cores)
 SILENT = 25
 STARVED = 300  # the same for a peer that /proc shows running: a long call can hold its GIL
 LEFT = "left "  # a rank's last message, followed by its exit status
@@ -132,7 +132,7 @@ class Watchdog:
             error: of this process, such as a broken connection, or torchrun's SIGTERM.
 
         Returns:
-            Whether to print it here: what every rank reports is printed once a machine.
+            Whether to print it here: what every rank reports is printed once per machine.
         """
         broken = isinstance(error, DistError) or any(
             words in str(error).lower() for words in ("gloo", "nccl")

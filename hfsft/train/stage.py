@@ -14,9 +14,10 @@ import transformers
 from accelerate import PartialState
 
 from hfsft.hub.push import check_push
-from hfsft.recipe.schema import AUTO, Recipe, Stage
-from hfsft.run.checkpoint import checkpoints
+from hfsft.recipe.key import AUTO
+from hfsft.recipe.schema import Recipe, Stage
 from hfsft.run.disk import require_writable
+from hfsft.run.manifest import checkpoints
 from hfsft.run.record import (
     changed_keys,
     finished_line,
@@ -181,7 +182,8 @@ def with_plan(recipe: Recipe, stage: Stage, chosen: dict[str, Any] | None) -> St
     Args:
         recipe: whose stage.
         stage: as the recipe has it.
-        chosen: what `auto` was when the stage began: another optimizer's states would not load.
+        chosen: the values of `auto` when the stage started, kept on resume: optimizer states must
+            match.
 
     Raises:
         MemoryShortage: if it does not fit.

@@ -1,7 +1,7 @@
 """The step: one optimizer update from packed micro-batches, its loss a mean over trained tokens.
 
 `PackedStep` is the first of three classes that `trainer.py` puts before transformers' and trl's
-trainers: the step, saving and resuming (`saving.py`), validating (`validating.py`).
+trainers: the step, saving and resuming (`checkpointing.py`), validating (`validating.py`).
 """
 
 import itertools
@@ -25,7 +25,7 @@ from hfsft.model.attention import packed_attention
 from hfsft.model.head import fuse_head
 from hfsft.model.loading import plain_model
 from hfsft.recipe.schema import Stage
-from hfsft.run.checkpoint import newest_whole
+from hfsft.run.manifest import newest_valid
 from hfsft.tokens.encoding import IGNORED
 from hfsft.train.callbacks import ConsoleCallback, MetricsCallback, StopOnSignal, guard_trackers
 
@@ -46,7 +46,7 @@ class StepSampler(torch.utils.data.Sampler):
 
 
 class StepAbandoned(Exception):
-    """The step in progress was abandoned; weights and optimizer are as they were before it."""
+    """Training stopped between two updates: a step or validation was abandoned, or none is left."""
 
 
 class PackedStep:
@@ -57,9 +57,9 @@ class PackedStep:
 
         Args:
             stage: the recipe's section.
-            examples: of an optimizer step, over all ranks.
-            length: tokens a row; None: those of the step's longest conversation.
-            kwargs: of the `Trainer`; `args.per_device_train_batch_size` are a micro-batch's rows.
+            examples: per optimizer step, over all ranks.
+            length: tokens per row; None: those of the step's longest conversation.
+            kwargs: of the `Trainer`; `args.per_device_train_batch_size` is a micro-batch's rows.
 
         Raises:
             RecipeError: if upstream refuses the settings, or the step does not divide.
@@ -67,8 +67,8 @@ class PackedStep:
         args = kwargs["args"]
         if examples % args.world_size:
             raise RecipeError(
-                f"{stage.name}: {examples} examples a step do not divide over {args.world_size} "
-                "devices"
+                f"{stage.name}: {examples} examples per step are not divisible by "
+                f"{args.world_size} devices"
             )
         if isinstance(kwargs["train_dataset"], TextStream):
             # it reads ahead in a thread of its own, and must know its position for a checkpoint
@@ -183,7 +183,7 @@ class PackedStep:
     def training_step(
         self, model: Any, inputs: dict[str, torch.Tensor], num_items_in_batch: torch.Tensor
     ) -> torch.Tensor:
-        """Forward and backward of a whole step; out of memory, again in smaller micro-batches.
+        """Forward and backward of a full step; on out-of-memory, retry with smaller micro-batches.
 
         Args:
             model: as Accelerate wraps it.
@@ -191,7 +191,7 @@ class PackedStep:
             num_items_in_batch: trained tokens of the step, summed over ranks.
 
         Returns:
-            This rank's share of the mean loss a trained token, times the world size.
+            This rank's share of the mean loss per trained token, times the world size.
 
         Raises:
             MemoryShortage: if a single document does not fit.
@@ -304,7 +304,7 @@ class PackedStep:
     # --- losses and gradients that are not finite ---
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Note the norm for `skip_bad_update`; no callback is given it."""
+        """Keep the norm for `skip_bad_update`: callbacks do not receive it."""
         self.grad_norm = super()._get_grad_norm(model, grad_norm)
         return self.grad_norm
 
@@ -315,7 +315,7 @@ class PackedStep:
             TrainingError: after `max_bad_steps` such steps in a row.
         """
         loss = self.accelerator.reduce(self.step_loss)
-        # fp16's gradient scaler tries norms that overflow, and skips those updates itself
+        # under fp16 norms overflow as expected: the gradient scaler skips those updates itself
         checked = loss if self.args.fp16 else loss + self.grad_norm
         if math.isfinite(checked):
             self.bad_steps = 0
@@ -370,7 +370,7 @@ def _origins(dataset: Any, examples: list[int]) -> dict[str, list[Any]]:
 def last_good_checkpoint(stage: Stage) -> str:
     """The end of an error message: which checkpoint the stage can resume from."""
     try:
-        newest, _ = newest_whole(stage.checkpoints)
+        newest, _ = newest_valid(stage.checkpoints)
     except CheckpointError:
         newest = None
     return f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"

@@ -19,7 +19,7 @@ PRIVATE_API = {
         "_prepare_inputs": "moves validation's and the sample's inputs to the device",
         "_tr_loss": "the loss summed for the next log line, kept in a checkpoint",
         "_globalstep_last_logged": "the step of the last log line, kept in a checkpoint",
-        "_save_checkpoint": "written to a partial folder, verified by hash, then renamed",
+        "_save_checkpoint": "written to a partial folder, hashed into a manifest, then renamed",
         "_save_optimizer_and_scheduler": "part of our checkpoint, as Trainer writes it",
         "_save_scaler": "part of our checkpoint, as Trainer writes it",
         "_save_rng_state": "part of our checkpoint, as Trainer writes it",

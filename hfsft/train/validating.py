@@ -20,8 +20,9 @@ from hfsft.model.loading import plain_model
 from hfsft.plan.sizes import steps_of
 from hfsft.recipe.schema import Stage
 from hfsft.tokens.encoding import IGNORED
-from hfsft.tokens.templates import prompt_text
+from hfsft.tokens.foreign_templates import prompt_text
 from hfsft.train.advice import Advice, Validation, advise
+from hfsft.train.checkpointing import ResumableStep
 from hfsft.train.held_out import (
     HeldOut,
     attention_of,
@@ -30,7 +31,6 @@ from hfsft.train.held_out import (
     greedy_answers,
     validation_metrics,
 )
-from hfsft.train.saving import ResumableStep
 from hfsft.train.step import StepAbandoned
 
 EVAL_EXAMPLES = 64  # held-out examples that are packed together
@@ -90,7 +90,7 @@ class ValidatingStep(ResumableStep):
         return self.has_every_step() and validated
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Validate, after a checkpoint that is due; if it fails, save one in any case."""
+        """Validate, after a checkpoint that is due; on one rank a failure saves one too."""
         best = self.args.metric_for_best_model is not None or self.args.save_strategy == "best"
         if self.control.should_save and not best:
             self.save_checkpoint()
@@ -128,7 +128,7 @@ class ValidatingStep(ResumableStep):
     def evaluation_loop(
         self, dataloader: Any, description: str, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> EvalLoopOutput:
-        """Mean loss a trained token, whatever the batch and the world size.
+        """Mean loss per trained token, whatever the batch and the world size.
 
         The stock loop averages over batches, and repeats examples to give every rank as many. The
         loss of each document goes to `validation.jsonl`.
@@ -144,7 +144,7 @@ class ValidatingStep(ResumableStep):
             )
             if self.stop_signal.received and not self.is_sharded():
                 break
-        if self.stop_signal.is_told():
+        if self.stop_signal.any_rank_signalled():
             raise StepAbandoned  # validation is redone when the run resumes
         totals = self.accelerator.reduce(totals.to(self.args.device)).cpu()
         losses, tokens = totals[0].tolist(), totals[1].long().tolist()
@@ -206,7 +206,7 @@ class ValidatingStep(ResumableStep):
                 correct = logits.argmax(1) == targets
         return targets, losses.double().cpu(), correct.cpu()
 
-    # --- what it says of more steps ---
+    # --- advice on training longer ---
 
     def _advise(self) -> Advice | None:
         log, step = self.metrics_log, self.state.global_step

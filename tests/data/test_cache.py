@@ -39,8 +39,8 @@ def test_a_copy_of_the_code_has_the_same_digest(package):
 @pytest.mark.parametrize(
     "file",
     [
-        "tokens/formats.py",
-        "tokens/templates.py",
+        "tokens/row_formats.py",
+        "tokens/foreign_templates.py",
         "tokens/encoding.py",
         "data/sources.py",
         "data/packing.py",
@@ -65,7 +65,7 @@ def test_every_module_that_is_loaded_is_in_the_digest():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=200
     )
     loaded = set(done.stdout.split())
-    assert {"hfsft", "hfsft.data.rows", "hfsft.tokens.formats", "hfsft.errors"} <= loaded
+    assert {"hfsft", "hfsft.data.rows", "hfsft.tokens.row_formats", "hfsft.errors"} <= loaded
     assert loaded <= set(imported_code("hfsft.data.text"))
 
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from hub_server import HubServer
 
-from hfsft.run.checkpoint import commit
+from hfsft.run.manifest import commit
 
 BIN = Path(sys.executable).parent
 MODEL = {"config.json": "{}", "model.safetensors": "weights"}

@@ -15,7 +15,7 @@ from hfsft.tokens.encoding import (
     fit_conversations,
     nanochat_segments,
 )
-from hfsft.tokens.formats import (
+from hfsft.tokens.row_formats import (
     BadRow,
     check_messages,
 )

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from hfsft.tokens.encoding import IGNORED, encode_conversations
-from hfsft.tokens.formats import BadRow, check_messages
+from hfsft.tokens.row_formats import BadRow, check_messages
 from hfsft.tokens.tokenizer import load_tokenizer
 
 COUNT = 200

@@ -130,7 +130,7 @@ def test_perfectly_flat_curve():
     assert 1.6 < low < 1.7 < high < 1.72
 
 
-def test_flat_and_finished_is_told_to_stop_there():
+def test_flat_and_finished_advises_to_stop_there():
     advice = advise(flat(noise=0.002, steps=range(0, 201, 20)), [], 200, None, None, None)
     assert not advice.plateau  # nothing is left to stop
     assert advice.says.endswith(": stop at 200")

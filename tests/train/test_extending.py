@@ -9,7 +9,7 @@ from faults import RECIPE, STEPS, bits, timeless
 
 from hfsft import base, sft
 from hfsft.errors import Interrupted, RecipeError
-from hfsft.run.checkpoint import checkpoints, step_of
+from hfsft.run.manifest import checkpoints, step_of
 from hfsft.train.schedule import decay_start, scheduler_settings, shared_steps
 
 STABLE = ("--lr_scheduler_type", "warmup_stable_decay")
@@ -82,7 +82,7 @@ def test_more_steps_end_where_a_longer_run_from_scratch_does(recipe, tmp_path, c
     sft.main(recipe, "--output_dir", str(tmp_path / "a"), *STABLE)
     aside = folder.with_name("sft.old-1")
     assert (
-        f"sft: resuming from step 3, up to {STEPS}; the model of step 4 is now in {aside}\n"
+        f"sft: resuming from step 3, up to {STEPS}; what was trained to step 4 is now in {aside}\n"
         in capsys.readouterr().out
     )
     assert (aside / "model.safetensors").read_bytes() == finished
@@ -107,14 +107,14 @@ def test_another_schedule_says_why_not_and_touches_nothing(recipe, tmp_path):
     before = sorted(path for path in tmp_path.rglob("*"))
     with pytest.raises(
         RecipeError,
-        match=r"was started with max_steps 2 and cannot resume to 6: under lr_scheduler_type "
-        r"linear every step then has another learning rate\n  lr_scheduler_type: warmup_stable_d",
+        match=r"was started with max_steps 2 and cannot resume to 6: with lr_scheduler_type "
+        r"linear, another max_steps changes the learning rate of every step\n  lr_scheduler_type",
     ):
         sft.main(recipe, *place)
     assert sorted(path for path in tmp_path.rglob("*")) == before
 
 
-def test_a_constant_rate_goes_on_from_the_end(recipe, tmp_path):
+def test_a_constant_rate_resumes_from_the_end(recipe, tmp_path):
     constant = ("--lr_scheduler_type", "constant", "--quiet")
     sft.main(recipe, "--output_dir", str(tmp_path / "a"), "--max_steps", "3", *constant)
     sft.main(recipe, "--output_dir", str(tmp_path / "a"), *constant)
@@ -154,7 +154,7 @@ def test_without_checkpoints_a_finished_stage_stays_as_it_is(recipe, tmp_path):
     assert (tmp_path / "start" / "sft" / "model.safetensors").read_bytes() == before
 
 
-def test_a_killed_run_past_its_decay_goes_on_from_before_it(recipe, tmp_path, capsys):
+def test_a_killed_run_past_its_decay_resumes_from_before_it(recipe, tmp_path, capsys):
     place = ("--output_dir", str(tmp_path), *STABLE)
     sft.main(recipe, *place, "--max_steps", "4")
     folder = tmp_path / "start" / "sft"
@@ -165,5 +165,8 @@ def test_a_killed_run_past_its_decay_goes_on_from_before_it(recipe, tmp_path, ca
     (folder / "model.safetensors").unlink()
     capsys.readouterr()
     sft.main(recipe, *place)
-    assert "resuming from step 3, up to 6; the model of step 4 is now in" in capsys.readouterr().out
+    assert (
+        "resuming from step 3, up to 6; what was trained to step 4 is now in"
+        in capsys.readouterr().out
+    )
     assert step_of(checkpoints(folder / "checkpoints")[0]) == STEPS

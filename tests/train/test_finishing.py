@@ -61,11 +61,14 @@ class Tracker(TrainerCallback):
         setattr(self, event, fails)
 
 
-@pytest.mark.parametrize("part", ["joules", "peak_memory", "model_card"])
+@pytest.mark.parametrize(
+    "where", ["resuming.joules", "resuming.peak_memory", "finishing.model_card"]
+)
 def test_the_model_is_saved_though_an_optional_part_fails(
-    recipe, tmp_path, monkeypatch, capsys, part
+    recipe, tmp_path, monkeypatch, capsys, where
 ):
-    monkeypatch.setattr(f"hfsft.train.finishing.{part}", fails)
+    monkeypatch.setattr(f"hfsft.train.{where}", fails)
+    part = where.partition(".")[2]
     sft.main(recipe, "--output_dir", str(tmp_path))
     folder = tmp_path / "tiny" / "sft"
     assert_same_weights(folder, Path(recipe).parent / "tiny" / "sft")

@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 from hfsft import base, mid, sft
 from hfsft.errors import CheckpointError, Interrupted, RecipeError, TrainingError
 from hfsft.process import Stopped
-from hfsft.run.checkpoint import checkpoints
+from hfsft.run.manifest import checkpoints
 from hfsft.train.trainer import SFTStageTrainer
 
 
@@ -131,7 +131,7 @@ def test_a_signal_whenever_it_comes(
     assert bits(folder) == whole
 
 
-def test_told_twice_it_abandons_the_step(recipe, whole, place, tmp_path, monkeypatch):
+def test_a_second_signal_it_abandons_the_step(recipe, whole, place, tmp_path, monkeypatch):
     parts = []
 
     def count(self, args, state, control, **kwargs):
@@ -161,7 +161,7 @@ def test_told_twice_it_abandons_the_step(recipe, whole, place, tmp_path, monkeyp
     assert bits(sft_folder(tmp_path)) == bits(left_alone / "start" / "sft")
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_said(recipe, whole, tmp_path, monkeypatch, capsys):
+def test_a_damaged_checkpoint_is_skipped_and_reported(recipe, whole, tmp_path, monkeypatch, capsys):
     place = ("--output_dir", str(tmp_path))
     with acting(monkeypatch, on_step_begin=sends(signal.SIGTERM, 3)), pytest.raises(Interrupted):
         sft.main(recipe, *place)
@@ -172,13 +172,16 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(recipe, whole, tmp_path, m
     capsys.readouterr()
     sft.main(recipe, *place)
     said = capsys.readouterr().out
-    assert "passed over: " in said and "checkpoint-4: optimizer.pt is not what was written" in said
+    assert (
+        "skipping an invalid checkpoint: " in said
+        and "checkpoint-4: optimizer.pt is not what was written" in said
+    )
     assert "resuming from" in said and "checkpoint-3" in said
     assert bits(sft_folder(tmp_path)) == whole
     assert (newest.parent / "checkpoint-4.broken-1" / "optimizer.pt").read_bytes() == held
 
 
-def test_no_whole_checkpoint_is_no_fresh_start(recipe, place, tmp_path, monkeypatch):
+def test_no_valid_checkpoint_is_no_fresh_start(recipe, place, tmp_path, monkeypatch):
     with acting(monkeypatch, on_step_begin=sends(signal.SIGTERM, 1)), pytest.raises(Interrupted):
         sft.main(recipe, *place)
     for checkpoint in checkpoints(sft_folder(tmp_path) / "checkpoints"):
@@ -324,7 +327,7 @@ def test_a_full_disk_says_what_a_checkpoint_takes(recipe, place, tmp_path):
     sft.main(recipe, *place)
 
 
-def test_a_full_disk_after_a_good_checkpoint_may_go_on(
+def test_a_full_disk_after_a_good_checkpoint_may_continue(
     recipe, whole, tmp_path, monkeypatch, capsys
 ):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

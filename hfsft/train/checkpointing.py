@@ -23,7 +23,8 @@ from hfsft.hub.push import Pusher
 from hfsft.model.loading import name_base
 from hfsft.plan.sizes import checkpoint_bytes
 from hfsft.recipe.schema import Stage
-from hfsft.run.checkpoint import (
+from hfsft.run.disk import free_bytes, shown
+from hfsft.run.manifest import (
     PARTIAL,
     PLACE,
     checkpoints,
@@ -33,7 +34,6 @@ from hfsft.run.checkpoint import (
     rotate,
     step_of,
 )
-from hfsft.run.disk import free_bytes, shown
 from hfsft.train.schedule import decay_start
 from hfsft.train.step import PackedStep, StepAbandoned, last_good_checkpoint
 
@@ -236,7 +236,7 @@ def data_fingerprint(train: Any, examples: int | None = None) -> dict[str, Any]:
 
     Args:
         train: sft's examples of the whole run, rows of mid or base, or a stream.
-        examples: only the first so many; None: all of them.
+        examples: only the first so many are hashed; None: all.
 
     Returns:
         `examples` and their `digest`; both None for a stream.

@@ -5,7 +5,7 @@ from chat_messages import HELLO, assistant, call, calling, system, tool, user
 
 from hfsft.errors import DataError
 from hfsft.recipe.schema import FORMATS as RECIPE_FORMATS
-from hfsft.tokens.formats import (
+from hfsft.tokens.row_formats import (
     FORMATS,
     BadRow,
     content_digest,

@@ -138,7 +138,7 @@ def verify(checkpoint: Path) -> dict[str, Any]:
     return manifest
 
 
-def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
+def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that verifies.
 
     Args:

@@ -6,14 +6,14 @@ import shutil
 import pytest
 
 from hfsft.errors import CheckpointError
-from hfsft.run.checkpoint import (
+from hfsft.run.manifest import (
     DELETED,
     MANIFEST,
     PARTIAL,
     checkpoints,
     clear,
     commit,
-    newest_whole,
+    newest_valid,
     rotate,
     verify,
 )
@@ -40,7 +40,7 @@ def test_a_committed_folder_verifies(tmp_path):
         "deep/rng_state.pth": 1,
     }
     assert not (tmp_path / PARTIAL).exists()
-    assert newest_whole(tmp_path) == (made, [])
+    assert newest_valid(tmp_path) == (made, [])
 
 
 def flip(path, at):
@@ -77,7 +77,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_previous_one(tmp_path, damage):
     DAMAGE[damage][0](broken)
     with pytest.raises(CheckpointError, match=DAMAGE[damage][1]):
         verify(broken)
-    found, problems = newest_whole(tmp_path)
+    found, problems = newest_valid(tmp_path)
     assert found == good
     assert len(problems) == 1 and "checkpoint-10: " in problems[0]
     assert broken.exists()
@@ -87,16 +87,16 @@ def test_only_damaged_checkpoints_are_an_error_not_a_fresh_start(tmp_path):
     for step in (1, 2):
         (write(tmp_path, step) / "optimizer.pt").unlink()
     with pytest.raises(CheckpointError, match=r"--restart\n.*-2: optim.*\n.*-1: optim"):
-        newest_whole(tmp_path)
+        newest_valid(tmp_path)
 
 
 def test_no_checkpoint_at_all(tmp_path):
-    assert newest_whole(tmp_path / "nowhere") == (None, [])
+    assert newest_valid(tmp_path / "nowhere") == (None, [])
     for name in (PARTIAL, DELETED, "checkpoint-x", "checkpoint-3.broken-1", "other"):
         (tmp_path / name).mkdir()
     (tmp_path / "checkpoint-7").write_text("a file")
     assert checkpoints(tmp_path) == []
-    assert newest_whole(tmp_path) == (None, [])
+    assert newest_valid(tmp_path) == (None, [])
 
 
 def test_steps_are_sorted_as_numbers(tmp_path):
@@ -113,7 +113,7 @@ def test_a_damaged_checkpoint_is_moved_aside_when_its_step_is_saved_again(tmp_pa
     for _ in range(3):
         (write(tmp_path, 5) / "optimizer.pt").unlink()
     valid = write(tmp_path, 5)
-    assert newest_whole(tmp_path) == (valid, [])
+    assert newest_valid(tmp_path) == (valid, [])
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "checkpoint-5",
         "checkpoint-5.broken-1",
