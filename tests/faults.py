@@ -257,7 +257,9 @@ def main() -> None:
             os.environ |= hub.env(given.folder, "hf_read")
         # after the Hub's address is set, and before the forks: no child pays for it
         import hfsft.data.text
-        import hfsft.train.stage  # noqa: F401
+        import hfsft.train.finishing
+        import hfsft.train.stage
+        import hfsft.train.trainer  # noqa: F401
 
         failed = False
         if set(configs) - {"run", "stream", "base"}:
