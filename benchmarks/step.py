@@ -374,7 +374,7 @@ def report(found: dict[str, list[dict]], ratio: dict[str, float], given: Any) ->
     )
     if ratio:
         print(
-            f"{ratio['tokens a conversation']:.0f} tokens per conversation; "
+            f"{ratio['tokens per conversation']:.0f} tokens per conversation; "
             f"row slots filled by step packing: {ratio['filled']:.3f}"
         )
     print(f"{'':9}{'tokens/s':>10}{'s/step':>8}{'peak MiB':>10}{'hfsft is':>10}{'ceiling':>9}")

@@ -1,5 +1,6 @@
 """The command `hfsft`; heavy modules are imported late, so that --help is instant."""
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -354,4 +355,9 @@ def chat(
 
 def main() -> None:
     """Run the command line."""
-    run_main(lambda *argv: app(list(argv), prog_name="hfsft"), *sys.argv[1:])
+    run_main(_run_app, *sys.argv[1:])
+
+
+def _run_app(*argv: str) -> None:
+    gc.enable()  # off since `run_main`
+    app(list(argv), prog_name="hfsft")

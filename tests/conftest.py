@@ -1,5 +1,6 @@
 """What several test files share: a tokenizer trained on the spot, tiny models, and stages."""
 
+import gc
 import os
 import signal
 import tempfile
@@ -35,6 +36,7 @@ def signals_as_before(monkeypatch):
     for number, handler in before.items():
         signal.signal(number, handler)
     signal.set_wakeup_fd(-1)
+    gc.enable()  # `run_main` leaves it off
 
 
 @pytest.fixture(scope="session")

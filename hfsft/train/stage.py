@@ -85,6 +85,7 @@ def set_up_libraries(stage: Stage) -> None:
         stage: `quiet`, and whether it reports to W&B.
     """
     gc.freeze()  # the million objects of the imports are never garbage
+    gc.enable()  # off since `run_main`
     transformers.utils.logging.set_verbosity_error()
     datasets.utils.logging.set_verbosity_error()
     # peft 0.21 asks transformers by the old name
