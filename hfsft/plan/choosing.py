@@ -151,9 +151,9 @@ def choose(
     chosen = next((item for item in settings if plan(item, enough).fits), settings[-1])
     best = _largest(rows, lambda count: plan(chosen, count).fits) or rows[0]
     its_plan = plan(chosen, best)
-    told = {"per_device_train_batch_size": best} if given_rows == AUTO else {}
-    told |= chosen
-    why = f"{stage.name}: auto chose {as_flags(told)}, planned at {gigabytes(its_plan.peak)}"
+    values = {"per_device_train_batch_size": best} if given_rows == AUTO else {}
+    values |= chosen
+    why = f"{stage.name}: auto chose {as_flags(values)}, planned at {gigabytes(its_plan.peak)}"
     if limit is not None:
         why += f" of {gigabytes(limit)}"
     refused = _refused(plan, settings, chosen, best, rows, enough)

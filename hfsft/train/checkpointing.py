@@ -236,7 +236,7 @@ def data_fingerprint(train: Any, examples: int | None = None) -> dict[str, Any]:
 
     Args:
         train: sft's examples of the whole run, rows of mid or base, or a stream.
-        examples: only the first so many are hashed; None: all.
+        examples: how many examples to hash; None: all.
 
     Returns:
         `examples` and their `digest`; both None for a stream.
