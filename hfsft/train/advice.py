@@ -104,7 +104,7 @@ class Advice:
         falling: whether the validation loss fell over the last quarter of the steps, 95% sure.
         plateau: whether the steps left would gain less than `WORTH`, 90% sure, or the validation
             loss rises while the training loss falls.
-        projected: total steps → interval that holds the final loss of a run of that many steps, in `RATE`
+        projected: total steps → interval of the final loss of a run of that length, in `RATE`
             of the cases; nats per token, on the same held-out conversations.
     """
 
