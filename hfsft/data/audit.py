@@ -11,6 +11,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from hfsft.run.files import write_text_atomically
+
 NOT_BAD = ("exact duplicate",)  # reasons to refuse a well-formed row
 
 PERCENTILES = (5, 50, 95, 100)  # of the lengths
@@ -100,10 +102,9 @@ def write_audit(folder: Path, audit: dict[str, Any], rejected: list[dict[str, An
         audit: `sources`, and the sizes of the training and held-out sets.
         rejected: each refused row's `source`, `row` (from 0) and `reason`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "data.json").write_text(json.dumps(audit, indent=1) + "\n")
+    write_text_atomically(folder / "data.json", json.dumps(audit, indent=1) + "\n")
     lines = "".join(json.dumps(entry) + "\n" for entry in rejected)
-    (folder / "rejected.jsonl").write_text(lines)
+    write_text_atomically(folder / "rejected.jsonl", lines)
 
 
 def audit_console() -> Console:

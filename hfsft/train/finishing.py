@@ -13,6 +13,7 @@ from hfsft.plan.sizes import SMALL_FILES, checkpoint_size, model_size, most_chec
 from hfsft.process import Stopped
 from hfsft.recipe.schema import Recipe, Stage
 from hfsft.run.disk import require_room, shown, writing_to
+from hfsft.run.files import write_text_atomically
 from hfsft.run.manifest import PARTIAL, clear
 from hfsft.run.record import write_record
 from hfsft.train.card import model_card
@@ -65,8 +66,11 @@ def _save_stage(trainer: Any, stage: Stage, record: dict[str, Any]) -> None:
         return
     _write_rope_theta(partial / "config.json")
     _move_into(stage.folder, partial)
-    card = stage.folder / "README.md"
-    optional(trainer, "the model card", lambda: card.write_text(model_card(stage, record)))
+    optional(
+        trainer,
+        "the model card",
+        lambda: write_text_atomically(stage.folder / "README.md", model_card(stage, record)),
+    )
     write_record(stage.folder, record)
     trainer.say(_summary(stage, record, trainer.state.global_step))
 
