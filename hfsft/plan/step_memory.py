@@ -24,8 +24,9 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 from hfsft.model.attention import DOCUMENTS, document_attention, packed_attention, varlen_attention
 from hfsft.model.head import CHUNK_BYTES, fuse_head
 from hfsft.model.loading import plain_model, with_lora
+from hfsft.model.muon import muon_adamw
 from hfsft.recipe.key import AUTO
-from hfsft.recipe.schema import Stage
+from hfsft.recipe.schema import MUON, Stage
 
 KINDS = ("weights", "gradients", "optimizer", "activations", "attention", "head")
 
@@ -298,6 +299,8 @@ def make_optimizer(step: TracedStep, model: Any) -> torch.optim.Optimizer | None
 
     keys = ("optim", "optim_args", "optim_target_modules")
     settings = {key: step.stage.trainer[key] for key in keys if key in step.stage.trainer}
+    if settings.get("optim") == MUON:
+        return muon_adamw(model, step.stage, TrainingArguments(output_dir="", use_cpu=True))
     args = TrainingArguments(output_dir="", use_cpu=True, **settings)
     parameters = [p for p in model.parameters() if p.requires_grad]
     try:

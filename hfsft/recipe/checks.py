@@ -16,9 +16,10 @@ from hfsft.recipe.names import (
     REFUSED_LORA,
     RENAMED,
 )
-from hfsft.recipe.schema import Source, size_in_bytes
+from hfsft.recipe.schema import MUON, Source, size_in_bytes
 from hfsft.recipe.sections import (
     MODEL,
+    MUON_SETTINGS,
     TOP,
     lora_section,
     model_section,
@@ -215,6 +216,7 @@ def check_stage(stage: str, node: Node) -> Section:
     check_memory_limit(section)
     check_auto_batch_size(section)
     check_lora(section)
+    check_muon(section)
     check_step_divides_into_rows(section)
     check_steps_or_epochs(section)
     check_start(section)
@@ -328,6 +330,18 @@ def check_lora(section: Section) -> None:
         raise section.error(
             "load_in_4bit", "4-bit weights cannot be trained themselves; add lora: {r: 16}"
         )
+
+
+def check_muon(section: Section) -> None:
+    """`muon` holds the settings of `optim: muon`, which trains whole matrices."""
+    settings = section.settings
+    if settings.get("muon") is not None:
+        known = check_section(section.node.value["muon"], f"{section.stage}.muon", MUON_SETTINGS)
+        settings["muon"] = known
+        if settings["optim"] != MUON:
+            raise section.error("muon", f"is for optim: muon, and optim is {settings['optim']}")
+    if settings["optim"] == MUON and settings.get("lora") is not None:
+        raise section.error("optim", "muon trains whole matrices; use adamw_torch_fused with lora")
 
 
 def check_step_divides_into_rows(section: Section) -> None:

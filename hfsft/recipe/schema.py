@@ -29,6 +29,9 @@ FORMATS = (
 ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 
 
+MUON = "muon"  # the optimizer that transformers has no name for
+
+
 LOADING = ("mid", "sft")  # the stages that load an existing model
 
 
@@ -169,6 +172,7 @@ class Stage:
     load_in_4bit: bool = key(
         "QLoRA: quantise the model's weights; CUDA only", stages=LOADING, default=False
     )
+    muon: dict | None = key("settings of `optim: muon`: see below", default=None)
     attn_implementation: str | None = key(
         "null: transformers' choice, sdpa",
         stages=LOADING,

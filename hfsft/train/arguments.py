@@ -12,7 +12,7 @@ from hfsft.data.stream import TextStream
 from hfsft.errors import RecipeError
 from hfsft.model.loading import bf16_is_native
 from hfsft.recipe.checks import check_tokens_per_step
-from hfsft.recipe.schema import Stage
+from hfsft.recipe.schema import MUON, Stage
 from hfsft.train.schedule import scheduler_settings
 
 
@@ -58,6 +58,9 @@ def arguments(stage: Stage, train: Any, examples: int) -> TrainingArguments:
         settings |= precision()
     else:
         settings |= {key: bool(settings.get(key)) for key in ("bf16", "fp16")}
+    if settings.get("optim") == MUON:
+        _require_whole_matrices(stage)
+        settings["optim"] = "adamw_torch"  # transformers has no name for it; see model/muon.py
     on_cpu = PartialState().device.type == "cpu"
     if not stage.validates:
         settings["eval_strategy"] = "no"
@@ -87,6 +90,16 @@ def arguments(stage: Stage, train: Any, examples: int) -> TrainingArguments:
         made.max_steps = max(1, math.ceil(len(train) * made.num_train_epochs / examples))
     made.lr_scheduler_kwargs = scheduler_settings(stage, made.max_steps)
     return made
+
+
+def _require_whole_matrices(stage: Stage) -> None:
+    """Refuse Muon where weights are sharded: it orthogonalises whole matrices."""
+    for plugin in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{plugin}", "false").lower() == "true":
+            raise RecipeError(
+                f"{stage.name}.optim: muon needs whole matrices on each device, and {plugin} shards "
+                "them; use accelerate_configs/multi_gpu.yaml, or another optimizer"
+            )
 
 
 def rows_per_step(stage: Stage, length: int) -> int:

@@ -24,6 +24,7 @@ from hfsft.errors import CheckpointError, MemoryShortage, RecipeError, TrainingE
 from hfsft.model.attention import packed_attention
 from hfsft.model.head import fuse_head
 from hfsft.model.loading import plain_model
+from hfsft.model.muon import muon_factory
 from hfsft.recipe.schema import Stage
 from hfsft.run.manifest import newest_valid
 from hfsft.tokens.encoding import IGNORED
@@ -76,7 +77,8 @@ class PackedStep:
             args.dataloader_prefetch_factor, args.dataloader_persistent_workers = None, False
         collator = StepCollator(kwargs["processing_class"].pad_token_id, length)
         try:
-            super().__init__(data_collator=collator, **kwargs)
+            own = muon_factory(stage, args)
+            super().__init__(data_collator=collator, optimizer_cls_and_kwargs=own, **kwargs)
         except (ValueError, ImportError, RuntimeError) as error:
             raise RecipeError(f"{stage.name}: {' '.join(str(error).split())}") from None
         self.stage = stage
