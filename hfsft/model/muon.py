@@ -2,7 +2,7 @@
 
 Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) orthogonalises the momentum of a matrix
 before it is added. The split of the parameters, the momentum's warm-up and the scaling of AdamW's
-learning rates are those of karpathy/nanochat (`GPT.setup_optimizers` and `get_muon_momentum`, 2025).
+learning rates are those of karpathy/nanochat (its `setup_optimizers` and `get_muon_momentum`, October 2025).
 """
 
 from collections.abc import Callable
