@@ -16,6 +16,7 @@ of AdamW and one of Muon for each of SHARES.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import tempfile
@@ -114,7 +115,7 @@ def steps_to(loss: float, curve: list[tuple[int, float]]) -> float | None:
     """
     if curve[0][1] <= loss:
         return float(curve[0][0])  # at most so many
-    for (before, high), (after, low) in zip(curve, curve[1:], strict=False):
+    for (before, high), (after, low) in itertools.pairwise(curve):
         if low <= loss < high:
             return before + (high - loss) / (high - low) * (after - before)
     return None

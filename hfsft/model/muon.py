@@ -2,7 +2,8 @@
 
 Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) orthogonalises the momentum of a matrix
 before it is added. The split of the parameters, the momentum's warm-up and the scaling of AdamW's
-learning rates are those of karpathy/nanochat (its `setup_optimizers` and `get_muon_momentum`, October 2025).
+learning rates are those of karpathy/nanochat, October 2025 (`setup_optimizers`,
+`get_muon_momentum`).
 """
 
 from collections.abc import Callable
@@ -131,11 +132,10 @@ def _split(model: Any) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
-        if parameter is embedding and parameter is not unembedding:
+        is_head = parameter is unembedding
+        if parameter is embedding and not is_head:
             parts[1].append(parameter)
-        elif (
-            parameter.ndim == 2 and parameter is not unembedding and id(parameter) not in looked_up
-        ):
+        elif parameter.ndim == 2 and not is_head and id(parameter) not in looked_up:
             parts[0].append(parameter)
         else:
             parts[2].append(parameter)

@@ -124,8 +124,9 @@ MUON_SETTINGS = {
     "adjust_lr_fn": Key(
         "str",
         ("original", "match_rms_adamw"),
-        help="torch's: `original` multiplies a matrix's learning rate by max(1, rows / columns)^0.5, "
-        "`match_rms_adamw` by 0.2 * max(rows, columns)^0.5, for learning rates of AdamW's size",
+        help="torch's: `original` multiplies a matrix's learning rate by "
+        "max(1, rows / columns)^0.5, `match_rms_adamw` by 0.2 * max(rows, columns)^0.5, for "
+        "learning rates of AdamW's size",
         default="original",
     ),
 }

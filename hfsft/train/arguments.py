@@ -97,8 +97,8 @@ def _require_whole_matrices(stage: Stage) -> None:
     for plugin in ("FSDP", "DEEPSPEED"):
         if os.environ.get(f"ACCELERATE_USE_{plugin}", "false").lower() == "true":
             raise RecipeError(
-                f"{stage.name}.optim: muon needs whole matrices on each device, and {plugin} shards "
-                "them; use accelerate_configs/multi_gpu.yaml, or another optimizer"
+                f"{stage.name}.optim: muon needs whole matrices on each device, and {plugin} "
+                "shards them; use accelerate_configs/multi_gpu.yaml, or another optimizer"
             )
 
 
