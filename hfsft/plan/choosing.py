@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from hfsft.errors import MemoryShortage
+from hfsft.plan.horizon import with_horizon
 from hfsft.plan.plan import (
     UTILISATION,
     Plan,
@@ -242,7 +243,8 @@ def plan_run(
         RecipeError, ModelError: as the stages themselves would.
     """
     stages = {}
-    for name, stage in recipe.stages.items():
+    for name, given in recipe.stages.items():
+        stage = with_horizon(recipe, given)
         device, limit = None if memory is None else "cuda", memory
         if memory is not None and stage.memory_limit is not None:
             limit = min(memory, stage.memory_limit_bytes)

@@ -32,6 +32,10 @@ ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_at
 MUON = "muon"  # the optimizer that transformers has no name for
 
 
+# the keys of base that set its length by the size of its model
+PER_PARAMETER = ("tokens_per_parameter", "tokens_per_scaling_parameter")
+
+
 LOADING = ("mid", "sft")  # the stages that load an existing model
 
 
@@ -127,10 +131,27 @@ class Stage:
         low=1,
         high=2**31,
     )
+    tokens_per_parameter: float | None = key(
+        "instead of `max_steps`: tokens to train on for each of the model's parameters",
+        stages=("base",),
+        default=None,
+        above=0,
+        high=10**6,
+    )
+    tokens_per_scaling_parameter: float | None = key(
+        "instead of `max_steps`: tokens for each parameter but those of an untied embedding; "
+        "nanochat's default is 12",
+        stages=("base",),
+        default=None,
+        above=0,
+        high=10**6,
+    )
     tokens_per_step: int | None = key(
-        "tokens of an optimizer step, over all devices; null: one micro-batch a device",
+        "tokens of an optimizer step, over all devices; null: one micro-batch a device; "
+        "`auto`, in base: by nanochat's rule, from the model's size",
         stages=("base", "mid"),
         default=None,
+        auto=True,
         low=2,
         high=2**40,
     )
