@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from hfsft.model.loading import plain_model
-from hfsft.recipe.schema import MUON, Stage
+from hfsft.recipe.schema import Stage
 from hfsft.recipe.sections import MUON_SETTINGS
 
 TUNED_WIDTH = 768  # the hidden size at which nanochat's learning rates of AdamW were tuned
@@ -69,29 +69,16 @@ class MuonAdamW(torch.optim.Optimizer):
         return loss
 
 
-def muon_factory(stage: Stage, args: Any) -> tuple[Callable[[], Any], dict[str, Any]] | None:
-    """What `Trainer` takes as `optimizer_cls_and_kwargs` to build a stage's Muon; else None.
-
-    Args:
-        stage: `optim` and `muon`.
-        args: `TrainingArguments`: AdamW's learning rate, betas, epsilon and weight decay.
-    """
-    if stage.trainer.get("optim") != MUON:
-        return None
-    # transformers calls what the first of the two returns with the model
-    return (lambda: muon_adamw), {"stage": stage, "args": args}
-
-
 def muon_adamw(model: Any, stage: Stage, args: Any) -> MuonAdamW:
     """The optimizer of a stage with `optim: muon`.
 
     Args:
         model: whose parameters that require gradients are trained.
         stage: its `muon` settings.
-        args: as `muon_factory` takes them.
+        args: `TrainingArguments`: AdamW's learning rate, betas, epsilon and weight decay.
     """
     settings = {name: one.default for name, one in MUON_SETTINGS.items()} | (stage.muon or {})
-    matrices, embedding, others = _split(plain_model(model))
+    matrices, embedding, others = split_parameters(plain_model(model))
     scale = 1.0
     if settings["scale_by_width"]:
         width = model.config.get_text_config().hidden_size
@@ -120,7 +107,9 @@ def muon_adamw(model: Any, stage: Stage, args: Any) -> MuonAdamW:
     return MuonAdamW(adamw, muon, settings["momentum_start"], settings["momentum_warmup_steps"])
 
 
-def _split(model: Any) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
+def split_parameters(
+    model: Any,
+) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
     """The trained parameters: the blocks' matrices; an untied token embedding; all others.
 
     A tied embedding is the head as well, and counts among the others.

@@ -5,6 +5,10 @@ from typing import Any
 
 from torch import nn
 
+from hfsft.model.muon import split_parameters
+from hfsft.model.optimizer import TORCHAO, low_bit_bytes
+from hfsft.recipe.schema import MUON
+
 
 def checkpoint_bytes(model: Any, optimizer: Any) -> int:
     """Bytes of a checkpoint: the weights it saves and the optimizer's states as they are.
@@ -20,6 +24,9 @@ def checkpoint_bytes(model: Any, optimizer: Any) -> int:
 
 
 def _tensors(held: Any) -> list[Any]:
+    """All tensors in nested data; of torchao's low-bit states those that they are made of."""
+    if hasattr(held, "tensor_attrs"):
+        return [getattr(held, name) for name in held.tensor_attrs]
     if isinstance(held, dict):
         return [tensor for value in held.values() for tensor in _tensors(value)]
     return [held] if hasattr(held, "element_size") else []
@@ -36,8 +43,9 @@ def optimizer_bytes(model: nn.Module, optim: str) -> int:
 
     Args:
         model: those of its parameters that require gradients have states.
-        optim: transformers' name; an unknown one is assumed to have two 32-bit states.
+        optim: `muon` or transformers' name; an unknown one is assumed to have two 32-bit states.
     """
+    matrices = {id(weight) for weight in split_parameters(model)[0]} if optim == MUON else ()
     count = next((count for part, count in STATES.items() if part in optim), 2)
     embeddings = {
         id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
@@ -47,6 +55,9 @@ def optimizer_bytes(model: nn.Module, optim: str) -> int:
         if not weight.requires_grad:
             continue
         size, width = weight.numel(), weight.element_size()
+        if optim in TORCHAO:
+            total += low_bit_bytes(weight, optim)
+            continue
         if "8bit" in optim and size >= SMALL_8BIT and id(weight) not in embeddings:
             width = 1 + 4 / 256  # and one scale for each block
         elif "bit" in optim:
@@ -57,7 +68,7 @@ def optimizer_bytes(model: nn.Module, optim: str) -> int:
         elif optim == "adafactor":
             total += 4 * size
         else:
-            total += ceil(count * size * width)
+            total += ceil((1 if id(weight) in matrices else count) * size * width)
     return total
 
 

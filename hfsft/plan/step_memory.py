@@ -25,6 +25,7 @@ from hfsft.model.attention import DOCUMENTS, document_attention, packed_attentio
 from hfsft.model.head import CHUNK_BYTES, fuse_head
 from hfsft.model.loading import plain_model, with_lora
 from hfsft.model.muon import muon_adamw
+from hfsft.model.optimizer import TORCHAO, low_bit_bytes, optimizer_settings
 from hfsft.recipe.key import AUTO
 from hfsft.recipe.schema import MUON, Stage
 
@@ -156,7 +157,7 @@ def _trace(step: TracedStep, layers: int) -> Peaks:
                 parameter.grad = torch.zeros_like(parameter)
             live.kind = "optimizer"
             torch.nn.utils.clip_grad_norm_(trained, stage.trainer.get("max_grad_norm") or 1.0)
-            states = _first_update(optimizer, trained)
+            states = _first_update(optimizer, trained, str(stage.trainer.get("optim")))
             if not step.accumulates:
                 _drop_gradients(trained)
             for parameter in trained:
@@ -297,17 +298,16 @@ def make_optimizer(step: TracedStep, model: Any) -> torch.optim.Optimizer | None
     """The stage's optimizer, or None for one that cannot be built from its settings alone."""
     from transformers import Trainer, TrainingArguments
 
-    keys = ("optim", "optim_args", "optim_target_modules")
-    settings = {key: step.stage.trainer[key] for key in keys if key in step.stage.trainer}
-    if settings.get("optim") == MUON:
-        return muon_adamw(model, step.stage, TrainingArguments(output_dir="", use_cpu=True))
+    settings = optimizer_settings(step.stage)
     args = TrainingArguments(output_dir="", use_cpu=True, **settings)
+    if step.stage.trainer.get("optim") == MUON:
+        return muon_adamw(model, step.stage, args)
     parameters = [p for p in model.parameters() if p.requires_grad]
     try:
         kind, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
         if step.cuda and "fused" not in kwargs and "foreach" in inspect.signature(kind).parameters:
             kwargs["foreach"] = True  # torch's default on a GPU
-        optimizer = kind(parameters, **kwargs)
+        optimizer = kind(kwargs.pop("params", parameters), **kwargs)
     except (ValueError, TypeError, ImportError, RuntimeError):
         return None
     if kwargs.get("optim_bits") == 8:
@@ -318,8 +318,13 @@ def make_optimizer(step: TracedStep, model: Any) -> torch.optim.Optimizer | None
     return optimizer
 
 
-def _first_update(optimizer: Any, trained: list[torch.nn.Parameter]) -> list[torch.Tensor]:
+def _first_update(
+    optimizer: Any, trained: list[torch.nn.Parameter], optim: str
+) -> list[torch.Tensor]:
     """Allocate the optimizer's states by a first update; Adam's two where it cannot be traced."""
+    if optim in TORCHAO:  # it compiles its update, and then needs nothing beside the states
+        sizes = [low_bit_bytes(parameter, optim) for parameter in trained]
+        return [torch.zeros(size, dtype=torch.uint8) for size in sizes]
     try:
         optimizer.step()
     except Exception:  # any of 40 optimizers, or None, on fake tensors

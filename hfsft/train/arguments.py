@@ -11,6 +11,7 @@ from trl import SFTConfig
 from hfsft.data.stream import TextStream
 from hfsft.errors import RecipeError
 from hfsft.model.loading import bf16_is_native
+from hfsft.model.optimizer import optimizer_settings
 from hfsft.recipe.checks import check_tokens_per_step
 from hfsft.recipe.schema import MUON, Stage
 from hfsft.train.schedule import scheduler_settings
@@ -60,7 +61,7 @@ def arguments(stage: Stage, train: Any, examples: int) -> TrainingArguments:
         settings |= {key: bool(settings.get(key)) for key in ("bf16", "fp16")}
     if settings.get("optim") == MUON:
         _require_whole_matrices(stage)
-        settings["optim"] = "adamw_torch"  # transformers has no name for it; see model/muon.py
+    settings |= optimizer_settings(stage)
     on_cpu = PartialState().device.type == "cpu"
     if not stage.validates:
         settings["eval_strategy"] = "no"

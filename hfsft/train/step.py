@@ -24,7 +24,7 @@ from hfsft.errors import CheckpointError, MemoryShortage, RecipeError, TrainingE
 from hfsft.model.attention import packed_attention
 from hfsft.model.head import fuse_head
 from hfsft.model.loading import plain_model
-from hfsft.model.muon import muon_factory
+from hfsft.model.optimizer import own_optimizer
 from hfsft.recipe.schema import Stage
 from hfsft.run.manifest import newest_valid
 from hfsft.tokens.encoding import IGNORED
@@ -77,7 +77,7 @@ class PackedStep:
             args.dataloader_prefetch_factor, args.dataloader_persistent_workers = None, False
         collator = StepCollator(kwargs["processing_class"].pad_token_id, length)
         try:
-            own = muon_factory(stage, args)
+            own = own_optimizer(stage, args)
             super().__init__(data_collator=collator, optimizer_cls_and_kwargs=own, **kwargs)
         except (ValueError, ImportError, RuntimeError) as error:
             raise RecipeError(f"{stage.name}: {' '.join(str(error).split())}") from None

@@ -1,0 +1,88 @@
+"""Which optimizer a stage gets: what transformers is told, Muon, the sizes of low-bit states."""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from math import ceil
+from typing import Any
+
+import torch
+from torch import nn
+
+from hfsft.model.muon import muon_adamw
+from hfsft.recipe.schema import MUON, Stage
+
+# optimizers of other packages: a part of the name → its package, as pip and as Python know it
+PACKAGES = {
+    "adamw_torch_8bit": ("torchao", "torchao"),
+    "adamw_torch_4bit": ("torchao", "torchao"),
+    "apollo": ("apollo-torch", "apollo_torch"),
+}
+TORCHAO = ("adamw_torch_8bit", "adamw_torch_4bit")
+APOLLO = "apollo_adamw"
+# for weights in bfloat16, from most to least memory per parameter
+FOR_BFLOAT16 = (*TORCHAO, APOLLO)
+
+
+def missing_package(optim: str) -> str | None:
+    """The package, as pip knows it, that an optimizer needs and that is not installed."""
+    for part, (package, module) in PACKAGES.items():
+        if part in optim and find_spec(module) is None:
+            return package
+    return None
+
+
+def optimizer_settings(stage: Stage) -> dict[str, Any]:
+    """The settings of `TrainingArguments` that choose a stage's optimizer.
+
+    torchao's optimizers round weights in bfloat16 stochastically, unless `optim_args` says
+    otherwise: rounded to nearest, an update below 1/256 of a weight is lost. APOLLO projects every
+    linear layer unless `optim_target_modules` names some.
+    """
+    keys = ("optim", "optim_args", "optim_target_modules")
+    settings = {key: stage.trainer[key] for key in keys if stage.trainer.get(key) is not None}
+    optim = settings.get("optim", "")
+    if optim == MUON:
+        settings["optim"] = "adamw_torch"  # transformers has no name for it: see `own_optimizer`
+    if optim in TORCHAO and stage.dtype == "bfloat16":
+        settings.setdefault("optim_args", "bf16_stochastic_round=True")
+    if optim.startswith("apollo"):
+        settings.setdefault("optim_target_modules", "all-linear")
+    return settings
+
+
+def own_optimizer(stage: Stage, args: Any) -> tuple[Callable[[], Any], dict[str, Any]] | None:
+    """What `Trainer` takes as `optimizer_cls_and_kwargs` for Muon; None for transformers' own.
+
+    Args:
+        stage: `optim` and `muon`.
+        args: its `TrainingArguments`.
+    """
+    optim = stage.trainer.get("optim")
+    if optim == APOLLO:
+        allow_apollo_states()
+    if optim != MUON:
+        return None
+    # transformers calls what the first of the two returns with the model
+    return (lambda: muon_adamw), {"stage": stage, "args": args}
+
+
+def allow_apollo_states() -> None:
+    """Let a checkpoint's optimizer hold APOLLO's projections, which are objects, not tensors."""
+    from apollo_torch.random_projector import GradientProjector
+    from apollo_torch.svd_projector import GaLoreProjector
+
+    torch.serialization.add_safe_globals([GradientProjector, GaLoreProjector])
+
+
+def low_bit_bytes(weight: nn.Parameter, optim: str) -> int:
+    """Bytes of torchao's two states of a parameter: codes, a scale a block, and a lookup table.
+
+    Args:
+        weight: the parameter.
+        optim: `adamw_torch_8bit` or `adamw_torch_4bit`.
+    """
+    size, block = weight.numel(), 256  # transformers' default for both
+    if size < 4096 or size % block:
+        return 2 * size * weight.element_size()
+    bits = 8 if optim == TORCHAO[0] else 4
+    return 2 * (ceil(size * bits / 8) + 4 * size // block + 4 * 2**bits)
