@@ -17,6 +17,11 @@ PACKAGES = {
     "adamw_torch_4bit": ("torchao", "torchao"),
     "apollo": ("apollo-torch", "apollo_torch"),
 }
+# how to install them; APOLLO's licence forbids commercial use, so it is no extra of hfsft
+INSTALL = {
+    "torchao": "pip install 'hfsft[torchao]'",
+    "apollo-torch": "pip install apollo-torch (its licence is CC BY-NC)",
+}
 TORCHAO = ("adamw_torch_8bit", "adamw_torch_4bit")
 APOLLO = "apollo_adamw"
 # for weights in bfloat16, from most to least memory per parameter

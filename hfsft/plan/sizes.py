@@ -19,16 +19,21 @@ def checkpoint_bytes(model: Any, optimizer: Any) -> int:
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     saved = trained if hasattr(model, "peft_config") else list(model.parameters())
-    states = _tensors(optimizer.state_dict()["state"])
-    return sum(tensor.numel() * tensor.element_size() for tensor in [*saved, *states])
+    return tensors_bytes([*saved, optimizer.state_dict()["state"]])
+
+
+def tensors_bytes(held: Any) -> int:
+    """Bytes of all tensors in nested data."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(held))
 
 
 def _tensors(held: Any) -> list[Any]:
     """All tensors in nested data; of torchao's low-bit states those that they are made of."""
     if hasattr(held, "tensor_attrs"):
         return [getattr(held, name) for name in held.tensor_attrs]
-    if isinstance(held, dict):
-        return [tensor for value in held.values() for tensor in _tensors(value)]
+    if isinstance(held, (dict, list)):
+        values = held.values() if isinstance(held, dict) else held
+        return [tensor for value in values for tensor in _tensors(value)]
     return [held] if hasattr(held, "element_size") else []
 
 

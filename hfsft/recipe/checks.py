@@ -217,6 +217,7 @@ def check_stage(stage: str, node: Node) -> Section:
     check_auto_batch_size(section)
     check_lora(section)
     check_muon(section)
+    check_update_after_the_step(section)
     check_step_divides_into_rows(section)
     check_steps_or_epochs(section)
     check_start(section)
@@ -342,6 +343,16 @@ def check_muon(section: Section) -> None:
             raise section.error("muon", f"is for optim: muon, and optim is {settings['optim']}")
     if settings["optim"] == MUON and settings.get("lora") is not None:
         raise section.error("optim", "muon trains whole matrices; use adamw_torch_fused with lora")
+
+
+def check_update_after_the_step(section: Section) -> None:
+    """Refuse optimizers that update weights in the backward pass, before the step is summed up."""
+    optim = section.settings["optim"]
+    if optim.endswith("layerwise") or optim in ("lomo", "adalomo"):
+        raise section.error(
+            "optim",
+            f"{optim} updates weights in the backward pass of each micro-batch, not once a step",
+        )
 
 
 def check_step_divides_into_rows(section: Section) -> None:

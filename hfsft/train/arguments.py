@@ -11,7 +11,7 @@ from trl import SFTConfig
 from hfsft.data.stream import TextStream
 from hfsft.errors import RecipeError
 from hfsft.model.loading import bf16_is_native
-from hfsft.model.optimizer import optimizer_settings
+from hfsft.model.optimizer import INSTALL, missing_package, optimizer_settings
 from hfsft.recipe.checks import check_tokens_per_step
 from hfsft.recipe.schema import MUON, Stage
 from hfsft.train.schedule import scheduler_settings
@@ -59,8 +59,7 @@ def arguments(stage: Stage, train: Any, examples: int) -> TrainingArguments:
         settings |= precision()
     else:
         settings |= {key: bool(settings.get(key)) for key in ("bf16", "fp16")}
-    if settings.get("optim") == MUON:
-        _require_whole_matrices(stage)
+    _check_optimizer(stage)
     settings |= optimizer_settings(stage)
     on_cpu = PartialState().device.type == "cpu"
     if not stage.validates:
@@ -93,12 +92,18 @@ def arguments(stage: Stage, train: Any, examples: int) -> TrainingArguments:
     return made
 
 
-def _require_whole_matrices(stage: Stage) -> None:
-    """Refuse Muon where weights are sharded: it orthogonalises whole matrices."""
+def _check_optimizer(stage: Stage) -> None:
+    """Refuse an optimizer that is not installed, or that needs more of a matrix than a shard."""
+    optim = str(stage.trainer.get("optim"))
+    package = missing_package(optim)
+    if package is not None:
+        raise RecipeError(f"{stage.name}.optim: {optim} needs {package}: {INSTALL[package]}")
+    if optim != MUON and not optim.startswith("apollo"):
+        return
     for plugin in ("FSDP", "DEEPSPEED"):
         if os.environ.get(f"ACCELERATE_USE_{plugin}", "false").lower() == "true":
             raise RecipeError(
-                f"{stage.name}.optim: muon needs whole matrices on each device, and {plugin} "
+                f"{stage.name}.optim: {optim} needs whole matrices on each device, and {plugin} "
                 "shards them; use accelerate_configs/multi_gpu.yaml, or another optimizer"
             )
 

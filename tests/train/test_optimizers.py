@@ -9,7 +9,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from hfsft import base
+from hfsft import base, sft
 from hfsft.errors import RecipeError
 
 RECIPE = {
@@ -71,11 +71,50 @@ def test_muon_resumes_to_the_bit_with_its_momentum(recipe):
 
 
 @pytest.mark.parametrize("plugin", ["FSDP", "DEEPSPEED"])
-def test_muon_refuses_sharded_weights(recipe, monkeypatch, plugin):
+@pytest.mark.parametrize("optim", ["muon", "apollo_adamw"])
+def test_sharded_weights_are_refused(recipe, monkeypatch, optim, plugin):
     from hfsft.recipe.loading import load_recipe
     from hfsft.train.arguments import arguments
 
-    stage = load_recipe(recipe, "--optim", "muon", stage="base").base
+    stage = load_recipe(recipe, "--optim", optim, stage="base").base
+    monkeypatch.setattr("hfsft.train.arguments.missing_package", lambda optim: None)
     monkeypatch.setenv(f"ACCELERATE_USE_{plugin}", "true")
-    with pytest.raises(RecipeError, match=f"muon needs whole matrices .*{plugin} shards them"):
+    with pytest.raises(RecipeError, match=f"{optim} needs whole matrices .*{plugin} shards them"):
         arguments(stage, [], 4)
+
+
+SFT = {
+    "model_name_or_path": "base",
+    "data": [{"path": "small_talk", "rows": 100}],
+    "held_out": 0,
+    "examples_per_step": 4,
+    "max_length": 64,
+    "max_steps": 4,
+    "save_steps": 2,
+}
+
+
+@pytest.fixture
+def tuned(recipe) -> str:
+    """The recipe with an sft stage, and a base model to start it from."""
+    base.main(recipe, "--max_steps", "1", "--quiet")
+    path = Path(recipe)
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"sft": SFT}))
+    return recipe
+
+
+@pytest.mark.parametrize(
+    ("optim", "package"),
+    [
+        ("apollo_adamw", "apollo_torch"),
+        # compiles its update for each shape: a minute on a CPU
+        pytest.param("adamw_torch_8bit", "torchao", marks=pytest.mark.slow),
+    ],
+)
+def test_weights_in_bfloat16_resume_to_the_bit(tuned, optim, package):
+    pytest.importorskip(package)
+    words = ("--optim", optim, "--dtype", "bfloat16", "--learning_rate", "1e-3")
+    words += ("--model_name_or_path", str(Path(tuned).parent / "runs/r/base"))
+    assert_resumes_to_the_bit(sft.main, "sft", tuned, words)
+    weights = load_file(Path(tuned).parent / "runs/r/sft/model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
