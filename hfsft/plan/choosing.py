@@ -64,20 +64,26 @@ def nearest_settings(
     now = plan({})
     halves = [now.length >> by for by in range(6, 0, -1) if now.length >> by >= 64]
     lengths = list(range(64, now.length, 64)) if stage.name == "sft" else halves
-    smaller = _smaller_optimizers(stage, now)
+    smaller, low_bit = _smaller_optimizers(stage, now)
     checkpointing = [] if now.checkpointing else [{"gradient_checkpointing": True}]
     adapter = [{"lora": LORA}] if stage.name != "base" and stage.lora is None else []
     rows = list(range(1, now.rows)) if _may_cut_rows(stage) else []
-    alone = [*largest("per_device_train_batch_size", rows), *checkpointing, *smaller, *adapter]
-    found = [(changes, plan(changes)) for changes in [*alone, *largest("max_length", lengths)]]
+    alone = [*largest("per_device_train_batch_size", rows), *checkpointing, *smaller, *low_bit]
+    alone += [*adapter, *largest("max_length", lengths)]
+    found = [(changes, plan(changes)) for changes in alone]
     found = [(changes, its_plan) for changes, its_plan in found if its_plan.fits]
     if found:
         return found
     together: dict[str, Any] = {}
-    for changes in [{"per_device_train_batch_size": 1}] * bool(rows) + alone:
+    for changes in [{"per_device_train_batch_size": 1}] * bool(rows) + checkpointing + smaller:
         together |= changes
         if (its_plan := plan(together)).fits:
             return [(together, its_plan)]
+    for changes in low_bit + adapter:
+        if (its_plan := plan(together | changes)).fits:
+            return [(together | changes, its_plan)]
+    for changes in adapter:
+        together |= changes
     best = _largest(lengths, lambda length: plan(together | {"max_length": length}).fits)
     if best is None:
         return []
@@ -85,14 +91,14 @@ def nearest_settings(
     return [(together, plan(together))]
 
 
-def _smaller_optimizers(stage: Stage, plan: Plan) -> list[dict[str, Any]]:
-    """Settings with an optimizer that takes less memory; those for bfloat16 with its weights."""
+def _smaller_optimizers(stage: Stage, plan: Plan) -> tuple[list[dict[str, Any]], ...]:
+    """Settings with an optimizer that takes less memory: with these weights, and in bfloat16."""
     same = optimizers(stage, plan.device)
     after = same.index(plan.optim) + 1 if plan.optim in same else 1
-    found = [{"optim": optim} for optim in same[after:]]
+    low_bit = []
     if stage.name != "base" and stage.lora is None and not in_bfloat16(stage):
-        found += [{"dtype": "bfloat16", "optim": optim} for optim in FOR_BFLOAT16]
-    return found
+        low_bit = [{"dtype": "bfloat16", "optim": optim} for optim in FOR_BFLOAT16]
+    return [{"optim": optim} for optim in same[after:]], low_bit
 
 
 def in_bfloat16(stage: Stage) -> bool:

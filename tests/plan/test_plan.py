@@ -197,7 +197,7 @@ def test_nearest_settings_fit():
     keys = [next(iter(changes)) for changes, _ in found]
     assert {"per_device_train_batch_size", "gradient_checkpointing", "max_length"} <= set(keys)
     for changes, plan in found:
-        assert len(changes) == 1
+        assert len(changes) == 1 or set(changes) == {"dtype", "optim"}
         stage = with_settings(recipe.sft, **changes)
         assert plan == plan_stage(recipe, stage, int(0.85 * peak), "cuda")
         assert plan.fits and plan.headroom >= 0
