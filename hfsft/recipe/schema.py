@@ -107,7 +107,8 @@ class Stage:
         high=1,
     )
     model_name_or_path: str | None = key(
-        "the model to start from: an earlier stage of this run, a folder, or a Hub id",
+        "the model to start from: an earlier stage of this run, a folder, or a Hub id; in a recipe "
+        "with a base and no mid, sft starts from base",
         stages=LOADING,
         default=None,
         defaults={"mid": "base", "sft": "mid"},

@@ -22,7 +22,8 @@ def precision() -> dict[str, bool]:
 
     Returns:
         `bf16` and `fp16` for `TrainingArguments`: bfloat16 where it is native, float16 on older
-        GPUs, neither on a CPU, where bfloat16 matmul was measured 70 times slower than float32.
+        GPUs; neither on Apple's GPUs (not run by us), nor on a CPU, where bfloat16 matmul was
+        measured 70 times slower than float32.
     """
     chosen = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if chosen not in ("bf16", "fp16"):
@@ -95,6 +96,11 @@ def arguments(stage: Stage, train: Any, examples: int) -> TrainingArguments:
 def _check_optimizer(stage: Stage) -> None:
     """Refuse an optimizer that is not installed, or that needs more of a matrix than a shard."""
     optim = str(stage.trainer.get("optim"))
+    if PartialState().device.type == "mps" and ("8bit" in optim or "paged" in optim):
+        # by bitsandbytes' source: its mps backend registers no optimizer; not run by us
+        raise RecipeError(
+            f"{stage.name}.optim: {optim} does not run on Apple's GPUs; use --optim adamw_torch"
+        )
     package = missing_package(optim)
     if package is not None:
         raise RecipeError(f"{stage.name}.optim: {optim} needs {package}: {INSTALL[package]}")
