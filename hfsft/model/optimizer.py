@@ -24,6 +24,7 @@ INSTALL = {
 }
 TORCHAO = ("adamw_torch_8bit", "adamw_torch_4bit")
 APOLLO = "apollo_adamw"
+APOLLO_RANK = 128  # transformers' default, which `optim_args: rank=64` changes
 # for weights in bfloat16, from most to least memory per parameter
 FOR_BFLOAT16 = (*TORCHAO, APOLLO)
 
@@ -79,15 +80,34 @@ def allow_apollo_states() -> None:
     torch.serialization.add_safe_globals([GradientProjector, GaLoreProjector])
 
 
-def low_bit_bytes(weight: nn.Parameter, optim: str) -> int:
-    """Bytes of torchao's two states of a parameter: codes, a scale a block, and a lookup table.
+def state_bytes(model: nn.Module, optim: str) -> dict[nn.Parameter, int] | None:
+    """Bytes of the states that torchao's optimizers and APOLLO keep of each trained parameter.
 
     Args:
-        weight: the parameter.
-        optim: `adamw_torch_8bit` or `adamw_torch_4bit`.
+        model: those of its parameters that require gradients have states.
+        optim: its name; None is returned for any other.
     """
+    if optim not in FOR_BFLOAT16:
+        return None
+    looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)} - looked_up
+    sizes = {}
+    for weight in model.parameters():
+        if not weight.requires_grad:
+            continue
+        if optim in TORCHAO:
+            sizes[weight] = _low_bit_bytes(weight, 8 if optim == TORCHAO[0] else 4)
+        elif id(weight) in linear:  # two states of low rank, and the projection
+            count = APOLLO_RANK * (2 * max(weight.shape) + min(weight.shape))
+            sizes[weight] = count * weight.element_size()
+        else:
+            sizes[weight] = 2 * weight.numel() * weight.element_size()
+    return sizes
+
+
+def _low_bit_bytes(weight: nn.Parameter, bits: int) -> int:
+    """Bytes of torchao's two states of a parameter: codes, a scale a block, and a lookup table."""
     size, block = weight.numel(), 256  # transformers' default for both
     if size < 4096 or size % block:
         return 2 * size * weight.element_size()
-    bits = 8 if optim == TORCHAO[0] else 4
     return 2 * (ceil(size * bits / 8) + 4 * size // block + 4 * 2**bits)

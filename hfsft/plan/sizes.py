@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from hfsft.model.muon import split_parameters
-from hfsft.model.optimizer import TORCHAO, low_bit_bytes
+from hfsft.model.optimizer import state_bytes
 from hfsft.recipe.schema import MUON
 
 
@@ -50,6 +50,9 @@ def optimizer_bytes(model: nn.Module, optim: str) -> int:
         model: those of its parameters that require gradients have states.
         optim: `muon` or transformers' name; an unknown one is assumed to have two 32-bit states.
     """
+    known = state_bytes(model, optim)
+    if known is not None:
+        return sum(known.values())
     matrices = {id(weight) for weight in split_parameters(model)[0]} if optim == MUON else ()
     count = next((count for part, count in STATES.items() if part in optim), 2)
     embeddings = {
@@ -60,9 +63,6 @@ def optimizer_bytes(model: nn.Module, optim: str) -> int:
         if not weight.requires_grad:
             continue
         size, width = weight.numel(), weight.element_size()
-        if optim in TORCHAO:
-            total += low_bit_bytes(weight, optim)
-            continue
         if "8bit" in optim and size >= SMALL_8BIT and id(weight) not in embeddings:
             width = 1 + 4 / 256  # and one scale for each block
         elif "bit" in optim:

@@ -13,23 +13,27 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from accelerate import PartialState
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM, modeling_utils
 
 from hfsft.model.attention import DOCUMENTS, document_attention, packed_attention, varlen_attention
 from hfsft.model.head import CHUNK_BYTES, fuse_head
 from hfsft.model.loading import plain_model, with_lora
 from hfsft.model.muon import muon_adamw
-from hfsft.model.optimizer import TORCHAO, low_bit_bytes, optimizer_settings
+from hfsft.model.optimizer import optimizer_settings, state_bytes
 from hfsft.recipe.key import AUTO
 from hfsft.recipe.schema import MUON, Stage
 
 KINDS = ("weights", "gradients", "optimizer", "activations", "attention", "head")
+
+
+ON_HOST = "on host"  # the kind of what `offload` keeps in main memory, which is not counted
 
 
 DEPTHS = (2, 3)  # layers that are traced; more are extrapolated
@@ -72,7 +76,7 @@ class _LiveBytes(TorchDispatchMode):
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
-        if key in self.owners:
+        if key in self.owners or self.kind == ON_HOST:
             return
         size = -(-storage.nbytes() // self.unit) * self.unit
         self.owners[key] = self.kind, size
@@ -102,6 +106,19 @@ class _LiveBytes(TorchDispatchMode):
         self.owners[key] = kind, size
         self.live[old] -= size
         self.live[kind] += size
+
+
+class _SavedOnHost(torch.autograd.graph.saved_tensors_hooks):
+    """A stand-in for torch's `save_on_cpu`: what it saves is in main memory until it is used."""
+
+    def __init__(self, live: _LiveBytes):
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            before, live.kind = live.kind, ON_HOST
+            copied = torch.empty_like(tensor)
+            live.kind = before
+            return copied
+
+        super().__init__(pack, torch.empty_like)
 
 
 class _Ends(list):
@@ -145,7 +162,8 @@ def _trace(step: TracedStep, layers: int) -> Peaks:
     live = _LiveBytes(512 if step.cuda else 1)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     AttentionInterface.register(PLANNED, _attention(step, live))
-    with isolated():
+    on_host = patch.object(modeling_utils, "save_on_cpu", lambda **_: _SavedOnHost(live))
+    with isolated(), on_host if step.cuda else contextlib.nullcontext():
         model, fused, saved = empty_model(step, layers)
         with fake, live:
             _allocate(model)
@@ -157,7 +175,7 @@ def _trace(step: TracedStep, layers: int) -> Peaks:
                 parameter.grad = torch.zeros_like(parameter)
             live.kind = "optimizer"
             torch.nn.utils.clip_grad_norm_(trained, stage.trainer.get("max_grad_norm") or 1.0)
-            states = _first_update(optimizer, trained, str(stage.trainer.get("optim")))
+            states = _first_update(step, optimizer, model)
             if not step.accumulates:
                 _drop_gradients(trained)
             for parameter in trained:
@@ -234,10 +252,10 @@ def model_of(step: TracedStep, layers: int, attention: str | None) -> tuple[Any,
         attn_implementation=attention,
         trust_remote_code=stage.trust_remote_code,
     )
-    if uses_checkpointing(stage):
-        model.activation_checkpointing_enable(
-            stage.trainer.get("activation_checkpointing_kwargs") or None
-        )
+    if uses_checkpointing(stage):  # as Trainer does
+        kwargs = dict(stage.trainer.get("activation_checkpointing_kwargs") or {})
+        own = {key: kwargs.pop(key) for key in ("every_n_layers", "offload") if key in kwargs}
+        model.activation_checkpointing_enable(kwargs or None, **own)
     return model, fuse_head(model, stage.trainer.get("loss_type") == "dft")
 
 
@@ -318,16 +336,16 @@ def make_optimizer(step: TracedStep, model: Any) -> torch.optim.Optimizer | None
     return optimizer
 
 
-def _first_update(
-    optimizer: Any, trained: list[torch.nn.Parameter], optim: str
-) -> list[torch.Tensor]:
+def _first_update(step: TracedStep, optimizer: Any, model: Any) -> list[torch.Tensor]:
     """Allocate the optimizer's states by a first update; Adam's two where it cannot be traced."""
-    if optim in TORCHAO:  # it compiles its update, and then needs nothing beside the states
-        sizes = [low_bit_bytes(parameter, optim) for parameter in trained]
-        return [torch.zeros(size, dtype=torch.uint8) for size in sizes]
+    # torchao compiles its update, and APOLLO draws random numbers: neither can be traced
+    known = state_bytes(model, str(step.stage.trainer.get("optim")))
+    if known is not None:
+        return [torch.zeros(size, dtype=torch.uint8) for size in known.values()]
     try:
         optimizer.step()
     except Exception:  # any of 40 optimizers, or None, on fake tensors
+        trained = [p for p in model.parameters() if p.requires_grad]
         return [torch.zeros(2, *parameter.shape) for parameter in trained]
     return []
 

@@ -128,7 +128,7 @@ IMPOSSIBLE = [
     ),
     (
         SFT + "  optim: adamw\n",
-        "sft.optim: 'adamw' is not one of its 41 choices; did you mean 'adamw_",
+        "sft.optim: 'adamw' is not one of its 42 choices; did you mean 'adamw_",
     ),
     (SFT + "  loss_type: dpo\n", "r.yaml:4: sft.loss_type: 'dpo' is not one of nll, dft"),
     (SFT + "  attn_implementation: flash\n", "; did you mean 'flash_attention_2'?"),
@@ -329,9 +329,9 @@ def test_broken_base_or_mid(text, expected):
 
 
 def test_sft_starts_from_base_where_there_is_no_mid():
-    sft = "sft:\n  data: [identity]\n"
+    sft = "sft:\n  data: [identity]\n  max_length: 64\n"
     assert load(BASE + sft).sft.model_name_or_path == "runs/r/base"
-    assert load(BASE + MID + sft).sft.model_name_or_path == "runs/r/mid"
+    assert load(BASE + MID + "  max_length: 64\n" + sft).sft.model_name_or_path == "runs/r/mid"
     assert load(sft).sft.model_name_or_path == "runs/r/mid"  # of an earlier run of that name
     named = sft + "  model_name_or_path: elsewhere\n"
     assert load(BASE + named).sft.model_name_or_path == "elsewhere"
