@@ -1,4 +1,4 @@
-"""The largest model that a stage's settings train within some memory, in full, by LoRA and QLoRA."""
+"""The largest model that a stage trains within some memory: in full, by LoRA, by QLoRA."""
 
 import tempfile
 from pathlib import Path

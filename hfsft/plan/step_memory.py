@@ -441,10 +441,13 @@ def _line(low: Peaks, high: Peaks, share: float) -> Peaks:
 
 def peaks_of(step: TracedStep) -> Peaks:
     """The peaks of a step, extrapolated over the number of layers."""
-    if step.layers <= DEPTHS[1]:
+    kwargs = step.stage.trainer.get("activation_checkpointing_kwargs") or {}
+    every = kwargs.get("every_n_layers", 1)  # memory grows by so many layers at a time
+    few, more = (every * layers for layers in DEPTHS)
+    if step.layers <= more:
         return _peaks_of_rows(step, step.layers)
-    low, high = (_peaks_of_rows(step, layers) for layers in DEPTHS)
-    return _line(low, high, (step.layers - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0]))
+    low, high = (_peaks_of_rows(step, layers) for layers in (few, more))
+    return _line(low, high, (step.layers - few) / (more - few))
 
 
 def _peaks_of_rows(step: TracedStep, layers: int) -> Peaks:
