@@ -228,6 +228,17 @@ def test_a_step_that_does_not_fit_is_refused():
     assert not require_fit(told, told.sft, memory.CPU_OVERHEAD, "cpu").fits
 
 
+def test_offloaded_activations_are_not_on_the_card():
+    recipe = smollm2()
+    stage = with_settings(recipe.sft, gradient_checkpointing=True)
+    kept = plan_stage(recipe, stage, device_type="cuda")
+    offload = with_settings(stage, activation_checkpointing_kwargs={"offload": True})
+    moved = plan_stage(recipe, offload, device_type="cuda")
+    # the input of each of 30 layers: 2 x 1,024 tokens, 576 wide, in 32 bits
+    assert kept.phases["head"] - moved.phases["head"] == 30 * 2 * 1024 * 576 * 4
+    assert moved.weights == kept.weights
+
+
 AUTO = {
     "per_device_train_batch_size": "auto",
     "gradient_checkpointing": "auto",
