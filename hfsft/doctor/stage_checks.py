@@ -13,7 +13,7 @@ from hfsft.doctor.step_checks import difference, tiny_model, training_device
 CHECKPOINT_BYTES = 64 * 2**20
 
 
-def _write_recipe(folder: Path) -> None:
+def write_recipe(folder: Path) -> None:
     """A tiny model, its tokenizer and a recipe that fine-tunes it for two steps."""
     from hfsft.data.tasks import facts
     from hfsft.tokens.tokenizer import train_tokenizer
@@ -36,7 +36,7 @@ def _write_recipe(folder: Path) -> None:
     )
 
 
-def _train(folder: Path, name: str, *arguments: str) -> Any:
+def train_tiny(folder: Path, name: str, *arguments: str) -> Any:
     """The weights after a run of the recipe, flattened."""
     import torch
     from safetensors.torch import load_file
@@ -52,10 +52,10 @@ def resume() -> str:
     """Weights of a resumed run beside those of an uninterrupted one."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        _write_recipe(folder)
-        whole, again = _train(folder, "whole"), _train(folder, "again")
-        _train(folder, "resumed", "--max_steps", "2")
-        resumed = _train(folder, "resumed")
+        write_recipe(folder)
+        whole, again = train_tiny(folder, "whole"), train_tiny(folder, "again")
+        train_tiny(folder, "resumed", "--max_steps", "2")
+        resumed = train_tiny(folder, "resumed")
     noise, error = difference(again, whole), difference(resumed, whole)
     if error and not error <= 2 * noise:
         raise CheckFailed(
@@ -75,16 +75,16 @@ def out_of_memory() -> str:
         raise NotHere("a memory_limit is enforced on a CUDA GPU alone")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        _write_recipe(folder)
+        write_recipe(folder)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_reserved()
-        whole, again = _train(folder, "whole"), _train(folder, "again")
+        whole, again = train_tiny(folder, "whole"), train_tiny(folder, "again")
         peak = torch.cuda.max_memory_allocated()
         torch.cuda.empty_cache()
         limit = (held + peak) // 2
         try:
-            capped = _train(
+            capped = train_tiny(
                 folder, "capped", "--memory_limit", f"{limit / 1e9:.4f}GB", "--ignore_plan"
             )
         finally:
