@@ -39,7 +39,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "1.1b": {"model_type": "llama", "hidden_size": 2048, "intermediate_size": 5632,
              "num_hidden_layers": 22, "num_attention_heads": 32, "num_key_value_heads": 4,
              "vocab_size": 32000},
-    "tiny": {"depth": 1, "vocab_size": 1024},
+    "tiny": {"depth": 1, "vocab_size": 8192},
 }  # fmt: skip
 PLAIN = "--gradient_checkpointing false --optim adamw_torch_fused"
 SMALL = "--gradient_checkpointing true --optim adamw_bnb_8bit"
@@ -279,14 +279,14 @@ class Part:
         """The same conversations through hfsft, a bare loop, and stock SFTTrainer."""
         variants = [*steps.VARIANTS, "padding_free"]
         for shape in ("tiny",) if self.given.tiny else ("d8", "smol"):
-            for turn in range(1 if self.given.tiny else 3):
+            for turn in range(1 if self.given.tiny else 2):
                 for name in variants:
                     yield f"{shape}, {name}, {turn}", lambda s=shape, n=name: self.one_variant(s, n)
 
     def one_variant(self, shape: str, variant: str) -> dict[str, Any]:
         """Tokens a second, peak memory and energy of some steps."""
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-        count = 4 if self.given.tiny else 8
+        count = 4 if self.given.tiny else 6
         steps.ROWS = 16 if variant in ("hfsft", "bare") else 2
         found: dict[str, Any] = {}
         folder = self.folder / "step"
@@ -325,9 +325,9 @@ class Part:
 
     def base(self) -> Iterator[tuple[str, Callable[[], dict]]]:
         """Tokens a second of base steps."""
-        shapes = ("tiny",) if self.given.tiny else ("d8", "d12", "d20")
-        for shape in shapes:
-            for optim in ("adamw_bnb_8bit", "muon"):
+        shapes = ("tiny",) if self.given.tiny else ("d8", "d20", "d12")
+        for optim in ("adamw_bnb_8bit", "muon"):
+            for shape in shapes:
                 for compiled in (False, True):
                     name = f"{shape}, {optim}{', compiled' * compiled}"
                     yield name, lambda s=shape, o=optim, c=compiled: self.base_steps(s, o, c)

@@ -1,5 +1,6 @@
 """Run every check and collect what was found."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -51,6 +52,7 @@ def examine(report: Callable[[Finding], None] = lambda finding: None) -> dict[st
         `machine` (name → text), `checks` (a list of `Finding` as plain data), `passed`: whether
         none failed.
     """
+    _silence()
     findings = []
     for name, check, advice in CHECKS:
         finding = _run(name, check, advice)
@@ -72,3 +74,15 @@ def _run(name: str, check: Callable[[], str], advice: str) -> Finding:
         return Finding(name, FAILED, str(failure), failure.advice)
     except Exception as error:  # whatever a broken installation raises
         return Finding(name, FAILED, f"{type(error).__name__}: {first_line(error)}", advice)
+
+
+def _silence() -> None:
+    """No warnings or progress bars between the findings."""
+    warnings.simplefilter("ignore")
+    try:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+    except Exception:  # a broken installation, which the first check reports
+        return

@@ -249,5 +249,7 @@ def rates() -> str:
         for _ in range(4):
             copy()
         torch.cuda.synchronize()
-        words.append(f"{4 * len(block) / (time.perf_counter() - began) / 1e9:.0f} GB/s {name}")
+        # reads and writes
+        moved = 8 if name == "on the card" else 4
+        words.append(f"{moved * len(block) / (time.perf_counter() - began) / 1e9:.0f} GB/s {name}")
     return ", ".join(words)

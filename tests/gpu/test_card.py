@@ -18,6 +18,7 @@ from hfsft.plan.plan import plan_stage
 from hfsft.recipe.loading import load_recipe
 from hfsft.train.trainer import SFTStageTrainer
 
+QUIET = ("--save_strategy", "no", "--logging_steps", "100")  # no other reason to wait
 pytestmark = pytest.mark.gpu
 
 
@@ -33,6 +34,8 @@ def test_a_stage_trains_on_the_card_and_as_planned(tmp_path):
     recipe = load_recipe(*argv, stage="sft")
     plan = plan_stage(recipe, recipe.sft)
     assert PartialState().device.type == "cuda"  # planning once moved it to the CPU
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     train_tiny(tmp_path, "planned")
     record = json.loads((tmp_path / "runs/planned/sft/stage.json").read_text())
@@ -82,7 +85,7 @@ def test_a_step_waits_for_the_card_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(SFTStageTrainer, "__init__", with_profiler)
     with record:
-        train_tiny(tmp_path, "profiled", "--max_steps", "6", "--logging_steps", "100")
+        train_tiny(tmp_path, "profiled", "--max_steps", "6", *QUIET)
     waits = {
         event.key: event.count / 2
         for event in record.key_averages()
