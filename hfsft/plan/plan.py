@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate import PartialState
 from transformers import AttentionInterface, AutoConfig
@@ -150,7 +151,7 @@ def limit_of(stage: Stage, device: str) -> int | None:
     """`memory_limit`, or the device's memory if less; None for a card that is not here."""
     own = [stage.memory_limit_bytes] if stage.memory_limit is not None else []
     if device == "cpu":
-        own.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        own.append(psutil.virtual_memory().total)
     elif torch.cuda.is_available():
         own.append(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
     return min(own, default=None)
