@@ -317,7 +317,9 @@ def make_optimizer(step: TracedStep, model: Any) -> torch.optim.Optimizer | None
     from transformers import Trainer, TrainingArguments
 
     settings = optimizer_settings(step.stage)
-    args = TrainingArguments(output_dir="", use_cpu=True, **settings)
+    # TrainingArguments makes Accelerate's state anew, which must stay on the stage's device
+    on_cpu = PartialState().device.type == "cpu"
+    args = TrainingArguments(output_dir="", use_cpu=on_cpu, **settings)
     if step.stage.trainer.get("optim") == MUON:
         return muon_adamw(model, step.stage, args)
     parameters = [p for p in model.parameters() if p.requires_grad]
