@@ -91,6 +91,7 @@ def open_results(model: str, out: Path, digest: str, seed: int) -> dict[str, Any
         "seconds": earlier["seconds"] if same else 0.0,
         "tasks": earlier["tasks"] if same else {},
         "mean_centred": None,
+        "chatcore": None,
     }
 
 
