@@ -9,6 +9,7 @@ from hfsft.recipe.key import FIXED, ROUNDED
 from hfsft.recipe.schema import Recipe, Stage
 from hfsft.recipe.sections import on_resume
 from hfsft.run.files import write_text_atomically
+from hfsft.run.identity import model_digest
 
 # the files of a stage's folder that a resumed run appends to
 LOGS = ("metrics.jsonl", "validation.jsonl", "samples.jsonl", "bad_steps.jsonl")
@@ -18,11 +19,12 @@ def settings_of(recipe: Recipe, stage: Stage) -> dict[str, Any]:
     """The resolved settings that determine the stage's result, and the model it starts from."""
     keys = ["seed", "tokenizer", stage.name] + (["model"] if stage.name == "base" else [])
     settings = {key: recipe.resolved.get(key) for key in keys}
-    if stage.model_name_or_path is not None:
-        # an earlier stage that was retrained is a different model in the same folder
-        earlier = read_record(Path(stage.model_name_or_path))
-        started = earlier["started"] if earlier else None
-        settings["start"] = {"model": stage.model_name_or_path, "trained": started}
+    start = stage.model_name_or_path
+    if start is not None:
+        # what the model is, not where it lies: a copied run resumes, and an earlier stage that was
+        # retrained is a different model in the same folder
+        folder = Path(start)
+        settings["start"] = {"model": model_digest(folder) if folder.is_dir() else start}
     return settings
 
 

@@ -1,6 +1,7 @@
 """A finished run that is given more steps, against one that had them from the start."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,26 @@ def test_more_steps_end_where_a_longer_run_from_scratch_does(recipe, tmp_path, c
     capsys.readouterr()
     sft.main(recipe, "--output_dir", str(tmp_path / "a"), *STABLE)
     assert "sft: finished already" in capsys.readouterr().out
+
+
+def test_a_copied_run_resumes_and_extends(recipe, tmp_path, capsys):
+    run = Path(recipe).parent / "start"
+    shutil.copytree(run, tmp_path / "a" / "start")
+    place = ("--output_dir", str(tmp_path / "a"), "--max_steps", "4", *STABLE)
+    sft.main(recipe, *place)
+    (tmp_path / "a").rename(tmp_path / "b")
+    moved = ("--output_dir", str(tmp_path / "b"), *STABLE)
+    capsys.readouterr()
+    sft.main(recipe, *moved, "--max_steps", "4")
+    assert "sft: finished already" in capsys.readouterr().out
+    # the same model under its path, elsewhere
+    shutil.copytree(run / "base", tmp_path / "model")
+    sft.main(recipe, *moved, "--model_name_or_path", str(tmp_path / "model"))
+    assert f"sft: resuming from step 3, up to {STEPS}" in capsys.readouterr().out
+    other = tmp_path / "model" / "config.json"
+    other.write_text(other.read_text().replace('"hidden_act"', '"other": 1, "hidden_act"'))
+    with pytest.raises(RecipeError, match="other settings: the model it starts from\n"):
+        sft.main(recipe, *moved, "--model_name_or_path", str(tmp_path / "model"))
 
 
 def test_another_schedule_says_why_not_and_touches_nothing(recipe, tmp_path):
