@@ -400,9 +400,9 @@ def test_data_given_as_files_or_a_folder(tmp_path, arc):
     folder = str(Path(arc).parent)
     assert data_files([folder, "mmlu=x.csv"], []) == {"arc_easy": arc, "mmlu": "x.csv"}
     assert data_files([folder], ["arc_easy", "gsm8k"]) == {"arc_easy": arc}
-    with pytest.raises(HfsftError, match="no file is named after a task, like arc_easy.jsonl"):
+    with pytest.raises(HfsftError, match=r"named after a task, like arc_easy\.jsonl"):
         data_files([str(tmp_path)], [])
-    with pytest.raises(HfsftError, match="no file is named after a task, like mmlu.jsonl"):
+    with pytest.raises(HfsftError, match=r"named after a task, like mmlu\.jsonl"):
         data_files([folder], ["arithmetic", "mmlu"])
     with pytest.raises(HfsftError, match="mmlu is not among the tasks of --tasks"):
         data_files(["mmlu=x.csv"], ["gsm8k"])

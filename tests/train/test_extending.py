@@ -11,7 +11,14 @@ from faults import RECIPE, STEPS, bits, timeless
 from hfsft import base, sft
 from hfsft.errors import Interrupted, RecipeError
 from hfsft.run.manifest import checkpoints, step_of
-from hfsft.train.schedule import decay_start, scheduler_settings, shared_steps
+from hfsft.train.arguments import arguments
+from hfsft.train.schedule import (
+    decay_start,
+    scaled_notice,
+    scheduler_settings,
+    shared_steps,
+    warmup_steps,
+)
 
 STABLE = ("--lr_scheduler_type", "warmup_stable_decay")
 
@@ -49,9 +56,25 @@ def test_a_share_of_decaying_steps_becomes_their_number(make_stage):
     given = {"num_decay_steps": 0.5, "decay_type": "linear"}
     stage.trainer["lr_scheduler_kwargs"] = given
     assert scheduler_settings(stage, 200) == {"num_decay_steps": 100, "decay_type": "linear"}
-    stage.trainer["warmup_steps"] = 150
-    with pytest.raises(RecipeError, match=r"num_decay_steps are more than max_steps, 200"):
-        scheduler_settings(stage, 200)
+    assert scaled_notice(stage, 200) is None
+
+
+def test_warmup_and_decay_that_do_not_fit_are_scaled(make_stage):
+    trainer = {"lr_scheduler_type": "warmup_stable_decay", "warmup_steps": 150}
+    stage = make_stage(trainer=trainer | {"lr_scheduler_kwargs": {"num_decay_steps": 0.5}})
+    assert scheduler_settings(stage, 200) == {"num_decay_steps": 80}
+    assert (warmup_steps(stage, 200), decay_start(stage, 200)) == (120, 120)
+    assert scaled_notice(stage, 200) == (
+        "sft: warmup_steps 150 and num_decay_steps 100 are more than max_steps 200; "
+        "scaled to 120 and 80"
+    )
+    short = make_stage(trainer=trainer | {"warmup_steps": 10})
+    assert warmup_steps(short, 3) == 2 and scheduler_settings(short, 3) == {"num_decay_steps": 1}
+    rates = arguments(short, [0] * 40, 1)
+    assert rates.warmup_steps == 10 and rates.max_steps == 40
+
+
+def test_another_schedule_has_no_decaying_steps(make_stage):
     assert decay_start(make_stage(trainer={"lr_scheduler_type": "linear"}), 200) is None
 
 
