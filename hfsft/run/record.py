@@ -79,7 +79,7 @@ def is_finished(recipe: Recipe, stage: Stage) -> bool:
     if only_longer(stage, changed):
         return False
     if changed:
-        raise other_settings(stage, "finished", changed)
+        raise other_settings(stage, "finished", changed, record["settings"])
     return True
 
 
@@ -88,11 +88,23 @@ def only_longer(stage: Stage, changed: list[str]) -> bool:
     return changed == [f"{stage.name}.max_steps"] and stage.max_steps is not None
 
 
-def other_settings(stage: Stage, done: str, changed: list[str]) -> RecipeError:
+def other_settings(
+    stage: Stage, done: str, changed: list[str], before: dict[str, Any]
+) -> RecipeError:
     """The error for a folder whose stage was `done` with settings that differ in `changed` keys."""
-    shown = ("the model it starts from" if key.startswith("start") else key for key in changed)
+
+    def shown(key: str) -> str:
+        value: Any = before
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if key.startswith("start"):
+            return "the model it starts from"
+        # what to pass to get the old stage; lists, such as data, are too long to show
+        return key if isinstance(value, list | dict) else f"{key} (was {json.dumps(value)})"
+
+    shown_keys = dict.fromkeys(map(shown, changed))
     return RecipeError(
-        f"{stage.folder} was {done} with other settings: {', '.join(dict.fromkeys(shown))}\n"
+        f"{stage.folder} was {done} with other settings: {', '.join(shown_keys)}\n"
         "  Give this run another --name, or pass --restart, which moves the old stage aside"
     )
 

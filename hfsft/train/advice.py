@@ -56,7 +56,7 @@ FAR_MISFIT = 0.1  # the same for early points, as a share of their height above 
 DRIFT = 0.35  # log-standard deviation of a projected change
 
 
-LATE = 0.6  # the same, one-sided, of a run twice as long or longer: it gained more than projected
+LATE = 0.5  # the same, one-sided, of a run twice as long or longer: it gained more than projected
 
 
 EPOCHS = 4  # repeated up to so often, data is nearly as good as new (Muennighoff et al. 2023)
