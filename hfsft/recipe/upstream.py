@@ -100,7 +100,7 @@ class Field:
         if scalar:
             self._check_choice(raw or "null")
         shown = _shown(value, raw)
-        one = f"; a list of one is [{shown}]" if scalar and value and "list" in kinds else ""
+        one = f"; a list of one is [{shown}]" if isinstance(value, str) and "list" in kinds else ""
         raise ValueError(f"expected {self.expected()}, got {shown}{one}")
 
     def _check_item(self, item: Any) -> None:
