@@ -318,6 +318,9 @@ def evaluate_models(
         bool,
         typer.Option("--allow_code", help="Let humaneval run programs the model writes."),
     ] = False,
+    show: Annotated[
+        int, typer.Option("--show", min=0, help="Print this many wrong answers of each task.")
+    ] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Evaluate models on benchmarks; answers that are already on disk are reused."""
@@ -330,6 +333,7 @@ def evaluate_models(
         data or [],
         out,
         as_json,
+        show,
         rows=rows,
         seed=seed,
         batch_size=batch_size,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hfsft.errors import RecipeError, quoted
-from hfsft.recipe.key import FREE, key
+from hfsft.recipe.key import FREE, SAME, key
 
 MEMORY = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]i?B)")
 
@@ -113,6 +113,7 @@ class Stage:
         default=None,
         defaults={"mid": "base", "sft": "mid"},
         null=False,
+        on_resume=SAME,
     )
     revision: str | None = key(
         "a commit, branch or tag of a Hub model", stages=LOADING, default=None
