@@ -94,7 +94,7 @@ class Calculator(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Mask all but the next token of a pending result; scores [rows, vocabulary]."""
         for row in (input_ids[:, -1] == self.end).nonzero().flatten().tolist():
-            self.forced.setdefault(row, self._result(input_ids[row, self.start :].tolist()))
+            self.forced.setdefault(row, self.result(input_ids[row, self.start :].tolist()))
         for row, tokens in list(self.forced.items()):
             if not tokens:
                 del self.forced[row]
@@ -103,7 +103,7 @@ class Calculator(LogitsProcessor):
             scores[row, tokens.pop(0)] = 0.0
         return scores
 
-    def _result(self, generated: list[int]) -> list[int]:
+    def result(self, generated: list[int]) -> list[int]:
         """The tokens to force after a call that just ended; none if it cannot be evaluated."""
         starts = [index for index, token in enumerate(generated) if token == self.call]
         if not starts:
@@ -193,7 +193,7 @@ class Evaluator:
         return load_for_answers(self.folder)
 
     @cached_property
-    def _eos_token_ids(self) -> list[int]:
+    def eos_token_ids(self) -> list[int]:
         """The tokens that end an answer."""
         configured = self.model.generation_config.eos_token_id
         configured = configured if isinstance(configured, list) else [configured]
@@ -261,7 +261,7 @@ class Evaluator:
                 self.model,
                 inputs,
                 self.tokenizer.pad_token_id,
-                self._eos_token_ids,
+                self.eos_token_ids,
                 processors,
                 self.tokenizer,
                 **settings,
