@@ -277,7 +277,8 @@ def _with_generation_config(body: dict[str, Any]) -> dict[str, Any]:
     """A request of `transformers chat`, whose settings are a GenerationConfig as JSON text."""
     if body.get("generation_config") is None:
         return body
-    rest = {name: value for name, value in body.items() if name != "generation_config"}
+    rest = {name: value for name, value in body.items() if value is not None}
+    del rest["generation_config"]
     try:
         given = json.loads(body["generation_config"])
         given = {key: value for key, value in given.items() if value is not None}
