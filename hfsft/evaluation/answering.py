@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -20,7 +21,7 @@ from transformers import (
 
 from hfsft.errors import DataError, MemoryShortage, ModelError, first_line
 from hfsft.evaluation.calculator import calculate
-from hfsft.hub.client import require_model
+from hfsft.hub.client import NOT_LOADED, require_model
 from hfsft.model.head import fuse_head
 from hfsft.model.loading import bf16_is_native, load_plain_model
 from hfsft.recipe.schema import Stage
@@ -67,7 +68,7 @@ def load_its_tokenizer(model: str) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             model, padding_side="left", trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (*NOT_LOADED, StrictDataclassError) as error:
         raise ModelError(f"{model}: cannot load its tokenizer: {first_line(error)}") from None
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
@@ -178,7 +179,7 @@ class Evaluator:
         self.folder, self.batch_size = folder, batch_size
         try:
             self.config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
+        except (*NOT_LOADED, StrictDataclassError) as error:
             raise ModelError(f"{folder}: cannot be loaded: {first_line(error)}") from None
         record = Path(folder) / "stage.json"
         is_base = record.is_file() and json.loads(record.read_text())["stage"] == "base"

@@ -69,6 +69,7 @@ def make_app(served: list[ServedModel], **guard: Any) -> Starlette:
             Route("/metrics", endpoints.metrics),
             Route("/v1/models", endpoints.models),
             Route("/v1/models/{name:path}", endpoints.model),
+            Route("/load_model", endpoints.load_model, methods=["POST"]),
             Route("/v1/chat/completions", endpoints.chat, methods=["POST"]),
             Route("/v1/completions", endpoints.complete, methods=["POST"]),
         ],
@@ -252,6 +253,10 @@ class Endpoints:
             if model.name == request.path_params["name"]:
                 return JSONResponse(model.description())
         raise Refused("no such model is served", "model", "model_not_found", 404)
+
+    async def load_model(self, request: Request) -> Response:
+        """Answer `transformers chat`, which asks its server to load a model: it is loaded."""
+        return Response(event({"status": "ready", "cached": True}), media_type="text/event-stream")
 
     async def health(self, request: Request) -> Response:
         """Answer GET /health: 503 once the server shuts down."""

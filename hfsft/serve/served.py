@@ -5,6 +5,7 @@ from typing import Any
 
 from hfsft.errors import ModelError, first_line
 from hfsft.evaluation.answering import NANOCHAT_BOS, Evaluator
+from hfsft.hub.client import NOT_LOADED
 from hfsft.serve.engine import Engine
 from hfsft.tokens.encoding import encode_texts
 from hfsft.tokens.foreign_templates import encode_prompt
@@ -105,7 +106,7 @@ def load_served(models: list[str], max_batch: int, max_queue: int) -> list[Serve
             served.append(ServedModel(model, max_batch, max_queue))
         except ModelError:
             raise
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        except (*NOT_LOADED, RuntimeError) as error:
             raise ModelError(f"{model}: cannot be loaded: {first_line(error)}") from None
     if len({one.name for one in served}) < len(served):  # such as a/sft and b/a/sft
         for one, model in zip(served, models, strict=True):
