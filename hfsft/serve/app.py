@@ -15,8 +15,13 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
-from starlette.responses import StreamingResponse
+from starlette.responses import (
+    HTMLResponse,
+    JSONResponse,
+    PlainTextResponse,
+    Response,
+    StreamingResponse,
+)
 from starlette.routing import Route
 
 from hfsft.serve.engine import Busy, Piece
@@ -146,7 +151,9 @@ class Endpoints:
         model = self._named(body)
         if not model.is_chat:
             raise Refused(
-                f"{model.name} is not a chat model; use /v1/completions", "model", "not_a_chat_model"
+                f"{model.name} is not a chat model; use /v1/completions",
+                "model",
+                "not_a_chat_model",
             )
         asked = chat_request(
             body, model.encode_chat, model.defaults, model.context, model.takes_tools

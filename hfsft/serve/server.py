@@ -59,7 +59,7 @@ def serve(
     except OSError as error:
         raise port_error(error, host, port) from None
     # a connection is an open file, and the usual limit is 1,024
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     app = make_app(
         served, host=host, api_key=key, allow_hosts=allow_hosts, allow_origins=allow_origins

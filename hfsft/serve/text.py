@@ -21,7 +21,10 @@ class AnswerText:
             has_calculator: write calculator calls as `<<6*7=42>>`, as `Evaluator` does.
             stop: strings at which the answer ends; they are left out.
         """
-        self.tokenizer, self.stop = tokenizer, stop
+        self.stop = stop
+        # transformers' own `decode` takes ten times as long for one token
+        is_plain = not tokenizer.clean_up_tokenization_spaces
+        self._decode = tokenizer.backend_tokenizer.decode if is_plain else tokenizer.decode
         marks = dict(zip(tokenizer.convert_tokens_to_ids(list(TOOL_TOKENS)), _MARKS, strict=True))
         self.marks = marks if has_calculator else {}
         self.is_stopped = False  # a stop string was found
@@ -34,14 +37,14 @@ class AnswerText:
         if token in self.marks:
             return self._release(self._flush() + self.marks[token])
         self._ids.append(token)
-        text = self.tokenizer.decode(self._ids, skip_special_tokens=True)
+        text = self._decode(self._ids, skip_special_tokens=True)
         held = len(text) - len(text.rstrip("\ufffd"))
         final = text[self._sent : max(self._sent, len(text) - min(held, UNFINISHED))]
         self._sent += len(final)
         if not held and len(self._ids) > 1:
             # the last token stays, as decoding a text from its middle may lose a space
             self._ids = self._ids[-1:]
-            self._sent = len(self.tokenizer.decode(self._ids, skip_special_tokens=True))
+            self._sent = len(self._decode(self._ids, skip_special_tokens=True))
         return self._release(final)
 
     def end(self) -> str:
@@ -50,7 +53,7 @@ class AnswerText:
 
     def _flush(self) -> str:
         """What the tokens since the last mark hold back; a new text begins."""
-        text = self.tokenizer.decode(self._ids, skip_special_tokens=True)[self._sent :]
+        text = self._decode(self._ids, skip_special_tokens=True)[self._sent :]
         self._ids, self._sent = [], 0
         return text
 

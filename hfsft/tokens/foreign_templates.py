@@ -378,9 +378,7 @@ def _protected(value: Any, stand_ins: dict[str, str]) -> Any:
     return protected(value)
 
 
-def _encoded(
-    text: str, stand_ins: dict[str, str], tokenizer: Any
-) -> tuple[list[int], list[int]]:
+def _encoded(text: str, stand_ins: dict[str, str], tokenizer: Any) -> tuple[list[int], list[int]]:
     """Token ids of a rendering, and for each the position of its first character."""
     ids: list[int] = []
     starts: list[int] = []

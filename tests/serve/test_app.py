@@ -5,7 +5,7 @@ import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-import httpx
+import httpx2
 import openai
 import pytest
 from chat_messages import assistant, system, user
@@ -17,6 +17,7 @@ from hfsft.evaluation.answering import Evaluator
 from hfsft.serve.app import MOST_BYTES
 
 HI = [user("Hi!")]
+IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
 
 
 def client(server: Running, **settings) -> OpenAI:
@@ -90,7 +91,7 @@ def test_a_stream_is_the_whole_answer_in_parts(api):
 
 def test_the_form_of_a_stream(server):
     body = {"messages": HI, "max_tokens": 2, "stream": True}
-    response = httpx.post(f"{server.url}/v1/chat/completions", json=body)
+    response = httpx2.post(f"{server.url}/v1/chat/completions", json=body)
     assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
     *events, end = response.text.split("\n\n")
     assert events[-1] == "data: [DONE]" and end == ""
@@ -123,7 +124,10 @@ def test_probabilities(api):
 def test_a_conversation_with_every_form_of_content(api, server):
     messages = [
         system("Be brief."),
-        {"role": "user", "content": [{"type": "text", "text": "Hi"}, {"type": "text", "text": "!"}]},
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "Hi"}, {"type": "text", "text": "!"}],
+        },
         assistant("Hello") | {"refusal": None, "annotations": [], "tool_calls": None},
         user("Why?"),
     ]
@@ -238,8 +242,7 @@ def test_two_models_answer_by_name(folders):
         ({"messages": []}, "messages"),
         ({"messages": [user(None)]}, "messages[0].content"),
         ({"messages": [{"role": "judge", "content": "x"}]}, "messages[0].role"),
-        ({"messages": [user([{"type": "image_url", "image_url": {"url": "x"}}])]},)
-        + ("messages[0].content",),
+        ({"messages": [user([IMAGE])]}, "messages[0].content"),
         ({"messages": [user("Hi"), system("late")]}, "messages"),  # the template refuses it
         ({"messages": HI * 1025}, "messages"),
     ],
@@ -273,14 +276,14 @@ def test_beyond_the_context_both_numbers_are_said(api, server):
     ids=range(7),
 )
 def test_a_body_that_is_no_json_object_is_refused(server, body):
-    response = httpx.post(f"{server.url}/v1/chat/completions", content=body)
+    response = httpx2.post(f"{server.url}/v1/chat/completions", content=body)
     assert response.status_code == 400
     assert "the body is not" in response.json()["error"]["message"]
 
 
 def test_unknown_paths_and_methods(server):
     for method, path, status in (("GET", "/v1/embeddings", 404), ("DELETE", "/v1/models", 405)):
-        response = httpx.request(method, server.url + path)
+        response = httpx2.request(method, server.url + path)
         assert response.status_code == status
         assert path in response.json()["error"]["message"]
 
@@ -308,7 +311,7 @@ def test_a_body_of_100_megabytes_is_refused_and_not_kept(server, length):
         answer = connection.recv(65536)
     assert answer.startswith(b"HTTP/1.1 413 ")
     assert f"more than {MOST_BYTES:,} bytes".encode() in answer
-    assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+    assert httpx2.get(f"{server.url}/health").json() == {"status": "ok"}
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -333,8 +336,7 @@ def test_a_slow_reader_delays_nobody(server, api):
         assert expected
         received = b""
         while b"[DONE]" not in received:
-            assert (part := connection.recv(512))
-            received += part
+            received += connection.recv(512)
     assert received.count(b"data: ") > 3
 
 
@@ -356,7 +358,7 @@ def test_a_full_queue_answers_503(folders):
         assert caught.value.response.json()["error"]["code"] == "overloaded"
         held.go = True
         assert first.result().choices == second.result().choices
-        text = httpx.get(f"{running.url}/metrics").text
+        text = httpx2.get(f"{running.url}/metrics").text
         assert 'hfsft_requests_total{model="nanochat",outcome="refused"} 1' in text
         assert 'hfsft_requests_total{model="nanochat",outcome="finished"} 2' in text
         assert 'hfsft_generated_tokens_total{model="nanochat"} 16' in text

@@ -1,6 +1,6 @@
 """Who is let in: hosts (DNS rebinding), origins (other web pages), keys."""
 
-import httpx
+import httpx2
 import pytest
 from serving import Running, serving
 
@@ -15,7 +15,7 @@ def status(server: Running, path: str = CHAT, **headers: str) -> int:
     names = {name.replace("_", "-"): value for name, value in headers.items()}
     method = "POST" if path == CHAT else "GET"
     body = BODY if method == "POST" else None
-    response = httpx.request(method, server.url + path, json=body, headers=names)
+    response = httpx2.request(method, server.url + path, json=body, headers=names)
     if response.status_code != 200:
         assert set(response.json()["error"]) == {"message", "type", "param", "code"}
     return response.status_code
@@ -35,7 +35,7 @@ def test_origins(server):
     for other in ("http://evil.example", "null", "http://127.0.0.1:1", f"http://{host}.evil", ""):
         assert status(server, origin=other) == 403
         assert status(server, "/v1/models", origin=other) == 403
-    options = httpx.options(server.url + CHAT, headers={"origin": "http://evil.example"})
+    options = httpx2.options(server.url + CHAT, headers={"origin": "http://evil.example"})
     assert not any("access-control" in name for name in options.headers)
 
 
@@ -46,7 +46,7 @@ def test_an_allowed_origin(folders):
         assert status(it, origin="http://evil.example") == 403
         assert status(it, host="me.example:8000") == 200
         asked = {"origin": allowed, "access-control-request-method": "POST"}
-        preflight = httpx.options(it.url + CHAT, headers=asked)
+        preflight = httpx2.options(it.url + CHAT, headers=asked)
         assert preflight.status_code == 200
         assert preflight.headers["access-control-allow-origin"] == allowed
         assert "access-control-allow-credentials" not in preflight.headers
@@ -56,7 +56,7 @@ def test_keys(folders):
     with serving(folders("llama"), api_key="s3cret", host="0.0.0.0") as it:
         for wrong in ("", "Bearer", "Bearer wrong", "Bearer s3cret2", "Basic s3cret", "Bearer é"):
             given = {"authorization": wrong.encode()}
-            response = httpx.post(it.url + CHAT, json=BODY, headers=given)
+            response = httpx2.post(it.url + CHAT, json=BODY, headers=given)
             assert response.status_code == 401
             assert response.json()["error"]["code"] == "invalid_api_key"
         assert status(it) == 401 == status(it, "/metrics") == status(it, "/v1/models")
@@ -69,7 +69,7 @@ def test_keys(folders):
 
 
 def test_the_page_allows_its_own_script_alone(server):
-    response = httpx.get(server.url)
+    response = httpx2.get(server.url)
     policy = response.headers["content-security-policy"]
     assert policy == load_page()[1]
     assert "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy

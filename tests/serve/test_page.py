@@ -232,7 +232,8 @@ def test_a_message_of_100000_characters(page):
 
 
 MARKDOWN = f"""# Title
-Some **bold**, *slanted* and `code <b>` and [a link](https://example.org/x) and [a trap](javascript:alert(1)).
+Some **bold**, *slanted* and `code <b>`,
+[a link](https://example.org/x) and [a trap](javascript:alert(1)).
 {HOSTILE}
 
 1. one

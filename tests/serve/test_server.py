@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import httpx
+import httpx2
 import pytest
 from rigged import save
 
@@ -145,9 +145,9 @@ def test_names(folders, tmp_path, make_model, tokenizer, monkeypatch):
 def test_sigterm_finishes_what_runs(folders):
     with process(folders("nanochat"), "--api_key", "k") as (running, url):
         path, body = f"{url}/v1/chat/completions", BODY | {"stream": True}
-        assert httpx.post(path, json=body).status_code == 401
+        assert httpx2.post(path, json=body).status_code == 401
         key = {"authorization": "Bearer k"}
-        with httpx.stream("POST", path, json=body, headers=key, timeout=60) as response:
+        with httpx2.stream("POST", path, json=body, headers=key, timeout=60) as response:
             lines = response.iter_lines()
             next(lines)
             running.send_signal(signal.SIGTERM)
@@ -181,7 +181,7 @@ def test_curl_and_transformers_chat(folders):
         assert chat.returncode == 0, chat.stderr
         assert "nanochat was already loaded" in chat.stdout
         assert "Generation stopped after reaching the token limit" in chat.stdout
-        counts = httpx.get(f"{url}/metrics").text
+        counts = httpx2.get(f"{url}/metrics").text
         assert 'hfsft_generated_tokens_total{model="nanochat"} 24' in counts
 
 
