@@ -7,6 +7,7 @@ import socket
 from pathlib import Path
 from types import FrameType
 
+import torch
 import uvicorn
 
 from hfsft.errors import ServingError, first_line, printable
@@ -53,6 +54,8 @@ def serve(
             f"  Pass --api_key KEY, --api_key_file FILE, or set {KEY_VARIABLE}"
         )
     listener = open_port(host, port)
+    # a core stays for the event loop: beside a spinning OpenMP thread on every core it would wait
+    torch.set_num_threads(min(torch.get_num_threads(), max(1, len(os.sched_getaffinity(0)) - 1)))
     served = load_served(models, max_batch, max_queue)
     try:
         listener.listen(2048)
