@@ -8,13 +8,13 @@ TORCH ?= 2.13.0
 STACK := transformers trl accelerate peft datasets bitsandbytes huggingface_hub tokenizers safetensors
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-browser test-latest check
+.PHONY: demo test test-slow test-browser test-gpu test-latest check
 
 demo: $(INSTALLED)
 	$(BIN)/hfsft run recipes/demo.yaml
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow and not browser"
+	$(BIN)/python -m pytest -m "not slow and not browser and not gpu"
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
@@ -29,6 +29,9 @@ test-browser: $(INSTALLED)
 	} || { echo "test-browser needs Chromium and chromedriver on the PATH" >&2; exit 2; }
 	$(BIN)/python -m pytest -m browser
 
+test-gpu: $(INSTALLED)
+	$(BIN)/python -m pytest -m gpu
+
 # the newest releases of the stack, beyond pyproject.toml's ranges too, instead of constraints.txt
 test-latest:
 	test -d $(LATEST) || $(PYTHON) -m venv $(LATEST)
@@ -36,7 +39,7 @@ test-latest:
 	$(LATEST)/bin/pip install --quiet --editable ".[dev]" "torch==$(TORCH)"
 	$(LATEST)/bin/pip install --quiet --upgrade $(STACK) "torch==$(TORCH)"
 	$(LATEST)/bin/pip list
-	$(LATEST)/bin/python -m pytest -m "not slow and not browser"
+	$(LATEST)/bin/python -m pytest -m "not slow and not browser and not gpu"
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

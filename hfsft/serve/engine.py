@@ -23,8 +23,8 @@ from hfsft.evaluation.answering import Calculator, Evaluator, load_its_tokenizer
 from hfsft.serve.batch import Batch
 from hfsft.serve.text import AnswerText
 
-# in float32 a batch moved a logit by up to 2e-6 of the largest one, in models of 2 to 8 layers; where
-# the two highest are closer than this part of it, the token is chosen by the logits of a batch of one
+# in float32 a batch moved a logit by up to 2e-6 of the largest, in models of 2 to 8 layers; where
+# the two highest are closer than this part of it, a batch of one decides between them
 NEAR_TIE = 1e-4
 WINDOW = 10.0  # seconds over which tokens/s are counted
 

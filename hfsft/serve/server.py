@@ -54,8 +54,9 @@ def serve(
             f"  Pass --api_key KEY, --api_key_file FILE, or set {KEY_VARIABLE}"
         )
     listener = open_port(host, port)
-    # a core stays for the event loop: beside a spinning OpenMP thread on every core it would wait
-    torch.set_num_threads(min(torch.get_num_threads(), max(1, len(os.sched_getaffinity(0)) - 1)))
+    if "OMP_NUM_THREADS" not in os.environ:
+        # a core for the event loop, which would wait for OpenMP threads that spin on every core
+        torch.set_num_threads(max(1, torch.get_num_threads() - 1))
     served = load_served(models, max_batch, max_queue)
     try:
         listener.listen(2048)
