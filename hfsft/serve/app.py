@@ -14,7 +14,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import (
     HTMLResponse,
     JSONResponse,
@@ -121,10 +121,13 @@ async def read_json(request: Request) -> dict[str, Any]:
     if not stated.isdigit() or len(stated) > 18 or int(stated) > MOST_BYTES:
         raise too_large
     data = b""
-    async for chunk in request.stream():
-        data += chunk
-        if len(data) > MOST_BYTES:
-            raise too_large
+    try:
+        async for chunk in request.stream():
+            data += chunk
+            if len(data) > MOST_BYTES:
+                raise too_large
+    except ClientDisconnect:
+        raise Refused("the client left before its request was complete", status=499) from None
     try:
         body = json.loads(data)
         json.dumps(body, ensure_ascii=False).encode()  # fails for half of a surrogate pair

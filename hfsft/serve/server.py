@@ -33,7 +33,7 @@ def serve(
     """Serve models until a signal comes.
 
     Args:
-        models: folders or Hub ids.
+        models: folders or Hub ids, one or two.
         host: the address to listen at.
         port: of TCP; 0: a free one.
         api_key: see `Guard`; by default that of the file or the environment.
@@ -44,9 +44,12 @@ def serve(
         max_queue: see `Engine`.
 
     Raises:
-        ServingError: if the port is in use, or others could reach the server without a key.
+        ServingError: if the port is in use, others could reach the server without a key, or more
+            than two models are given.
         ModelError: if a model cannot be served.
     """
+    if len(models) > 2:
+        raise ServingError(f"{len(models)} models are given; give one, or two to compare them")
     key = the_key(api_key, api_key_file)
     if key is None and not is_loopback(host):
         raise ServingError(
@@ -74,6 +77,7 @@ def serve(
         access_log=False,  # nothing of what is said, or by whom, is logged
         server_header=False,
         proxy_headers=False,
+        ws="none",
         timeout_graceful_shutdown=GRACE,
     )
     print_address(served, listener, key is not None)

@@ -291,7 +291,7 @@ def test_unknown_paths_and_methods(server):
 # --- clients that misbehave ---
 
 
-def head(server: Running, length: int | None, stream: bool = False) -> bytes:
+def head(server: Running, length: int | None) -> bytes:
     framing = "Transfer-Encoding: chunked" if length is None else f"Content-Length: {length}"
     lines = ("POST /v1/chat/completions HTTP/1.1", f"Host: 127.0.0.1:{server.port}", framing)
     return "\r\n".join([*lines, "", ""]).encode()
@@ -312,6 +312,14 @@ def test_a_body_of_100_megabytes_is_refused_and_not_kept(server, length):
     assert answer.startswith(b"HTTP/1.1 413 ")
     assert f"more than {MOST_BYTES:,} bytes".encode() in answer
     assert httpx2.get(f"{server.url}/health").json() == {"status": "ok"}
+
+
+def test_a_client_that_leaves_within_its_request_is_no_bug(server, capfd):
+    for length in (1000, None):
+        with connected(server) as connection:
+            connection.sendall(head(server, length) + b"3\r\nabc\r\n")
+    assert httpx2.get(f"{server.url}/health").json() == {"status": "ok"}
+    assert "Traceback" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -185,6 +185,8 @@ def test_curl_and_transformers_chat(folders):
         assert 'hfsft_generated_tokens_total{model="nanochat"} 24' in counts
 
 
-def test_serve_needs_a_model(tmp_path):
+def test_serve_needs_one_or_two_models(tmp_path):
+    with pytest.raises(ServingError, match="3 models are given"):
+        serve(["a", "b", "c"])
     with pytest.raises(ModelError, match="no such folder"):
         serve([str(tmp_path / "nothing")], port=0)
