@@ -146,7 +146,8 @@ class ValidatingStep(ResumableStep):
                 break
         if self.stop_signal.any_rank_signalled():
             raise StepAbandoned  # validation is redone when the run resumes
-        totals = self.accelerator.reduce(totals.to(self.args.device)).cpu()
+        if self.args.world_size > 1:
+            totals = self.accelerator.reduce(totals.to(self.args.device)).cpu()
         losses, tokens = totals[0].tolist(), totals[1].long().tolist()
         self.metrics_log.validation.append(
             {"step": self.state.global_step, "losses": losses, "tokens": tokens}
@@ -204,7 +205,7 @@ class ValidatingStep(ResumableStep):
                 logits = output.logits.flatten(0, 1)[inputs["target_positions"]].float().cpu()
                 losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
                 correct = logits.argmax(1) == targets
-        return targets, losses.double().cpu(), correct.cpu()
+        return targets, losses.cpu().double(), correct.cpu()  # MPS has no float64
 
     # --- advice on training longer ---
 
