@@ -140,7 +140,8 @@ def generate_greedily(
         What `generate` returns: token ids [prompts, tokens] with the prompts in front, or an
         object if the settings say so.
     """
-    # a new config: the model's own may sample or penalize repetition
+    # `generate` fills in what is not set here from the model's own, which may penalize repetition
+    own, model.generation_config = model.generation_config, GenerationConfig()
     config = GenerationConfig(
         do_sample=False,
         use_cache=True,
@@ -148,13 +149,16 @@ def generate_greedily(
         eos_token_id=eos_token_id,
         **settings,
     )
-    return model.generate(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        generation_config=config,
-        logits_processor=LogitsProcessorList(processors),
-        tokenizer=tokenizer,
-    )
+    try:
+        return model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            generation_config=config,
+            logits_processor=LogitsProcessorList(processors),
+            tokenizer=tokenizer,
+        )
+    finally:
+        model.generation_config = own
 
 
 class Evaluator:

@@ -18,6 +18,7 @@ from hfsft.run.manifest import PARTIAL, clear
 from hfsft.run.record import write_record
 from hfsft.train.card import model_card
 from hfsft.train.folder import lock_stage
+from hfsft.train.generation import write_generation_config
 from hfsft.train.resuming import optional, train_with_record
 
 
@@ -65,6 +66,7 @@ def _save_stage(trainer: Any, stage: Stage, record: dict[str, Any]) -> None:
     if not is_main:
         return
     _write_rope_theta(partial / "config.json")
+    write_generation_config(partial, stage, trainer.model.config, trainer.processing_class)
     _move_into(stage.folder, partial)
     optional(
         trainer,
