@@ -84,7 +84,7 @@ def train_tokenizer(
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    # as Llama 3's: a word that is a token is not split by merges (llama.cpp's llama-bpe does the same)
+    # as Llama 3's and llama.cpp's llama-bpe: a word that is a token is not built by merges
     whole_words = pre_tokenizer == "llama-bpe"
     tokenizer = Tokenizer(models.BPE(byte_fallback=False, ignore_merges=whole_words))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
