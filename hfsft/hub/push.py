@@ -323,7 +323,7 @@ def push_run(
     Raises:
         HfsftError: if there is no finished model, or the push fails.
     """
-    folder = _model_folder(Path(given))
+    folder = finished_model(Path(given))
     record = read_record(folder)
     settings = record["settings"][record["stage"]] if record else {}
     own = folder.absolute().parent.name if record else folder.absolute().name
@@ -348,8 +348,12 @@ def push_run(
     return pushes
 
 
-def _model_folder(given: Path) -> Path:
-    """The model to push: a run's last finished stage, or else the given folder itself."""
+def finished_model(given: Path) -> Path:
+    """The model of a folder: a run's last finished stage, or else the given folder itself.
+
+    Raises:
+        HfsftError: if it holds none, or its training is not finished.
+    """
     for stage in reversed(STAGES):
         record = read_record(given / stage)
         if record is not None and record["status"] == "finished":
@@ -358,7 +362,7 @@ def _model_folder(given: Path) -> Path:
     if record is not None and record["status"] != "finished":
         raise HfsftError(
             f"{given}: training is not finished\n"
-            f"  To push a checkpoint instead: hfsft push {given}/checkpoints/checkpoint-N REPO"
+            f"  A checkpoint is a model too: {given}/checkpoints/checkpoint-N"
         )
     if not any((given / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise HfsftError(f"{given}: holds no finished stage and no model")
