@@ -244,12 +244,15 @@ def push(
     private: Annotated[
         bool | None, typer.Option("--private", help="Make a new repository private.")
     ] = None,
+    gguf: Annotated[
+        bool, typer.Option("--gguf", help="Also push the GGUF files of hfsft export.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Push a finished model to the Hub, or resume a push; uploaded files are not sent again."""
     from hfsft.hub.push import push_run
 
-    pushes = push_run(folder, repo, revision, private)
+    pushes = push_run(folder, repo, revision, private, gguf)
     if as_json:
         print(json.dumps([{"folder": str(push.folder), "url": push.url} for push in pushes]))
     else:

@@ -226,11 +226,7 @@ def _export_gguf(
     say(f"writing {path}")
     with _partial(path) as partial:
         write_gguf(partial, plain, original.tokenizer, pre_tokenizer, kind, original.name)
-        if xllamacpp is None:
-            reader = GGUFReadBack(partial)
-        else:
-            reader = LlamaCpp(partial, _positions(original), torch.get_num_threads())
-        proof = _proved(original, reader, path, kind, not differing)
+        proof = _proved(original, lambda: _open_gguf(partial, original), path, kind, not differing)
         facts = {
             "file": path.name,
             "type": kind,
@@ -253,8 +249,7 @@ def _export_folder(original: Original, folder: Path, kind: str, say: Say) -> dic
         plain.save_pretrained(partial)
         write_rope_theta(partial / "config.json")
         AutoTokenizer.from_pretrained(original.start).save_pretrained(partial)
-        reader = Transformers(partial)
-        proof = _proved(original, reader, folder, kind)
+        proof = _proved(original, lambda: Transformers(partial), folder, kind)
         size = sum(file.stat().st_size for file in partial.rglob("*"))
         facts = {"file": folder.name, "type": kind, "bytes": size}
         found = _write_proof(original, partial, facts, proof, say)
@@ -269,11 +264,21 @@ def _export_folder(original: Original, folder: Path, kind: str, say: Say) -> dic
     return found
 
 
+def _open_gguf(path: Path, original: Original) -> Reader:
+    if xllamacpp is None:
+        return GGUFReadBack(path)
+    return LlamaCpp(path, _positions(original), torch.get_num_threads())
+
+
 def _proved(
-    original: Original, reader: Reader, path: Path, kind: str, same_tokens: bool = True
+    original: Original,
+    open_reader: Callable[[], Reader],
+    path: Path,
+    kind: str,
+    same_tokens: bool = True,
 ) -> Proof:
     try:
-        return prove(reader, original.reference, original.model, kind, same_tokens)
+        return prove(open_reader(), original.reference, original.model, kind, same_tokens)
     except NotProved as error:
         raise NotProved(
             f"{path}: not exported: {first_line(error)}\n"

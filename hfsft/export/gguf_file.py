@@ -177,11 +177,13 @@ def _add_tokenizer(writer: gguf.GGUFWriter, model: Any, tokenizer: Any, pre_toke
     backend, size = tokenizer.backend_tokenizer, model.config.vocab_size
     tokens = [f"[PAD{token}]" for token in range(size)]  # rows that no token has
     kinds = [gguf.TokenType.UNUSED] * size
-    for token, index in backend.get_vocab(with_added_tokens=True).items():
-        tokens[index], kinds[index] = token, gguf.TokenType.NORMAL
+    found = {index: (token, gguf.TokenType.NORMAL) for token, index in backend.get_vocab().items()}
     for index, added in tokenizer.added_tokens_decoder.items():
         kind = gguf.TokenType.CONTROL if added.special else gguf.TokenType.USER_DEFINED
-        tokens[index], kinds[index] = added.content, kind
+        found[index] = added.content, kind
+    for index, (token, kind) in found.items():
+        if index < size:  # transformers adds a token to Qwen2's tokenizers that may have no row
+            tokens[index], kinds[index] = token, kind
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre_tokenizer)
     writer.add_token_list(tokens)
@@ -193,7 +195,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, model: Any, tokenizer: Any, pre_toke
         add(other)
     beginning = tokenizer.bos_token_id
     writer.add_bos_token_id(end if beginning is None else beginning)
-    if tokenizer.pad_token_id is not None:
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id < size:
         writer.add_pad_token_id(tokenizer.pad_token_id)
     writer.add_add_bos_token(adds_bos(tokenizer))
     if tokenizer.chat_template:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import gguf
 import torch
 import transformers
+from jinja2 import TemplateError
 from tokenizers import AddedToken, Tokenizer, models
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -213,14 +214,17 @@ class GGUFReadBack(Transformers):
 
     def prompt(self, messages: list[dict[str, Any]], tools: list[Any] | None) -> list[int]:
         """As `Reader.prompt`."""
-        rendered, _ = render_jinja_template(
-            [messages],
-            tools=tools,
-            chat_template=self._field("chat_template"),
-            add_generation_prompt=True,
-            bos_token=self.all_tokens[self._field("ggml.bos_token_id")],
-            eos_token=self.all_tokens[self._field("ggml.eos_token_id")],
-        )
+        try:
+            rendered, _ = render_jinja_template(
+                [messages],
+                tools=tools,
+                chat_template=self._field("chat_template"),
+                add_generation_prompt=True,
+                bos_token=self.all_tokens[self._field("ggml.bos_token_id")],
+                eos_token=self.all_tokens[self._field("ggml.eos_token_id")],
+            )
+        except TemplateError as error:
+            raise NotProved(f"its chat template refuses: {first_line(error)}") from None
         return self.tokens(rendered[0])
 
     def tokens(self, text: str) -> list[int]:

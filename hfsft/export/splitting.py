@@ -119,9 +119,10 @@ def passages() -> tuple[str, ...]:
             found.append("\n".join(message["content"] for message in row["messages"]))
     code = "".join(Path(module.__file__).read_text("utf-8") for module in (json, random))
     found += [code[at : at + 300] for at in draw.sample(range(len(code) - 300), 150)]
-    while len(found) < PASSAGES:
-        found.append(_mixed(draw))
-    return tuple(unicodedata.normalize("NFC", text) for text in found)
+    distinct = dict.fromkeys(unicodedata.normalize("NFC", text) for text in found)
+    while len(distinct) < PASSAGES:
+        distinct[unicodedata.normalize("NFC", _mixed(draw))] = None
+    return tuple(distinct)
 
 
 def _mixed(draw: random.Random) -> str:

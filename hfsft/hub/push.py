@@ -65,6 +65,11 @@ STATE = (
 )
 
 
+# the folders of `hfsft export` in a model's, which its own push leaves out
+GGUF = "gguf"
+EXPORTS = (GGUF, "qwen3", "*.partial")
+
+
 @dataclass
 class Push:
     """A folder to push to the Hub, and the outcome."""
@@ -123,7 +128,11 @@ class Target:
 
     def model(self, folder: Path) -> Push:
         """The push of a finished model."""
-        return Push(folder, self.repo_id, self.revision)
+        return Push(folder, self.repo_id, self.revision, leave_out=EXPORTS)
+
+    def gguf(self, folder: Path) -> Push:
+        """The push of a model's GGUF files to the top level, with the card that names them."""
+        return Push(folder / GGUF, self.repo_id, self.revision, leave_out=("*.partial",))
 
     def checkpoint(self, folder: Path) -> Push | None:
         """The push of a checkpoint; None if the strategy pushes none."""
@@ -308,6 +317,7 @@ def push_run(
     repo: str | None = None,
     revision: str | None = None,
     private: bool | None = None,
+    gguf: bool = False,
 ) -> list[Push]:
     """Push a run's last finished stage, a stage, or any model's folder, or resume a push.
 
@@ -316,14 +326,19 @@ def push_run(
         repo: the repository; None: the recipe's, or else the run's or folder's name.
         revision: the branch; None: the recipe's, or else main.
         private: visibility of a new repository; True refuses an existing public one.
+        gguf: also push the GGUF files that `hfsft export` wrote.
 
     Returns:
-        The pushes: the model, and without `repo` the checkpoints that the recipe asks for.
+        The pushes: the model, its GGUF files, and without `repo` the checkpoints that the recipe asks for.
 
     Raises:
         HfsftError: if there is no finished model, or the push fails.
     """
     folder = finished_model(Path(given))
+    if gguf and not any((folder / GGUF).glob("*.gguf")):
+        raise HfsftError(
+            f"{folder} holds no GGUF file\n  Write one first: hfsft export {folder} --to gguf"
+        )
     record = read_record(folder)
     settings = record["settings"][record["stage"]] if record else {}
     own = folder.absolute().parent.name if record else folder.absolute().name
@@ -342,7 +357,8 @@ def push_run(
     open_repository(target.repo_id, private, target.branches)
     found = checkpoints(folder / "checkpoints")[::-1]
     found = found if strategy == "all_checkpoints" else found[-1:]
-    pushes = [target.model(folder), *filter(None, map(target.checkpoint, found))]
+    files = [target.gguf(folder)] if gguf else []
+    pushes = [target.model(folder), *files, *filter(None, map(target.checkpoint, found))]
     for push in pushes:
         push.send()
     return pushes
