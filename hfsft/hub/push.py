@@ -358,7 +358,8 @@ def push_run(
     found = checkpoints(folder / "checkpoints")[::-1]
     found = found if strategy == "all_checkpoints" else found[-1:]
     files = [target.gguf(folder)] if gguf else []
-    pushes = [target.model(folder), *files, *filter(None, map(target.checkpoint, found))]
+    checkpoint_pushes = filter(None, map(target.checkpoint, found))
+    pushes = [target.model(folder), *files, *checkpoint_pushes]
     for push in pushes:
         push.send()
     return pushes

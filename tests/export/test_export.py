@@ -1,7 +1,7 @@
 """Exports of tiny models: each file is read by llama.cpp, or nothing is left of it."""
 
-import errno
 import json
+import resource
 from pathlib import Path
 
 import gguf
@@ -261,16 +261,19 @@ def test_unknown_architectures_and_broken_folders(save_model, tmp_path):
     assert not (folder / "gguf").exists()
 
 
-def test_a_full_disk_is_said_and_leaves_no_file(save_model, monkeypatch):
-    folder = save_model("llama")
-
-    def full(self, *_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", full)
-    with pytest.raises(DiskShortage, match="No space left on device"):
-        export_silently(folder, "gguf", "f32")
-    assert files(folder / "gguf") == set()
+@pytest.mark.parametrize(("to", "kind"), [("gguf", "f32"), ("qwen3", "f32")])
+def test_a_full_disk_is_said_and_leaves_no_file(save_model, to, kind):
+    folder = save_model("nanochat")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))  # as a disk that runs full
+    try:
+        with pytest.raises(DiskShortage) as refused:
+            export_silently(folder, to, kind)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert len(str(refused.value).splitlines()) == 2
+    assert "cannot be written" in str(refused.value)
+    assert files(folder / to) == set() and not {n for n in files(folder) if "partial" in n}
 
 
 def test_a_file_of_the_users_is_not_replaced(save_model):
