@@ -4,6 +4,7 @@ import json
 import secrets
 import urllib.error
 import urllib.request
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -55,6 +56,13 @@ class Reader(Protocol):
     def ends_at(self, prompt: list[int], token: int) -> bool:
         """Whether an answer ends where the model writes this token."""
         ...
+
+
+def today(template: str | None) -> dict[str, str]:
+    """The date for a chat template that writes it, such as Llama 3.1's, as llama.cpp gives it."""
+    if "date_string" not in (template or ""):
+        return {}
+    return {"date_string": datetime.now().strftime("%d %b %Y")}
 
 
 class LlamaCpp:
@@ -149,7 +157,11 @@ class Transformers:
     def prompt(self, messages: list[dict[str, Any]], tools: list[Any] | None) -> list[int]:
         """As `Reader.prompt`."""
         return self.tokenizer.apply_chat_template(
-            messages, tools=tools, add_generation_prompt=True, return_dict=False
+            messages,
+            tools=tools,
+            add_generation_prompt=True,
+            return_dict=False,
+            **today(self.tokenizer.chat_template),
         )
 
     def tokens(self, text: str) -> list[int]:
@@ -214,11 +226,13 @@ class GGUFReadBack(Transformers):
 
     def prompt(self, messages: list[dict[str, Any]], tools: list[Any] | None) -> list[int]:
         """As `Reader.prompt`."""
+        template = self._field("chat_template")
         try:
             rendered, _ = render_jinja_template(
                 [messages],
                 tools=tools,
-                chat_template=self._field("chat_template"),
+                chat_template=template,
+                **today(template),
                 add_generation_prompt=True,
                 bos_token=self.all_tokens[self._field("ggml.bos_token_id")],
                 eos_token=self.all_tokens[self._field("ggml.eos_token_id")],

@@ -11,7 +11,7 @@ from hfsft.data.tasks import task_rows
 from hfsft.errors import HfsftError, ModelError
 from hfsft.evaluation.tasks import HELD_OUT, load_task
 from hfsft.export.architecture import uncapped
-from hfsft.export.readers import greedy_answer, log_probabilities
+from hfsft.export.readers import greedy_answer, log_probabilities, today
 from hfsft.recipe.loading import load_recipe
 from hfsft.recipe.sections import TOP
 from hfsft.tokens.encoding import IGNORED
@@ -67,7 +67,7 @@ def make_reference(model: Any, tokenizer: Any, start: str, ends: list[int]) -> R
         ends: the end tokens.
 
     Raises:
-        ModelError: if its chat template renders none of the conversations.
+        ModelError: if its context or its chat template takes none of the conversations.
     """
     positions = model.config.max_position_embeddings
     conversations = []
@@ -75,8 +75,6 @@ def make_reference(model: Any, tokenizer: Any, start: str, ends: list[int]) -> R
         ids = _rendered(messages, tools, tokenizer)
         if ids is not None and len(ids) < positions:
             conversations.append((messages, tools, ids))
-    if not conversations:
-        raise ModelError(f"{start}: its chat template renders no conversation of this proof")
     prompts = [_rendered(_user(prompt), None, tokenizer) for prompt in _sample_prompts(start)]
     prompts = [ids for ids in prompts if ids and len(ids) < positions]
     prompts += [ids for _, tools, ids in conversations if not tools]
@@ -86,6 +84,11 @@ def make_reference(model: Any, tokenizer: Any, start: str, ends: list[int]) -> R
         answers.append(Answer(ids, most, *greedy_answer(model, ids, most, ends)))
     rows, described = _documents(start, tokenizer)
     documents = [_document(model, *row) for row in _cut(rows, positions)]
+    if not (answers and documents):
+        raise ModelError(
+            f"{start}: its context of {positions} tokens or its chat template takes none of the "
+            "conversations that would prove an export"
+        )
     cap = getattr(model.config, "final_logit_softcapping", None)
     is_chat = bool(tokenizer.chat_template)
     return Reference(is_chat, conversations, answers, documents, described, cap, ends)
@@ -147,7 +150,11 @@ def _rendered(
         text = bounded(
             tokenizer.name_or_path,
             lambda: tokenizer.apply_chat_template(
-                messages, tools=tools, add_generation_prompt=True, tokenize=False
+                messages,
+                tools=tools,
+                add_generation_prompt=True,
+                tokenize=False,
+                **today(tokenizer.chat_template),
             ),
         )
     except ModelError:

@@ -329,7 +329,8 @@ def push_run(
         gguf: also push the GGUF files that `hfsft export` wrote.
 
     Returns:
-        The pushes: the model, its GGUF files, and without `repo` the checkpoints that the recipe asks for.
+        The pushes: the model, its GGUF files, and without `repo` the checkpoints that the recipe
+        asks for.
 
     Raises:
         HfsftError: if there is no finished model, or the push fails.

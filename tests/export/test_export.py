@@ -7,13 +7,14 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
+import trl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hfsft.errors import DiskShortage, HfsftError, ModelError
 from hfsft.export import architecture, export, gguf_file
 from hfsft.export.export import export_model
 from hfsft.export.readers import GGUFReadBack, LlamaCpp, NotProved, xllamacpp
-from hfsft.tokens.tokenizer import train_tokenizer
+from hfsft.tokens.tokenizer import template, train_tokenizer
 
 KINDS = ("nanochat", "llama", "qwen2", "qwen3")
 
@@ -240,6 +241,11 @@ def test_a_users_mistakes(save_model, tmp_path, make_model, tokenizer):
     assert not (llama / "gguf").exists() and not (sliding / "gguf").exists()
 
 
+def test_a_context_too_short_for_a_conversation_is_refused(save_model):
+    with pytest.raises(ModelError, match="its context of 8 tokens or its chat template takes none"):
+        export_silently(save_model("llama", max_position_embeddings=8))
+
+
 def test_unknown_architectures_and_broken_folders(save_model, tmp_path):
     folder = save_model("llama")
     config = json.loads((folder / "config.json").read_text())
@@ -293,3 +299,14 @@ def test_weights_too_large_for_f16_are_refused(save_model, monkeypatch):
     with pytest.raises(ModelError, match="too large for f16; use bf16"):
         export_silently(folder, "gguf", "f16")
     assert files(folder / "gguf") == set()
+
+
+@pytest.mark.parametrize("name", ["chatml", "qwen2_5", "qwen3", "llama3_1", "llama3_2"])
+def test_published_templates_are_rendered_alike_with_tools_and_system(save_model, name):
+    """As llama.cpp renders them: Llama 3.1's writes the date, the last four take tools."""
+    folder = save_model("llama", max_position_embeddings=1024)
+    path = Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja"
+    text = template(name) if name == "chatml" else path.read_text()
+    (folder / "chat_template.jinja").write_text(text)
+    (proof,) = export_silently(folder, "gguf", "f32")
+    assert proof["conversations_equal"] == proof["conversations"] == 10
