@@ -267,17 +267,60 @@ def push(
     private: Annotated[
         bool | None, typer.Option("--private", help="Make a new repository private.")
     ] = None,
+    gguf: Annotated[
+        bool, typer.Option("--gguf", help="Also push the GGUF files of hfsft export.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Push a finished model to the Hub, or resume a push; uploaded files are not sent again."""
     from hfsft.hub.push import push_run
 
-    pushes = push_run(folder, repo, revision, private)
+    pushes = push_run(folder, repo, revision, private, gguf)
     if as_json:
         print(json.dumps([{"folder": str(push.folder), "url": push.url} for push in pushes]))
     else:
         for push in pushes:
             print(push)
+
+
+@app.command()
+def export(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="A run's or a model's folder, or a Hub id."),
+    ],
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to",
+            metavar="FORMAT",
+            help="gguf: for llama.cpp. ollama: the same and a Modelfile. qwen3: a folder for vLLM, "
+            "SGLang, MLX and CTranslate2, of a nanochat model.",
+        ),
+    ],
+    types: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--type",
+            metavar="TYPE,...",
+            help="f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0; by default q8_0 and f16. Of qwen3 "
+            "f32 (the default) or bf16.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder to write to; by default gguf/ or qwen3/ in MODEL."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Export a model for llama.cpp, Ollama, vLLM and others, proved against the original."""
+    from hfsft.export.export import export_model
+
+    kinds = [kind for given in types or () for kind in given.split(",") if kind]
+    say = (lambda line: None) if as_json else (lambda line: print(printable(line), flush=True))
+    proofs = export_model(model, to, kinds, out, say)
+    if as_json:
+        print(json.dumps(proofs, ensure_ascii=False, indent=1))
 
 
 @app.command("eval")

@@ -35,11 +35,12 @@ TOOL_TOKENS = ("<|python_start|>", "<|python_end|>", "<|output_start|>", "<|outp
 NANOCHAT_BOS = "<|bos|>"  # starts every training document of a nanochat model
 
 
-def load_for_answers(model: str) -> Any:
+def load_for_answers(model: str, exact: bool = False) -> Any:
     """Load a model for inference: in bfloat16 on a GPU that supports it natively, else float32.
 
     Args:
         model: a folder or a Hub id.
+        exact: in float32 on the CPU, whatever there is.
 
     Raises:
         ModelError: if it cannot be loaded.
@@ -47,8 +48,9 @@ def load_for_answers(model: str) -> Any:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     bare = Stage(name="", folder=Path(), seed=0, data=[], held_out=0)
-    loaded = load_plain_model(model, bare, dtype=answer_dtype()).eval()
-    return loaded.to("cuda") if torch.cuda.is_available() else loaded
+    dtype = "float32" if exact else answer_dtype()
+    loaded = load_plain_model(model, bare, dtype=dtype).eval()
+    return loaded.to("cuda") if torch.cuda.is_available() and not exact else loaded
 
 
 def answer_dtype() -> str:
@@ -141,7 +143,8 @@ def generate_greedily(
         What `generate` returns: token ids [prompts, tokens] with the prompts in front, or an
         object if the settings say so.
     """
-    # a new config: the model's own may sample or penalize repetition
+    # `generate` fills in what is not set here from the model's own, which may penalize repetition
+    own, model.generation_config = model.generation_config, GenerationConfig()
     config = GenerationConfig(
         do_sample=False,
         use_cache=True,
@@ -149,13 +152,16 @@ def generate_greedily(
         eos_token_id=eos_token_id,
         **settings,
     )
-    return model.generate(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        generation_config=config,
-        logits_processor=LogitsProcessorList(processors),
-        tokenizer=tokenizer,
-    )
+    try:
+        return model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            generation_config=config,
+            logits_processor=LogitsProcessorList(processors),
+            tokenizer=tokenizer,
+        )
+    finally:
+        model.generation_config = own
 
 
 class Evaluator:
