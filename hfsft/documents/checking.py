@@ -19,6 +19,8 @@ QUESTION_MARKS = "?\uff1f\u061f"
 LABEL = re.compile(r"^(?:\W*(?:question|answer|q|a)\s*\d*\s*[:.)]\W*|\d+[.)]\s*)", re.IGNORECASE)
 THOUGHTS = re.compile(r"\A.*</think(?:ing)?>", re.S)
 
+RUN = 3  # words of an answer that stand in the passage in this order
+
 LETTERS = 4  # shorter words are in every text
 STEM = 6  # letters of a word that are compared, so that "cached" is "caching"
 
@@ -97,15 +99,28 @@ def require_supported(text: str, passage: str, least: float, what: str) -> None:
         raise Refused(f"the {what} does not stand in the passage")
 
 
-def require_new(answer: str, question: str) -> None:
-    """Check that an answer says more than its question.
+def require_run(answer: str, passage: str, question: str) -> None:
+    """Check that an answer has words in the passage's order that the question does not give away.
+
+    Args:
+        answer: at least one of its runs of `RUN` words must stand in the passage, and have a word
+            of four letters or more, or a number, that is not in the question.
+        passage: the one it is about.
+        question: the one it answers.
 
     Raises:
-        Refused: if it does not.
+        Refused: if it has none.
     """
-    said = content_stems(answer) | set(_numbers(answer))
-    if not said - content_stems(question) - set(_numbers(question)):
-        raise Refused("the answer only repeats the question")
+    words, given = WORD.findall(answer), stems(question)
+    said = [_stem(word) for word in words]
+    new = [_is_content(word) and _stem(word) not in given for word in words]
+    there = f" {' '.join(map(_stem, WORD.findall(passage)))} "
+    size = min(RUN, len(words))
+    for start in range(len(words) - size + 1):
+        run = said[start : start + size]
+        if any(new[start : start + size]) and f" {' '.join(run)} " in there:
+            return
+    raise Refused("the answer does not stand in the passage")
 
 
 def stems(text: str) -> set[str]:
@@ -114,15 +129,18 @@ def stems(text: str) -> set[str]:
 
 
 def content_stems(text: str) -> set[str]:
-    """The same of the words with at least `LETTERS` letters."""
-    words = WORD.findall(text)
-    long = [word for word in words if len(word) >= LETTERS or WITHOUT_SPACES.match(word)]
-    return {_stem(word) for word in long if not word.isdigit()}
+    """The same of the words with at least `LETTERS` letters; `_numbers` has the numbers."""
+    words = filter(_is_content, WORD.findall(text))
+    return {_stem(word) for word in words if not word.isdigit()}
 
 
 def question_key(question: str) -> tuple[str, ...]:
     """What two questions share that ask the same in another order, case or punctuation."""
     return tuple(sorted({word.casefold() for word in WORD.findall(question)}))
+
+
+def _is_content(word: str) -> bool:
+    return len(word) >= LETTERS or word.isdigit() or bool(WITHOUT_SPACES.match(word))
 
 
 def _stem(word: str) -> str:

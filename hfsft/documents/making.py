@@ -29,8 +29,8 @@ from hfsft.documents.checking import (
     answer_of,
     question_key,
     question_of,
-    require_new,
     require_no_phrase,
+    require_run,
     require_supported,
 )
 from hfsft.documents.cutting import Passage, passages
@@ -322,8 +322,13 @@ class Writer:
         passage, number = asked
         entry: Row = {"source": passage.source()}
         try:
-            question = self._question(passage, number, entry)
-            answer = self._answer(passage, number, question, entry)
+            question = self.prompts.given(passage.text, number)
+            if question is None:
+                question = self._question(passage, number, entry)
+                answer = self._answer(passage, number, question, entry)
+            else:
+                asked = self.prompts.for_given(question)
+                answer = self._checked(asked, passage, number, "", entry)
         except NoAnswer as problem:
             return {"no_answer": str(problem)}
         except Refused as problem:
@@ -346,15 +351,23 @@ class Writer:
 
     def _answer(self, passage: Passage, number: int, question: str, entry: Row) -> str:
         prompts, text = self.prompts, passage.text
-        wrote = self._ask(prompts.for_answer(text, question), passage, number)
+        asked = prompts.for_answer(text, question)
+        answer = self._checked(asked, passage, number, question, entry)
+        require_no_phrase(answer, prompts.unclear, text, "needs the passage to be understood")
+        return answer
+
+    def _checked(
+        self, asked: Messages, passage: Passage, number: int, question: str, entry: Row
+    ) -> str:
+        """An answer that stands in its passage."""
+        wrote = self._ask(asked, passage, number)
         entry["answer"] = wrote.text
         if wrote.cut_off:
             raise Refused("an answer that was cut off at max_tokens")
         answer = answer_of(wrote.text)
-        require_no_phrase(answer, prompts.refusals, text, "the teacher refused")
-        require_no_phrase(answer, prompts.unclear, text, "needs the passage to be understood")
-        require_supported(answer, text, self.making.coverage, "answer")
-        require_new(answer, question)
+        require_no_phrase(answer, self.prompts.refusals, passage.text, "the teacher refused")
+        require_supported(answer, passage.text, self.making.coverage, "answer")
+        require_run(answer, passage.text, question)
         return answer
 
     def _ask(self, messages: Messages, passage: Passage, number: int) -> Answer:

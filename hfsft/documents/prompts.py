@@ -21,13 +21,25 @@ class Prompts:
     system: str | None
     questions: tuple[str, ...]
     answer: str
+    requests: tuple[str, ...]
     request: dict[str, Any]
     refusals: tuple[str, ...]
     unclear: tuple[str, ...]
 
+    def given(self, passage: str, number: int) -> str | None:
+        """The first message of a passage's row `number`, from 0; None if the teacher writes it."""
+        index = number % (len(self.questions) + len(self.requests)) - len(self.questions)
+        if index < 0:
+            return None
+        return self.requests[index].replace("{passage}", passage).strip()
+
+    def for_given(self, message: str) -> Messages:
+        """The messages that ask for the answer to a row's first message, where it is given."""
+        return self._messages(message)
+
     def for_question(self, passage: str, number: int) -> Messages:
-        """The messages that ask for the question of a passage's row `number`, from 0."""
-        prompt = self.questions[number % len(self.questions)]
+        """The messages that ask for the question of a passage's row `number`."""
+        prompt = self.questions[number % (len(self.questions) + len(self.requests))]
         return self._messages(prompt.replace("{passage}", passage))
 
     def for_answer(self, passage: str, question: str) -> Messages:
@@ -60,6 +72,7 @@ def load_prompts(path: Path = DEFAULT) -> Prompts:
     known = {
         "system": lambda node: node.value and _text(node, "system"),
         "questions": lambda node: _texts(node, "questions", "{passage}"),
+        "requests": lambda node: _texts(node, "requests", "{passage}"),
         "answer": lambda node: _text(node, "answer", "{passage}", "{question}"),
         "request": _request,
         "refusals": _phrases,
@@ -70,7 +83,10 @@ def load_prompts(path: Path = DEFAULT) -> Prompts:
         if key not in known:
             raise RecipeError(f"{node.where}: unknown key {quoted(key)}{nearest(key, known)}")
         read[key] = known[key](node)
-    return Prompts(**default | read)
+    prompts = Prompts(**default | read)
+    if not prompts.questions + prompts.requests:
+        raise RecipeError(f"{path}: has neither questions nor requests")
+    return prompts
 
 
 def _text(node: Node, key: str, *needed: str) -> str:
@@ -83,7 +99,7 @@ def _text(node: Node, key: str, *needed: str) -> str:
 
 
 def _texts(node: Node, key: str, *needed: str) -> tuple[str, ...]:
-    if not isinstance(node.value, list) or (needed and not node.value):
+    if not isinstance(node.value, list):
         raise RecipeError(f"{node.where}: {key}: expected a list of texts, got {kind(node)}")
     return tuple(_text(one, key, *needed) for one in node.value)
 
