@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 # a word; where a script has no spaces between words, a character
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff_]+")
-WITHOUT_SPACES = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]")
+UNSPACED = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]")
 NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 NAME = re.compile(r"(?<=[^.!?:\n\"]\s)[^\W\d_][\w'-]+")  # a word that does not start a sentence
 
@@ -18,8 +18,6 @@ QUESTION_MARKS = "?\uff1f\u061f"
 # what a model may put around a question or an answer
 LABEL = re.compile(r"^(?:\W*(?:question|answer|q|a)\s*\d*\s*[:.)]\W*|\d+[.)]\s*)", re.IGNORECASE)
 THOUGHTS = re.compile(r"\A.*</think(?:ing)?>", re.S)
-
-RUN = 3  # words of an answer that stand in the passage in this order
 
 LETTERS = 4  # shorter words are in every text
 STEM = 6  # letters of a word that are compared, so that "cached" is "caching"
@@ -100,27 +98,23 @@ def require_supported(text: str, passage: str, least: float, what: str) -> None:
 
 
 def require_run(answer: str, passage: str, question: str) -> None:
-    """Check that an answer has words in the passage's order that the question does not give away.
+    """Check that an answer says something as the passage does, and more than its question.
 
     Args:
-        answer: at least one of its runs of `RUN` words must stand in the passage, and have a word
-            of four letters or more, or a number, that is not in the question.
+        answer: at least one pair of its neighbouring words must be neighbours in the passage too,
+            and one of the two must not be in the question. Numbers, and words of four letters or
+            more, are counted; of an answer with a single such word, the word.
         passage: the one it is about.
         question: the one it answers.
 
     Raises:
-        Refused: if it has none.
+        Refused: if there is no such pair.
     """
-    words, given = WORD.findall(answer), stems(question)
-    said = [_stem(word) for word in words]
-    new = [_is_content(word) and _stem(word) not in given for word in words]
-    there = f" {' '.join(map(_stem, WORD.findall(passage)))} "
-    size = min(RUN, len(words))
-    for start in range(len(words) - size + 1):
-        run = said[start : start + size]
-        if any(new[start : start + size]) and f" {' '.join(run)} " in there:
-            return
-    raise Refused("the answer does not stand in the passage")
+    words, given = _content(answer), set(_content(question))
+    size = min(2, len(words))
+    there = set(_runs(_content(passage), size))
+    if not any(run in there and not given.issuperset(run) for run in _runs(words, size)):
+        raise Refused("the answer does not stand in the passage")
 
 
 def stems(text: str) -> set[str]:
@@ -130,8 +124,7 @@ def stems(text: str) -> set[str]:
 
 def content_stems(text: str) -> set[str]:
     """The same of the words with at least `LETTERS` letters; `_numbers` has the numbers."""
-    words = filter(_is_content, WORD.findall(text))
-    return {_stem(word) for word in words if not word.isdigit()}
+    return {word for word in _content(text) if not word.isdigit()}
 
 
 def question_key(question: str) -> tuple[str, ...]:
@@ -139,8 +132,16 @@ def question_key(question: str) -> tuple[str, ...]:
     return tuple(sorted({word.casefold() for word in WORD.findall(question)}))
 
 
-def _is_content(word: str) -> bool:
-    return len(word) >= LETTERS or word.isdigit() or bool(WITHOUT_SPACES.match(word))
+def _content(text: str) -> list[str]:
+    """The stems of the numbers and of the longer words of a text, in order."""
+    words = WORD.findall(text)
+    long = (one for one in words if len(one) >= LETTERS or one.isdigit() or UNSPACED.match(one))
+    return [_stem(word) for word in long]
+
+
+def _runs(words: list[str], size: int) -> list[tuple[str, ...]]:
+    """Every run of neighbouring words."""
+    return list(zip(*(words[start:] for start in range(size)), strict=False))
 
 
 def _stem(word: str) -> str:
