@@ -242,7 +242,7 @@ def make_data(
         from hfsft.documents.teacher import Teacher
 
         asked = load_prompts(prompts or DEFAULT)
-        key = os.environ.get(api_key_env)
+        key = os.environ.get(api_key_env, "").strip() or None
         counts = make_conversations(
             folder, output, making, asked, lambda: Teacher(endpoint, model, key, timeout)
         )

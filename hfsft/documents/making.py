@@ -92,6 +92,8 @@ class Output:
         """
         if path.suffix != ".jsonl":
             raise DataError(f"-o {path}: the rows are JSON lines, and their file ends in .jsonl")
+        if path.is_dir():
+            raise DataError(f"-o {path}: is a folder")
         self.path, self.folder = path, path.with_name(path.stem + MADE)
         self.counts = self.folder / "counts.json"
         self.answers = self.folder / "answers.jsonl"
@@ -112,8 +114,11 @@ class Output:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep a second process from making the same rows."""
-        with writing_to(self.path.parent):
+        try:
             self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"{self.folder} cannot be created: {error.strerror}") from None
+        with writing_to(self.path.parent):
             lock = FileLock(self.folder / ".lock")
             try:
                 lock.acquire(timeout=0)

@@ -204,8 +204,18 @@ def test_a_file_that_was_changed_is_not_overwritten(folder, tmp_path, server):
     assert out.read_text() == text
     make(folder, out, server, overwrite=True, rows_per_passage=1)
     assert out.read_text() != text
+
+
+def test_a_file_that_cannot_be_written_is_an_error(tmp_path):
     with pytest.raises(DataError, match=r"ends in \.jsonl"):
         Output(tmp_path / "rows.json", False)
+    (tmp_path / "rows.jsonl").mkdir()
+    with pytest.raises(DataError, match="is a folder"):
+        Output(tmp_path / "rows.jsonl", False)
+    (tmp_path / "file").write_text("")
+    output = Output(tmp_path / "file" / "rows.jsonl", False)
+    with pytest.raises(DataError, match="cannot be created: Not a directory"), output.locked():
+        pass
 
 
 def test_a_second_process_on_the_same_file_is_refused(tmp_path):
