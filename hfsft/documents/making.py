@@ -141,17 +141,14 @@ class Answers:
 
     def __init__(self, path: Path):
         """Read the answers so far; a line that a kill left half written is asked for again."""
-        self.by_key: dict[str, Answer] = {}
+        self.path, self.by_key = path, {}
         for line in read_json_lines(path):
             key, text = line.get("key"), line.get("text")
             if isinstance(key, str) and isinstance(text, str):
                 self.by_key[key] = Answer(text, line.get("cut_off") is True)
-        self.before = len(self.by_key)
         self.writing = threading.Lock()
-        written = path.read_bytes() if path.is_file() else b""
-        self.file = path.open("a", encoding="utf-8")
-        if written and not written.endswith(b"\n"):
-            self.file.write("\n")
+        if path.is_file() and not path.read_bytes().endswith(b"\n"):
+            self._append("\n")
 
     def get(self, body: dict[str, Any], ask: Callable[[dict[str, Any]], Answer]) -> Answer:
         """The answer to a request, asked for if there is none yet."""
@@ -160,16 +157,15 @@ class Answers:
             answer = ask(body)
             line = {"key": key, "text": answer.text, "cut_off": answer.cut_off}
             with self.writing:
-                self.file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                self.file.flush()
-                os.fsync(self.file.fileno())
+                self._append(json.dumps(line, ensure_ascii=False) + "\n")
                 self.by_key[key] = answer
         return self.by_key[key]
 
-    @property
-    def new(self) -> int:
-        """How many answers this process got."""
-        return len(self.by_key) - self.before
+    def _append(self, text: str) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _json_lines(rows: list[Row]) -> str:
@@ -332,8 +328,8 @@ class Writer:
                 question = self._question(passage, number, entry)
                 answer = self._answer(passage, number, question, entry)
             else:
-                asked = self.prompts.for_given(question)
-                answer = self._checked(asked, passage, number, "", entry)
+                messages = self.prompts.for_given(question)
+                answer = self._checked(messages, passage, number, "", entry)
         except NoAnswer as problem:
             return {"no_answer": str(problem)}
         except Refused as problem:
@@ -356,16 +352,16 @@ class Writer:
 
     def _answer(self, passage: Passage, number: int, question: str, entry: Row) -> str:
         prompts, text = self.prompts, passage.text
-        asked = prompts.for_answer(text, question)
-        answer = self._checked(asked, passage, number, question, entry)
+        messages = prompts.for_answer(text, question)
+        answer = self._checked(messages, passage, number, question, entry)
         require_no_phrase(answer, prompts.unclear, text, "needs the passage to be understood")
         return answer
 
     def _checked(
-        self, asked: Messages, passage: Passage, number: int, question: str, entry: Row
+        self, messages: Messages, passage: Passage, number: int, question: str, entry: Row
     ) -> str:
-        """An answer that stands in its passage."""
-        wrote = self._ask(asked, passage, number)
+        """An answer that stands in its passage; `question` is "" where the row gives it."""
+        wrote = self._ask(messages, passage, number)
         entry["answer"] = wrote.text
         if wrote.cut_off:
             raise Refused("an answer that was cut off at max_tokens")
