@@ -2,7 +2,6 @@
 
 import gc
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +10,7 @@ import typer
 from rich.markup import escape
 
 from hfsft import __version__
+from hfsft.documents.command import make_data
 from hfsft.errors import printable
 from hfsft.process import run_main
 
@@ -162,94 +162,7 @@ def data(
         print_preview(seen)
 
 
-@app.command("make-data")
-def make_data(
-    folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="Text, Markdown, HTML and PDF files, or one.")
-    ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The file of rows: rows.jsonl.")],
-    endpoint: Annotated[
-        str | None,
-        typer.Option(
-            "--endpoint",
-            metavar="URL",
-            help="An OpenAI-compatible server whose model writes the rows: "
-            "http://localhost:8080/v1. Without it the documents are cut into text for base.",
-        ),
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option("--model", help="The teacher; by default the first the server lists."),
-    ] = None,
-    api_key_env: Annotated[
-        str,
-        typer.Option("--api_key_env", metavar="NAME", help="The variable that holds the API key."),
-    ] = "OPENAI_API_KEY",
-    prompts: Annotated[
-        Path | None,
-        typer.Option("--prompts", metavar="FILE", help="A changed copy of prompts.yaml."),
-    ] = None,
-    rows_per_passage: Annotated[
-        int, typer.Option("--rows_per_passage", min=1, help="Rows to ask for per passage.")
-    ] = 3,
-    passage_chars: Annotated[
-        int, typer.Option("--passage_chars", min=200, help="Characters of a passage at most.")
-    ] = 3000,
-    max_passages: Annotated[
-        int | None,
-        typer.Option("--max_passages", min=1, help="A seeded sample of this many passages."),
-    ] = None,
-    coverage: Annotated[
-        float,
-        typer.Option(
-            "--coverage",
-            min=0.0,
-            max=1.0,
-            help="Share of an answer's words that its passage must have.",
-        ),
-    ] = 0.6,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of samples and answers.")] = 42,
-    concurrency: Annotated[
-        int, typer.Option("--concurrency", min=1, max=64, help="Requests at a time.")
-    ] = 1,
-    timeout: Annotated[
-        float, typer.Option("--timeout", min=0.1, help="Seconds that one answer may take.")
-    ] = 120.0,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a file that hfsft did not write.")
-    ] = False,
-    quiet: QuietOption = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Make rows of documents: conversations that a teacher writes, or text for base."""
-    from hfsft.documents.making import Making, Output, make_conversations, make_text
-    from hfsft.documents.printing import print_counts
-
-    making = Making(
-        passage_chars=passage_chars,
-        rows_per_passage=rows_per_passage,
-        max_passages=max_passages,
-        coverage=coverage,
-        seed=seed,
-        concurrency=concurrency,
-        quiet=quiet or as_json,
-    )
-    output = Output(out, overwrite)
-    if endpoint is None:
-        counts = make_text(folder, output, making)
-    else:
-        from hfsft.documents.prompts import DEFAULT, load_prompts
-        from hfsft.documents.teacher import Teacher
-
-        asked = load_prompts(prompts or DEFAULT)
-        key = os.environ.get(api_key_env, "").strip() or None
-        counts = make_conversations(
-            folder, output, making, asked, lambda: Teacher(endpoint, model, key, timeout)
-        )
-    if as_json:
-        print(json.dumps(counts, ensure_ascii=False, indent=1))
-    elif not quiet:
-        print_counts(counts, output)
+app.command("make-data")(make_data)
 
 
 @app.command(context_settings=OVERRIDES)
