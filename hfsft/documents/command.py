@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -84,6 +84,7 @@ def make_data(
     from hfsft.documents.making import Making, Output, make_conversations, make_text
     from hfsft.documents.printing import print_counts
     from hfsft.documents.prompts import DEFAULT, load_prompts
+    from hfsft.documents.teacher import Teacher
 
     making = Making(
         passage_chars=passage_chars,
@@ -98,15 +99,11 @@ def make_data(
     if endpoint is None:
         counts = make_text(folder, output, making)
     else:
-
-        def reach() -> Any:
-            from hfsft.documents.teacher import Teacher
-
-            key = os.environ.get(api_key_env, "").strip() or None
-            return Teacher(endpoint, model, key, timeout)
-
+        key = os.environ.get(api_key_env, "").strip() or None
         asked = load_prompts(prompts or DEFAULT)
-        counts = make_conversations(folder, output, making, asked, reach)
+        counts = make_conversations(
+            folder, output, making, asked, lambda: Teacher(endpoint, model, key, timeout)
+        )
     if as_json:
         print(json.dumps(counts, ensure_ascii=False, indent=1))
     elif not quiet:
