@@ -102,8 +102,8 @@ def require_run(answer: str, passage: str, question: str) -> None:
 
     Args:
         answer: at least one pair of its neighbouring words must be neighbours in the passage too,
-            and one of the two must not be in the question. Numbers, and words of four letters or
-            more, are counted; of an answer with a single such word, the word.
+            and one of the two must not be in the question. Numbers, acronyms and words of four
+            letters or more are counted; of an answer with a single such word, the word.
         passage: the one it is about.
         question: the one it answers.
 
@@ -123,7 +123,7 @@ def stems(text: str) -> set[str]:
 
 
 def content_stems(text: str) -> set[str]:
-    """The same of the words with at least `LETTERS` letters; `_numbers` has the numbers."""
+    """The same of acronyms and words of at least `LETTERS` letters; `_numbers` has the numbers."""
     return {word for word in _content(text) if not word.isdigit()}
 
 
@@ -133,10 +133,13 @@ def question_key(question: str) -> tuple[str, ...]:
 
 
 def _content(text: str) -> list[str]:
-    """The stems of the numbers and of the longer words of a text, in order."""
-    words = WORD.findall(text)
-    long = (one for one in words if len(one) >= LETTERS or one.isdigit() or UNSPACED.match(one))
-    return [_stem(word) for word in long]
+    """The stems of a text's numbers, acronyms and longer words, in order."""
+    return [_stem(word) for word in WORD.findall(text) if _is_content(word)]
+
+
+def _is_content(word: str) -> bool:
+    acronym = len(word) > 1 and word.isupper()
+    return len(word) >= LETTERS or acronym or word.isdigit() or bool(UNSPACED.match(word))
 
 
 def _runs(words: list[str], size: int) -> list[tuple[str, ...]]:

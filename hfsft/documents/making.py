@@ -59,7 +59,7 @@ class Making:
         passage_chars: characters of a passage at most.
         rows_per_passage: rows to ask for.
         max_passages: a seeded sample of so many passages; None: all.
-        coverage: share of the words of a question or answer that its passage must have.
+        coverage: share of an answer's words that its passage must have; half of it in a question.
         seed: of the sample, and of the teacher's sampling.
         concurrency: requests at a time.
         quiet: without a progress bar.
@@ -347,7 +347,8 @@ class Writer:
         question = question_of(wrote.text)
         require_no_phrase(question, prompts.refusals, text, "the teacher refused")
         require_no_phrase(question, prompts.unclear, text, "needs the passage to be understood")
-        require_supported(question, text, self.making.coverage, "question")
+        # half: the words of asking, such as "what is the difference between", are not its subject
+        require_supported(question, text, self.making.coverage / 2, "question")
         return question
 
     def _answer(self, passage: Passage, number: int, question: str, entry: Row) -> str:

@@ -77,6 +77,12 @@ def test_an_answer_from_elsewhere_is_refused(answer, reason):
     assert refusal(answer, "When was the lighthouse of Brandvik built?").startswith(reason)
 
 
+def test_acronyms_count_as_words():
+    require_supported("What is LTO and PGO?", "LTO and PGO.", 0.6, "question")
+    with pytest.raises(Refused, match=r"^the question does not stand in the passage$"):
+        require_supported("What is a man?", "LTO and PGO.", 0.3, "question")
+
+
 def test_numbers_are_compared_without_their_separators():
     require_supported("It has 1,024 steps.", "There are 1024 steps.", 0.5, "answer")
     with pytest.raises(Refused, match="a number"):

@@ -69,7 +69,7 @@ def test_each_row_is_a_conversation_with_its_source(folder, tmp_path, server):
     assert rows[1]["messages"][0]["content"] == (
         "How was the lamp of the lighthouse of Brandvik fuelled?"
     )
-    assert rows[2]["messages"][0]["content"].startswith(text.strip() + "\n\nSummarize ")
+    assert rows[2]["messages"][0]["content"].endswith(":\n\n" + text.strip())
     for row in rows:
         whole = (folder / row["source"]["file"]).read_text()
         assert whole[row["source"]["start"] : row["source"]["end"]] == whole.strip()

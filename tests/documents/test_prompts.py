@@ -12,7 +12,7 @@ def test_the_default_prompts_name_the_passage_and_the_question():
         assert prompts.given("PASSAGE", number) is None
         [message] = prompts.for_question("PASSAGE", number)
         assert message["content"].startswith("PASSAGE\n\n---\n")
-    assert prompts.given("PASSAGE", 2).startswith("PASSAGE\n\nSummarize ")
+    assert prompts.given("PASSAGE", 2).endswith(":\n\nPASSAGE")
     assert prompts.for_question("P", 3) == prompts.for_question("P", 0)
     [message] = prompts.for_answer("has a {question} in it", "Why?")
     assert message["content"].startswith("has a {question} in it\n\n---\n")
