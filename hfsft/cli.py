@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 
 from hfsft import __version__
+from hfsft.documents.command import make_data
 from hfsft.errors import printable
 from hfsft.process import run_main
 
@@ -159,6 +160,9 @@ def data(
         print(json.dumps(seen, ensure_ascii=False, indent=1))
     else:
         print_preview(seen)
+
+
+app.command("make-data")(make_data)
 
 
 @app.command(context_settings=OVERRIDES)
