@@ -91,8 +91,11 @@ def refuse_unknown(node: Node, section: str, known: Collection[str]) -> None:
         if key in REFUSED_LORA and section.endswith(".lora"):
             raise RecipeError(f"{child.where}: {full} cannot be set: {MANAGED}")
         place = f" in {section}" if section else ""
+        # a flag without a section may have been meant for the top, or as one of `FLAGS`
+        is_flag = section in STAGES and child.where == f"--{key}"
+        meant = [*known, *TOP, *FLAGS] if is_flag else known
         raise RecipeError(
-            f"{child.where}: unknown key {quoted(key)}{place}{_hint(key, section, known)}"
+            f"{child.where}: unknown key {quoted(key)}{place}{_hint(key, section, meant)}"
         )
 
 

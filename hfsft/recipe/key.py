@@ -18,6 +18,7 @@ UNSET = object()
 # may a key differ between the run that was interrupted and the one that resumes it?
 FIXED = "no"
 FREE = "yes"
+SAME = "yes, if it is the same model"  # its files are compared, wherever they lie
 ROUNDED = "yes, to rounding"  # a step's sum is grouped differently: its last digits may change
 
 # the documentation lists no more choices than this; there are 41 optimizers

@@ -9,7 +9,9 @@ from hfsft.recipe.key import STAGES, UNSET, Key, declared_keys, overlaid
 from hfsft.recipe.names import ALIASES, FLAGS, REFUSED, REFUSED_LORA
 from hfsft.recipe.schema import Replay, Source, Stage
 from hfsft.recipe.sections import (
+    DEPTH,
     EXTENDS,
+    GENERATION,
     LORA,
     MODEL,
     MODEL_CONFIG,
@@ -70,8 +72,9 @@ def page() -> str:
         ("`base`, `mid`, `sft`: keys of transformers and trl", _stage_table(upstream)),
         ("An item of `data`", _table(declared_keys(Source))),
         ("`replay`", _replay()),
-        ("`model`", _table(MODEL | {name: config[name] for name in MODEL_CONFIG})),
+        ("`model`", _table(MODEL | DEPTH | {name: config[name] for name in MODEL_CONFIG})),
         ("`tokenizer`", _table(TOKENIZER)),
+        ("`generation`", _table(GENERATION)),
         ("`lora`", _table({name: lora_section()[name] for name in LORA})),
         ("`muon`", _table(MUON_SETTINGS)),
         ("Flags, on the command line only", _rows(("flag", ""), _flags())),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hfsft.errors import RecipeError, quoted
-from hfsft.recipe.key import FREE, key
+from hfsft.recipe.key import FREE, SAME, key
 
 MEMORY = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]i?B)")
 
@@ -27,6 +27,10 @@ FORMATS = (
 
 
 ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
+
+
+# how a trained tokenizer splits text into words: one of `tokens.tokenizer.PRE_TOKENIZERS`
+DEFAULT_PRE_TOKENIZER = "qwen2"
 
 
 MUON = "muon"  # the optimizer that transformers has no name for
@@ -141,6 +145,7 @@ class Stage:
         default=None,
         defaults={"mid": "base", "sft": "mid"},
         null=False,
+        on_resume=SAME,
     )
     revision: str | None = key(
         "a commit, branch or tag of a Hub model", stages=LOADING, default=None
@@ -285,6 +290,7 @@ class Stage:
     )
     # the rest is no key of a stage's section
     sample_prompts: list[str] = field(default_factory=list)  # answered at every validation
+    generation: dict[str, Any] = field(default_factory=dict)  # of generation_config.json
     trainer: dict[str, Any] = field(default_factory=dict)  # upstream's settings, passed through
     plan: dict[str, Any] | None = None  # `Plan.as_data()`, where a plan was made
     chosen: dict[str, Any] = field(default_factory=dict)  # the values of `auto` settings
@@ -325,6 +331,7 @@ class Recipe:
     model: dict[str, Any]
     tokenizer: dict[str, Any]
     sample_prompts: list[str]  # answered at every validation
+    generation: dict[str, Any]  # fields of the finished models' generation_config.json
     stages: dict[str, Stage]
     resolved: dict[str, Any]  # the recipe as plain data, defaults and overrides merged in
     arguments: tuple[str, ...] = ()  # the rest of the command line, as given

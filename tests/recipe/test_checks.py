@@ -62,11 +62,11 @@ UNKNOWN = [
     ),
     (
         '"\\e[31m\\n": 3\n',
-        r"r.yaml:1: unknown key '\x1b[31m\n'; known keys are base, mid, model, name",
+        r"r.yaml:1: unknown key '\x1b[31m\n'; known keys are base, generation, mid, model, name",
     ),
     (
         "5: 3\n",
-        "r.yaml:1: unknown key '5'; known keys are base, mid, model, name, output_dir, sample_p",
+        "r.yaml:1: unknown key '5'; known keys are base, generation, mid, model, name, output_dir, sample_p",
     ),
 ]
 WRONG_TYPES = [
