@@ -66,7 +66,8 @@ UNKNOWN = [
     ),
     (
         "5: 3\n",
-        "r.yaml:1: unknown key '5'; known keys are base, generation, mid, model, name, output_dir, sample_p",
+        "r.yaml:1: unknown key '5'; known keys are base, generation, mid, model, name, output_dir, "
+        "sample_p",
     ),
 ]
 WRONG_TYPES = [
