@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 
 from hfsft import __version__
+from hfsft.documents.command import make_data
 from hfsft.errors import printable
 from hfsft.process import run_main
 
@@ -159,6 +160,9 @@ def data(
         print(json.dumps(seen, ensure_ascii=False, indent=1))
     else:
         print_preview(seen)
+
+
+app.command("make-data")(make_data)
 
 
 @app.command(context_settings=OVERRIDES)
@@ -361,6 +365,9 @@ def evaluate_models(
         bool,
         typer.Option("--allow_code", help="Let humaneval run programs the model writes."),
     ] = False,
+    show: Annotated[
+        int, typer.Option("--show", min=0, help="Print this many wrong answers of each task.")
+    ] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Evaluate models on benchmarks; answers that are already on disk are reused."""
@@ -373,6 +380,7 @@ def evaluate_models(
         data or [],
         out,
         as_json,
+        show,
         rows=rows,
         seed=seed,
         batch_size=batch_size,
@@ -417,6 +425,56 @@ def chat(
         for segment in session.stream(prompt):
             print(printable(segment), end="", flush=True)
         print()
+
+
+@app.command()
+def serve(
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL [MODEL]", help="Folders or Hub ids; two are compared."),
+    ],
+    host: Annotated[
+        str, typer.Option("--host", help="Address to listen at; any but this machine needs a key.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="Port; 0 picks a free one.")
+    ] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option("--api_key", metavar="KEY", help="Key that clients must send.")
+    ] = None,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option("--api_key_file", help="A file with the key; or set HFSFT_API_KEY."),
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option("--allow_host", metavar="NAME", help="Another name of this server."),
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option("--allow_origin", metavar="URL", help="A web page that may use the endpoint."),
+    ] = None,
+    max_batch: Annotated[
+        int, typer.Option("--max_batch", min=1, help="Answers generated together.")
+    ] = 16,
+    max_queue: Annotated[
+        int, typer.Option("--max_queue", min=0, help="Answers that may wait beyond those.")
+    ] = 1024,
+) -> None:
+    """Serve a model: a web page to talk to it, and an OpenAI-compatible endpoint."""
+    from hfsft.serve.server import serve as serve_models
+
+    serve_models(
+        models,
+        host,
+        port,
+        api_key,
+        api_key_file,
+        tuple(allow_host or ()),
+        tuple(allow_origin or ()),
+        max_batch,
+        max_queue,
+    )
 
 
 @app.command()

@@ -54,7 +54,9 @@ def find_recipe(given: str) -> Path:
     if isfile(path):
         return path
     if isdir(path):
-        raise RecipeError(f"{given} is a folder; give a recipe file, such as recipes/demo.yaml")
+        own = next((run for run in (path, path.parent) if isfile(run / "recipe.yaml")), None)
+        such = "such as recipes/demo.yaml" if own is None else f"for this run {own / 'recipe.yaml'}"
+        raise RecipeError(f"{given} is a folder; give a recipe file, {such}")
     built_in = _built_in(given)
     if built_in is not None:
         return built_in

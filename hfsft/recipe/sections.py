@@ -10,7 +10,7 @@ from typing import Any
 
 from hfsft.recipe.key import FIXED, FREE, ROUNDED, STAGES, UNSET, Key, declared_keys, overlaid
 from hfsft.recipe.names import REFUSED, RENAMED
-from hfsft.recipe.schema import ATTENTION, DEFAULT_PRE_TOKENIZER, MUON, Source, Stage
+from hfsft.recipe.schema import ATTENTION, DEFAULT_PRE_TOKENIZER, MUON, Replay, Source, Stage
 from hfsft.recipe.upstream import Field, lora_fields, model_fields, trainer_fields
 
 # of a mapping: whether it may change on resume depends on the key inside it
@@ -332,6 +332,12 @@ def stage_fields(stage: str) -> dict[str, Field]:
 def source_fields() -> dict[str, Key]:
     """Every key of a source."""
     return declared_keys(Source)
+
+
+def replay_fields() -> dict[str, Key]:
+    """Every key of a `replay` section; how often its rows are seen follows from its share."""
+    left_out = ("repeat", "weight", "streaming")
+    return {name: one for name, one in declared_keys(Replay).items() if name not in left_out}
 
 
 def model_section(model_type: str | None) -> dict[str, Field]:

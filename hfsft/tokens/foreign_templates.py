@@ -135,12 +135,13 @@ def memory_ceiling() -> int:
 # --- rendering ---
 
 
-def prompt_text(messages: Messages, tokenizer: Any) -> str:
+def prompt_text(messages: Messages, tokenizer: Any, **settings: Any) -> str:
     """Render a conversation as the prompt for the assistant's next turn.
 
     Args:
         messages: in OpenAI's form, the last one the user's.
         tokenizer: any with a chat template.
+        settings: further ones of `apply_chat_template`, such as `tools`.
 
     Raises:
         ModelError: if the template exceeds a bound or refuses the messages.
@@ -149,7 +150,7 @@ def prompt_text(messages: Messages, tokenizer: Any) -> str:
         return bounded(
             tokenizer.name_or_path,
             lambda: tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=False
+                messages, add_generation_prompt=True, tokenize=False, **settings
             ),
         )
     except ModelError:
@@ -333,9 +334,44 @@ def encode(
     Raises:
         TemplateError: with the reason.
     """
-    written = json.dumps(messages, ensure_ascii=False)
+    stand_ins = _stand_ins(messages, tokenizer)
+    text, spans = render(_protected(messages, stand_ins), tokenizer, assistant_only)
+    edges = [edge for span in spans for edge in span]
+    ids, starts = _encoded(text, stand_ins, tokenizer)
+    return ids, (np.searchsorted(edges, starts, side="right") % 2 == 1).tolist()
+
+
+def encode_prompt(messages: Messages, tokenizer: Any, tools: list[Any] | None = None) -> list[int]:
+    """Encode a conversation as the prompt for the assistant's next turn.
+
+    A special token written inside a message or a tool is encoded as plain text.
+
+    Args:
+        messages: in OpenAI's form, with plain text contents.
+        tokenizer: any with a chat template, hfsft's own included.
+        tools: in OpenAI's form, for templates that render them.
+
+    Returns:
+        Token ids.
+
+    Raises:
+        ModelError: if the template exceeds a bound or refuses the messages.
+    """
+    stand_ins = _stand_ins([messages, tools], tokenizer)
+    given = {} if tools is None else {"tools": _protected(tools, stand_ins)}
+    text = prompt_text(_protected(messages, stand_ins), tokenizer, **given)
+    return _encoded(text, stand_ins, tokenizer)[0]
+
+
+def _stand_ins(texts: Any, tokenizer: Any) -> dict[str, str]:
+    """Each special token → a character that stands for it where it is written inside `texts`."""
+    written = json.dumps(texts, ensure_ascii=False)
     free = (chr(code) for code in range(SENTINELS, 0xFFFFE) if chr(code) not in written)
-    stand_ins = dict(zip(special_tokens(tokenizer), free, strict=False))
+    return dict(zip(special_tokens(tokenizer), free, strict=False))
+
+
+def _protected(value: Any, stand_ins: dict[str, str]) -> Any:
+    """A value in which stand-ins replace the special tokens of every text, at any depth."""
     inside = re.compile("|".join(map(re.escape, stand_ins)) or r"(?!)")
 
     def protected(value: Any) -> Any:
@@ -345,10 +381,13 @@ def encode(
             return {protected(key): protected(held) for key, held in value.items()}
         return [protected(held) for held in value] if isinstance(value, list) else value
 
-    text, spans = render([protected(m) for m in messages], tokenizer, assistant_only)
-    edges = [edge for span in spans for edge in span]
+    return protected(value)
+
+
+def _encoded(text: str, stand_ins: dict[str, str], tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Token ids of a rendering, and for each the position of its first character."""
     ids: list[int] = []
-    starts: list[int] = []  # the position of each token's first character
+    starts: list[int] = []
     literals = {stand_in: token for token, stand_in in stand_ins.items()}
     start = 0
     for segment in re.split(f"([{''.join(literals)}])" if literals else r"(?!)", text):
@@ -362,4 +401,4 @@ def encode(
         ids += encoded["input_ids"]
         starts += [start + begin * (not literal) for begin, _ in encoded["offset_mapping"]]
         start += len(segment)
-    return ids, (np.searchsorted(edges, starts, side="right") % 2 == 1).tolist()
+    return ids, starts

@@ -15,6 +15,7 @@ from hfsft.run.disk import require_room, shown, writing_to
 from hfsft.run.files import write_text_atomically
 from hfsft.run.manifest import PARTIAL, clear
 from hfsft.run.record import write_record
+from hfsft.run.results import forgetting, general_changes
 from hfsft.train.card import model_card
 from hfsft.train.folder import lock_stage
 from hfsft.train.generation import write_generation_config
@@ -75,6 +76,8 @@ def _save_stage(trainer: Any, stage: Stage, record: dict[str, Any]) -> None:
     )
     write_record(stage.folder, record)
     trainer.say(_summary(stage, record, trainer.state.global_step))
+    if changes := general_changes(trainer.metrics_log.validation.lines):
+        trainer.say(f"{stage.name}: {forgetting(changes)}")
 
 
 def _save_model(trainer: Any, stage: Stage, folder: Path) -> None:
