@@ -41,6 +41,24 @@ def ratio_error(sums: Sequence[float] | np.ndarray, sizes: Sequence[float] | np.
     return float(math.sqrt(count / (count - 1) * (residuals**2).sum()) / sizes.sum())
 
 
+def mean_change(
+    before: Sequence[float], after: Sequence[float], sizes: Sequence[float]
+) -> tuple[float, float]:
+    """How far a mean loss per token moved between two measurements on the same documents.
+
+    Args:
+        before: [documents], each document's summed loss.
+        after: the same, later.
+        sizes: [documents], the tokens of each.
+
+    Returns:
+        The change, and its standard error over documents; these are paired, so that what makes a
+        document hard or easy cancels out.
+    """
+    moved = np.asarray(after, dtype=float) - np.asarray(before, dtype=float)
+    return float(moved.sum() / np.sum(sizes)), ratio_error(moved, sizes)
+
+
 def mcnemar(won: int, lost: int) -> float:
     """Two-sided p-value of McNemar's exact test (McNemar 1947, Psychometrika 12).
 

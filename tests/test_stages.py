@@ -185,7 +185,9 @@ def test_a_stranger_reads_the_result(run, stage):
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     end = tokenizer.convert_tokens_to_ids("<|assistant_end|>")
-    assert model.generation_config.eos_token_id == end == tokenizer.eos_token_id
+    beginning = tokenizer.convert_tokens_to_ids("<|bos|>")  # of another document
+    assert model.generation_config.eos_token_id == [end, beginning]
+    assert tokenizer.eos_token_id == end
     assert tokenizer.pad_token_id != end
     assert model.config.use_cache is True
     assert model.config.model_type == "nanochat"

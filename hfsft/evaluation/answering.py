@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -20,7 +21,7 @@ from transformers import (
 
 from hfsft.errors import DataError, MemoryShortage, ModelError, first_line
 from hfsft.evaluation.calculator import calculate
-from hfsft.hub.client import require_model
+from hfsft.hub.client import NOT_LOADED, require_model
 from hfsft.model.head import fuse_head
 from hfsft.model.loading import bf16_is_native, load_plain_model
 from hfsft.recipe.schema import Stage
@@ -34,11 +35,12 @@ TOOL_TOKENS = ("<|python_start|>", "<|python_end|>", "<|output_start|>", "<|outp
 NANOCHAT_BOS = "<|bos|>"  # starts every training document of a nanochat model
 
 
-def load_for_answers(model: str) -> Any:
+def load_for_answers(model: str, exact: bool = False) -> Any:
     """Load a model for inference: in bfloat16 on a GPU that supports it natively, else float32.
 
     Args:
         model: a folder or a Hub id.
+        exact: in float32 on the CPU, whatever there is.
 
     Raises:
         ModelError: if it cannot be loaded.
@@ -46,8 +48,9 @@ def load_for_answers(model: str) -> Any:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     bare = Stage(name="", folder=Path(), seed=0, data=[], held_out=0)
-    loaded = load_plain_model(model, bare, dtype=answer_dtype()).eval()
-    return loaded.to("cuda") if torch.cuda.is_available() else loaded
+    dtype = "float32" if exact else answer_dtype()
+    loaded = load_plain_model(model, bare, dtype=dtype).eval()
+    return loaded.to("cuda") if torch.cuda.is_available() and not exact else loaded
 
 
 def answer_dtype() -> str:
@@ -67,7 +70,7 @@ def load_its_tokenizer(model: str) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             model, padding_side="left", trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (*NOT_LOADED, StrictDataclassError) as error:
         raise ModelError(f"{model}: cannot load its tokenizer: {first_line(error)}") from None
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
@@ -94,7 +97,7 @@ class Calculator(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Mask all but the next token of a pending result; scores [rows, vocabulary]."""
         for row in (input_ids[:, -1] == self.end).nonzero().flatten().tolist():
-            self.forced.setdefault(row, self._result(input_ids[row, self.start :].tolist()))
+            self.forced.setdefault(row, self.result(input_ids[row, self.start :].tolist()))
         for row, tokens in list(self.forced.items()):
             if not tokens:
                 del self.forced[row]
@@ -103,7 +106,7 @@ class Calculator(LogitsProcessor):
             scores[row, tokens.pop(0)] = 0.0
         return scores
 
-    def _result(self, generated: list[int]) -> list[int]:
+    def result(self, generated: list[int]) -> list[int]:
         """The tokens to force after a call that just ended; none if it cannot be evaluated."""
         starts = [index for index, token in enumerate(generated) if token == self.call]
         if not starts:
@@ -140,7 +143,8 @@ def generate_greedily(
         What `generate` returns: token ids [prompts, tokens] with the prompts in front, or an
         object if the settings say so.
     """
-    # a new config: the model's own may sample or penalize repetition
+    # `generate` fills in what is not set here from the model's own, which may penalize repetition
+    own, model.generation_config = model.generation_config, GenerationConfig()
     config = GenerationConfig(
         do_sample=False,
         use_cache=True,
@@ -148,13 +152,16 @@ def generate_greedily(
         eos_token_id=eos_token_id,
         **settings,
     )
-    return model.generate(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        generation_config=config,
-        logits_processor=LogitsProcessorList(processors),
-        tokenizer=tokenizer,
-    )
+    try:
+        return model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            generation_config=config,
+            logits_processor=LogitsProcessorList(processors),
+            tokenizer=tokenizer,
+        )
+    finally:
+        model.generation_config = own
 
 
 class Evaluator:
@@ -178,7 +185,7 @@ class Evaluator:
         self.folder, self.batch_size = folder, batch_size
         try:
             self.config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
+        except (*NOT_LOADED, StrictDataclassError) as error:
             raise ModelError(f"{folder}: cannot be loaded: {first_line(error)}") from None
         record = Path(folder) / "stage.json"
         is_base = record.is_file() and json.loads(record.read_text())["stage"] == "base"
@@ -193,7 +200,7 @@ class Evaluator:
         return load_for_answers(self.folder)
 
     @cached_property
-    def _eos_token_ids(self) -> list[int]:
+    def eos_token_ids(self) -> list[int]:
         """The tokens that end an answer."""
         configured = self.model.generation_config.eos_token_id
         configured = configured if isinstance(configured, list) else [configured]
@@ -264,7 +271,7 @@ class Evaluator:
                 self.model,
                 inputs,
                 self.tokenizer.pad_token_id,
-                self._eos_token_ids,
+                self.eos_token_ids,
                 processors,
                 self.tokenizer,
                 **settings,

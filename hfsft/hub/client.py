@@ -72,7 +72,7 @@ USAGE = re.compile(r'(pipeline\("text-generation", model=)"[^"\n]*"')  # in a mo
 # what transformers raises for malformed files of a repository
 NOT_LOADED = (
     *(OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RecursionError),
-    UnpicklingError,
+    *(ArithmeticError, UnpicklingError),
 )
 
 

@@ -123,7 +123,7 @@ def _short(bound: float) -> str:
 
 
 def key(help: str, *, default: Any = UNSET, choices: tuple[str, ...] = (), **rest: Any) -> Any:
-    """A dataclass field that is a key of a recipe; its annotation is the key's type.
+    """A dataclass field that is a key of a recipe; its type is the key's, unless `rest` has one.
 
     Args:
         help: one line of documentation.
@@ -145,7 +145,8 @@ def declared_keys(declared: type) -> dict[str, Key]:
     found = {}
     for item in fields(declared):
         if (one := item.metadata.get("key")) is not None:
-            found[item.name] = replace(one, annotation=_annotation(item.type, one.null))
+            annotation = one.annotation or _annotation(item.type, one.null)
+            found[item.name] = replace(one, annotation=annotation)
     return found
 
 

@@ -32,6 +32,7 @@ from hfsft.recipe.names import ALIASES, FLAGS, REFUSED
 from hfsft.recipe.schema import Recipe, Stage
 from hfsft.recipe.sections import (
     EXTENDS,
+    GENERATION,
     TOKENIZER,
     TOP,
     stage_defaults,
@@ -265,7 +266,7 @@ def load_recipe(given: str = "", *argv: str, stage: str | None = None) -> Recipe
     folder = Path(top["output_dir"]) / top["name"]
     for section in sections:
         _find_start(section, folder, original)
-    own_keys = ("name", "output_dir", "seed", "sample_prompts")
+    own_keys = ("name", "output_dir", "seed", "sample_prompts", "generation")
     return Recipe(
         path=given,
         **{key: top[key] for key in own_keys},
@@ -320,6 +321,7 @@ def _check_top(tree: Node) -> tuple[dict[str, Any], dict[str, Any], dict[str, An
     tokenizer = check_section(tree.value["tokenizer"], "tokenizer", TOKENIZER)
     check_tokenizer(tree.value["tokenizer"], model, tokenizer)
     check_sample_prompts(tree.value["sample_prompts"])
+    top["generation"] = check_section(tree.value["generation"], "generation", GENERATION)
     return top, model, tokenizer
 
 
@@ -377,6 +379,7 @@ def _make_stage(
         folder=folder / section.stage,
         seed=top["seed"],
         sample_prompts=top["sample_prompts"],
+        generation=top["generation"],
         trainer={key: value for key, value in settings.items() if key not in own_keys},
         trust_remote_code=flags["trust_remote_code"],
         quiet=flags["quiet"],

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from rigged import always_follow, chain, save
+from rigged import rigged_to_say, save
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from hfsft.errors import DataError, ModelError
@@ -138,17 +138,6 @@ def test_a_base_stage_gets_plain_prompts(tmp_path, folder):
     assert not evaluator.is_chat
     ids = evaluator.prompt_ids("Why?")
     assert evaluator.tokenizer.decode(ids) == "<|bos|>Question: Why?\nAnswer:"
-
-
-def rigged_to_say(text: str, make_model, tokenizer, tmp_path, chat: bool = True) -> str:
-    """A model that answers every prompt with the same text."""
-    model = make_model("llama", hidden_size=512, num_hidden_layers=1, tie_word_embeddings=False)
-    start = tokenizer.convert_tokens_to_ids("<|assistant_start|>")
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    end = tokenizer.eos_token_id
-    return save(
-        always_follow(model, chain([start, *ids, end]), end), tokenizer, tmp_path / "rigged"
-    )
 
 
 def test_the_calculator_works_during_generation(make_model, tokenizer, tmp_path):
