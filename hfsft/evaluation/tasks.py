@@ -24,7 +24,7 @@ from hfsft.errors import DataError, HfsftError, nearest
 from hfsft.evaluation.execution import succeeds
 from hfsft.recipe.loading import load_recipe
 from hfsft.recipe.schema import Recipe, Source, Stage
-from hfsft.tokens.row_formats import BadRow, from_gsm8k, to_messages
+from hfsft.tokens.row_formats import BadRow, from_gsm8k, read_row
 from hfsft.tokens.tokenizer import load_tokenizer
 
 # task → its rows on the Hub
@@ -177,8 +177,8 @@ def _read_questions(name: str, source: Source, seed: int) -> list[Question]:
 
 
 def _choices(row: dict[str, Any]) -> Question:
-    """A row of ARC or MMLU, worded as in training (`row_formats.to_messages`)."""
-    question, answer = to_messages(row, "multiple_choice")
+    """A row of ARC or MMLU, worded as in training (`row_formats.read_row`)."""
+    question, answer = read_row(row, "multiple_choice").messages
     choices = row["choices"]
     if isinstance(choices, dict):
         letters = [str(label) for label in choices["label"]]
