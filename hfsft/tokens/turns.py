@@ -101,7 +101,8 @@ class Turns:
             # Mistral's want an id of nine letters and digits with each call and result
             self.messages = with_new_ids(self.messages)
             found = render()
-        if has_calls and self._render([_without_calls(one) for one in self.messages]) == found[0]:
+        without = [_without_calls(one) for one in self.messages]
+        if has_calls and not self._differs(without, found[0]):
             template = self.tokenizer.hfsft_training_template or self.tokenizer.chat_template
             if "<tool_call>" not in template:
                 raise TemplateError("tool calls, which the chat template cannot render")
@@ -109,6 +110,13 @@ class Turns:
             self.messages = [_with_written_calls(message) for message in self.messages]
             found = render()
         return found
+
+    def _differs(self, messages: Messages, text: str) -> bool:
+        """Whether messages are rendered as another text, or not at all."""
+        try:
+            return self._render(messages) != text
+        except TemplateError:
+            return True
 
     # --- nothing is left out ---
 
@@ -130,10 +138,7 @@ class Turns:
         """Whether another content of a message changes the rendering, which may rewrite it."""
         other = [dict(message) for message in self.messages]
         other[index]["content"] = next(self.free)
-        try:
-            return self._render(other) != self.text
-        except TemplateError:
-            return True
+        return self._differs(other, self.text)
 
     def left_out(self) -> str:
         """What the template does not write, though the rest of the row can be trained on."""

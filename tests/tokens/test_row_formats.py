@@ -5,12 +5,12 @@ from chat_messages import HELLO, assistant, call, calling, system, tool, user
 
 from hfsft.errors import DataError
 from hfsft.recipe.schema import FORMATS as RECIPE_FORMATS
+from hfsft.tokens.messages import Conversation, content_digest
 from hfsft.tokens.row_formats import (
     FORMATS,
     BadRow,
-    content_digest,
     detect_format,
-    to_messages,
+    read_row,
 )
 
 MULTIPLE_CHOICE = (
@@ -154,7 +154,7 @@ READ = {
 def test_format_is_detected_and_read(case):
     name, row, messages = READ[case]
     assert detect_format(list(row), "x") == name
-    assert to_messages(row, name) == messages
+    assert read_row(row, name).messages == messages
 
 
 def test_the_recipe_names_every_format():
@@ -251,21 +251,23 @@ REFUSED = [
     ("sharegpt", {"conversations": [{"from": "human", "value": "Hi"},
                                     {"from": "function_call", "value": "[]"}]},
      "a tool call without a name"),
-    ("messages", {"messages": HELLO, "tools": '[{"name": "f"}]'}, "has its own tools"),
+    ("messages", {"messages": HELLO, "tools": '[{"name": "f"'}, "tools that are not JSON"),
+    ("messages", {"messages": HELLO, "tools": [{"type": "function"}]}, "a tool without a name"),
+    ("messages", {"messages": HELLO, "functions": ["f"]}, "tools that are not JSON"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "row", "reason"), REFUSED)
 def test_a_refused_row_has_a_reason(name, row, reason):
     with pytest.raises(BadRow) as error:
-        to_messages(row, name)
+        read_row(row, name)
     assert str(error.value) == reason
 
 
 def test_a_digest_covers_content_but_not_tool_call_ids():
     one = [user("Hi"), calling(call("f", {"a": 1, "b": 2}, id="x")), tool("5", tool_call_id="x")]
     same = [user("Hi"), calling(call("f", {"b": 2, "a": 1}, id="y")), tool("5", tool_call_id="y")]
-    assert content_digest(one) == content_digest(same)
+    assert content_digest(Conversation(one)) == content_digest(Conversation(same))
     others = [
         [user("Hi"), calling(call("f", {"a": 1, "b": 3})), tool("5")],
         [user("Hi"), calling(call("f", {"a": 1, "b": 2})), tool("6")],
@@ -274,10 +276,10 @@ def test_a_digest_covers_content_but_not_tool_call_ids():
         [user("Hi"), assistant([{"type": "python", "text": "5"}])],
         [user("Hi"), assistant([{"type": "python_output", "text": "5"}])],
     ]
-    assert len({content_digest(messages) for messages in [one, *others]}) == 7
+    assert len({content_digest(Conversation(messages)) for messages in [one, *others]}) == 7
 
 
-@pytest.mark.parametrize("column", ["tools", "chat_template", "chat_template_kwargs"])
+@pytest.mark.parametrize("column", ["chat_template", "chat_template_kwargs"])
 def test_a_row_with_its_own_template_is_refused(column):
     with pytest.raises(BadRow, match=f"^has its own {column}$"):
-        to_messages({"messages": HELLO, column: {"a": 1}}, "messages")
+        read_row({"messages": HELLO, column: {"a": 1}}, "messages")

@@ -229,7 +229,11 @@ def test_an_unknown_template_without_marks_can_be_trained_with(save):
     ("template", "problem"),
     [
         ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "end in no special token"),
-        ("{{ messages[-1].content }}<|end|>", "rewrites earlier turns"),
+        ("{{ messages[-1].content }}<|end|>", "a user's message, which the chat template leaves"),
+        (
+            "{% for m in messages %}{{ m.content }} {{ loop.revindex }}<|end|>{% endfor %}",
+            "rewrites earlier turns",
+        ),
         ("{{ raise_exception('never') }}", "the chat template refuses it: never"),
     ],
 )
