@@ -169,24 +169,30 @@ class Turns:
         for index, said in enumerate(self.trained):
             if said is None:
                 continue
-            message = self.messages[index]
-            if message["role"] == "assistant":
-                (whole,) = [self.turn(index)]
-            elif message["content"]:
-                (whole,) = self._content_spans(index, [[0, len(message["content"])]])
-            else:
-                continue
-            whole = (whole[0], self._through_special(whole[1]))
-            trained[slice(*whole)] = False
+            content = self.messages[index]["content"]
+            turn = self._whole(index)
+            # the marks may begin before the turn's header, or end after its line break
+            around = [mark for mark in self.marks if mark[0] < turn[1] and turn[0] < mark[1]]
+            for start, end in [turn, *around]:
+                trained[start:end] = False
             if said is False:
                 continue
-            spans = [[0, len(message["content"])]] if said is True else said
-            exact[slice(*whole)] = True
-            for start, end in self._content_spans(index, spans):
+            spans = [[0, len(content)]] if said is True else said
+            exact[slice(*turn)] = True
+            for start, end in [*self._content_spans(index, spans), self._end_token(turn)]:
                 trained[start:end] = True
-            ends = self._end_token(whole)
-            trained[slice(*ends)] = True
         return trained, exact
+
+    def _whole(self, index: int) -> Span:
+        """A turn with the special token that ends it; of other roles, as far as it is content."""
+        message = self.messages[index]
+        if message["role"] == "assistant":
+            return self.turn(index)
+        ((start, end),) = self._content_spans(index, [[0, len(message["content"])]])
+        found = [
+            token for token in special_tokens(self.tokenizer) if self.text.startswith(token, end)
+        ]
+        return start, end + len(found[0]) if found else end
 
     def _assistant_turns(self) -> Iterator[Span]:
         for index, message in enumerate(self.messages):
@@ -261,13 +267,6 @@ class Turns:
             raise TemplateError("a message to train on in part, which the chat template rewrites")
         return list(zip(found[::2], found[1::2], strict=True))
 
-    def _through_special(self, end: int) -> int:
-        """The end of the special token that begins at `end`; `end` itself if there is none."""
-        for token in special_tokens(self.tokenizer):
-            if self.text.startswith(token, end):
-                return end + len(token)
-        return end
-
     def _end_token(self, turn: Span) -> Span:
         """The special token that ends a turn."""
         start, end = turn
@@ -311,7 +310,8 @@ def with_new_ids(messages: Messages) -> Messages:
             for number, call in enumerate(message["tool_calls"]):
                 told = json.dumps([index, number, call["function"]])
                 name = hashlib.blake2b(told.encode()).hexdigest()[:9]
-                names[call.get("id")] = name
+                if "id" in call:
+                    names[call["id"]] = name
                 open_ids.append(name)
                 calls.append(call | {"id": name})
             message = message | {"tool_calls": calls}

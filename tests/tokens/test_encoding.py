@@ -387,9 +387,10 @@ def test_what_a_foreign_template_leaves_out_is_a_reason(foreign):
         with pytest.raises(BadRow, match=f"^a {kind}, which the chat template leaves out$"):
             encode_conversation(messages, made)
     made = foreign(
-        "{% for m in messages if m.content != 'What?' %}<|start|>{{ m.role }}\n"
+        "{% for m in messages %}{% if loop.index0 != 2 or 'three' in m.content %}"
+        "<|start|>{{ m.role }}\n"
         "{% if not m.tool_calls %}{{ m.content }}{% endif %}{{ m.tool_calls or '' }}<|eot|>\n"
-        "{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
     )
     for messages, kind in (
         ([*HELLO, user("What?"), assistant("That.")], "a user's message"),
