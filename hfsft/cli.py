@@ -334,14 +334,19 @@ def chat(
         typer.Option("--top_k", min=1, help="Sample from this many most probable tokens."),
     ] = 50,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the sampling.")] = 42,
+    tools: Annotated[
+        str | None,
+        typer.Option("--tools", metavar="FILE", help="JSON: the tools it may call; you answer."),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="With -p: print the conversation as JSON.")
     ] = False,
 ) -> None:
     """Chat with a model in the terminal."""
-    from hfsft.chat import Chat, talk
+    from hfsft.chat import Chat, read_tools, talk
 
-    session = Chat(model, system, max_new_tokens, temperature, top_k, seed)
+    given = None if tools is None else read_tools(tools)
+    session = Chat(model, system, max_new_tokens, temperature, top_k, seed, given)
     if prompt is None:
         talk(session)
     elif as_json:

@@ -204,7 +204,13 @@ class Evaluator:
 
     # --- prompts ---
 
-    def prompt_text(self, prompt: str, plain: str | None = None, answer: str | None = None) -> str:
+    def prompt_text(
+        self,
+        prompt: str,
+        plain: str | None = None,
+        answer: str | None = None,
+        tools: Sequence[dict[str, Any]] = (),
+    ) -> str:
         """A prompt as the model sees it, with special tokens as text.
 
         Args:
@@ -212,13 +218,19 @@ class Evaluator:
             plain: the prompt of a model that is not a chat model, instead of
                 `Question: ... Answer:`.
             answer: appended as the model would write it.
+            tools: that the model may call, in OpenAI's form; for a chat model only.
+
+        Raises:
+            ModelError: if the model has no chat template that can write the tools.
         """
+        if tools and not self.is_chat:
+            raise ModelError(f"{self.folder}: is not a chat model, so it cannot be given tools")
         if not self.is_chat:
             text = f"Question: {prompt}\nAnswer:" if plain is None else plain
             return text if answer is None else f"{text} {answer}"
         messages = [{"role": "user", "content": prompt}]
         if answer is None:
-            return prompt_text(messages, self.tokenizer)
+            return prompt_text(messages, self.tokenizer, list(tools))
         messages.append({"role": "assistant", "content": answer})
         return bounded(
             self.folder, lambda: self.tokenizer.apply_chat_template(messages, tokenize=False)

@@ -201,7 +201,7 @@ def _encoded(task: Task, evaluator: Evaluator) -> tuple[list[Item], int]:
         ]
         budget = 1
     else:
-        texts = [evaluator.prompt_text(q.prompt, q.plain) for q in task.questions]
+        texts = [evaluator.prompt_text(q.prompt, q.plain, tools=q.tools) for q in task.questions]
         prompts = [(ids, []) for ids in evaluator.encode(texts)]
         budget = evaluator.answer_budget([ids for ids, _ in prompts], task.max_new_tokens)
     items = [

@@ -21,6 +21,7 @@ from hfsft.data.sources import load_rows, parse_row
 from hfsft.data.tasks import grade, task_rows
 from hfsft.data.text import mix_text
 from hfsft.errors import DataError, HfsftError, nearest
+from hfsft.evaluation.calling import calling_rows, calls_are_right
 from hfsft.evaluation.execution import succeeds
 from hfsft.recipe.loading import load_recipe
 from hfsft.recipe.schema import Recipe, Source, Stage
@@ -46,11 +47,11 @@ GENERATED = {"simple_spelling": 96, "spelling_bee": 256, "arithmetic": 96}
 # nanochat's chat tasks
 CHAT_TASKS = ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval", "spelling_bee")
 
-HELD_OUT = "held_out"
+HELD_OUT, CALLING = "held_out", "tool_calls"
 
 GYM, LM_EVAL = "reasoning_gym:", "lm_eval:"
 
-NAMES = (*ON_HUB, *GENERATED, HELD_OUT)
+NAMES = (*ON_HUB, *GENERATED, CALLING, HELD_OUT)
 
 ANSWER_TOKENS = 512  # of an answer with reasoning or code, as in nanochat
 
@@ -74,11 +75,13 @@ class Question:
     choices: tuple[str, ...] = ()  # the letters to choose from
     is_right: Callable[[str], bool] | None = None  # grades a generated answer
     plain: str | None = None  # prompt of a model that is not a chat model, if not Question: ...
+    tools: tuple[dict[str, Any], ...] = ()  # that the model may call, in OpenAI's form
 
     @property
     def digest(self) -> str:
         """Equal for rows with the same content."""
-        text = json.dumps([self.prompt, self.answer, self.choices])
+        given = [self.tools] if self.tools else []
+        text = json.dumps([self.prompt, self.answer, self.choices, *given])
         return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 
@@ -150,6 +153,9 @@ def load_task(
         made = task_rows(name, rows or GENERATED_ROWS, split="test", seed=seed)
         questions = [_generated(name, row) for row in made]
         return Task(name, "generative", questions, max_new_tokens=GENERATED[name])
+    if name == CALLING:
+        made = [_calling(row) for row in calling_rows(rows or GENERATED_ROWS, seed)]
+        return Task(name, "generative", made, max_new_tokens=ANSWER_TOKENS)
     if name.startswith(GYM):
         questions = _gym(name.removeprefix(GYM), rows or GENERATED_ROWS, seed)
         return Task(name, "generative", questions, max_new_tokens=ANSWER_TOKENS)
@@ -224,6 +230,17 @@ def _generated(name: str, row: dict[str, Any]) -> Question:
     question, answer = row["messages"]
     return Question(
         question["content"], answer["content"], is_right=lambda text: grade(name, row, text)
+    )
+
+
+def _calling(row: dict[str, Any]) -> Question:
+    """A row of the generated tool-calling task."""
+    tools, calls = row["tools"], row["calls"]
+    return Question(
+        row["prompt"],
+        json.dumps(calls),
+        is_right=lambda text: calls_are_right(text, calls, tools),
+        tools=tuple(tools),
     )
 
 

@@ -14,7 +14,7 @@ from functools import cache
 from typing import Any
 
 from hfsft.errors import ModelError, first_line
-from hfsft.tokens.messages import Messages
+from hfsft.tokens.messages import Messages, with_new_ids
 
 # bounds of one rendering, a hundred times what a long conversation takes
 SECONDS = 5.0  # of processor time, so that a busy machine does not count
@@ -134,14 +134,23 @@ def prompt_text(
     Raises:
         ModelError: if the template exceeds a bound, refuses the messages or cannot render tools.
     """
-    try:
-        settings = tool_settings(tools, tokenizer.chat_template, tokenizer)
+
+    def render(messages: Messages) -> str:
         return bounded(
             tokenizer.name_or_path,
             lambda: tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, tokenize=False, **settings
             ),
         )
+
+    try:
+        settings = tool_settings(tools, tokenizer.chat_template, tokenizer)
+        try:
+            return render(messages)
+        except Exception:
+            if not any("tool_calls" in message for message in messages):
+                raise
+            return render(with_new_ids(messages))  # which Mistral's templates want
     except ModelError:
         raise
     except TemplateError as error:

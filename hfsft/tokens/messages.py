@@ -329,6 +329,29 @@ def check_tools(tools: Any) -> list[dict[str, Any]]:
     return checked
 
 
+def with_new_ids(messages: Messages) -> Messages:
+    """Messages with new ids of nine letters and digits in calls, and the same in their results."""
+    made, open_ids, names = [], [], {}
+    for index, message in enumerate(messages):
+        if message.get("tool_calls"):
+            calls = []
+            for number, call in enumerate(message["tool_calls"]):
+                told = json.dumps([index, number, call["function"]])
+                name = hashlib.blake2b(told.encode()).hexdigest()[:9]
+                if "id" in call:
+                    names[call["id"]] = name
+                open_ids.append(name)
+                calls.append(call | {"id": name})
+            message = message | {"tool_calls": calls}
+        elif message["role"] == "tool":
+            name = names.get(message.get("tool_call_id")) or open_ids[0]
+            name = name if name in open_ids else open_ids[0]
+            open_ids.remove(name)
+            message = message | {"tool_call_id": name}
+        made.append(message)
+    return made
+
+
 # --- order ---
 
 # the last turn → the roles that may follow it

@@ -5,7 +5,6 @@ conversation up to them. Private use characters stand for special tokens that a 
 and mark places in contents, while the template renders them.
 """
 
-import hashlib
 import itertools
 import json
 import re
@@ -22,7 +21,7 @@ from hfsft.tokens.foreign_templates import (
     rendered,
     special_tokens,
 )
-from hfsft.tokens.messages import Conversation, Messages
+from hfsft.tokens.messages import Conversation, Messages, with_new_ids
 from hfsft.tokens.training_flags import Span
 
 PRIVATE_USE = 0xF0000  # the first of Unicode's supplementary private use characters
@@ -299,29 +298,6 @@ def is_written(content: str, text: str) -> bool:
     """Whether a content is in a rendering: as it is, trimmed, or as a JSON string."""
     quoted = json.dumps(content, ensure_ascii=False)[1:-1]
     return content.strip() in text or quoted.strip() in text
-
-
-def with_new_ids(messages: Messages) -> Messages:
-    """Messages with new ids of nine letters and digits in calls, and the same in their results."""
-    made, open_ids, names = [], [], {}
-    for index, message in enumerate(messages):
-        if message.get("tool_calls"):
-            calls = []
-            for number, call in enumerate(message["tool_calls"]):
-                told = json.dumps([index, number, call["function"]])
-                name = hashlib.blake2b(told.encode()).hexdigest()[:9]
-                if "id" in call:
-                    names[call["id"]] = name
-                open_ids.append(name)
-                calls.append(call | {"id": name})
-            message = message | {"tool_calls": calls}
-        elif message["role"] == "tool":
-            name = names.get(message.get("tool_call_id")) or open_ids[0]
-            name = name if name in open_ids else open_ids[0]
-            open_ids.remove(name)
-            message = message | {"tool_call_id": name}
-        made.append(message)
-    return made
 
 
 def _without_calls(message: dict[str, Any]) -> dict[str, Any]:
