@@ -1,5 +1,7 @@
 """Rows of every known format are read as messages, and others refused with the reason."""
 
+import json
+
 import pytest
 from chat_messages import HELLO, assistant, call, calling, system, tool, user
 
@@ -142,6 +144,73 @@ READ = {
         [user("Add 1 and 2."), calling(call("add", {"a": 1, "b": 2})), tool("3"),
          assistant("It is 3.")],
     ),
+    "messages with a system column": (
+        "messages",
+        {"messages": HELLO, "system": "Be kind."},
+        [system("Be kind."), *HELLO],
+    ),
+    "prompt and completion with a system column": (
+        "prompt_completion",
+        {"prompt": "Hi", "completion": "Hello", "system": "Be kind."},
+        [system("Be kind."), *HELLO],
+    ),
+    "alpaca with a history": (
+        "alpaca",
+        {"instruction": "And?", "output": "Fine.", "history": [["Hi", "Hello"]], "system": "x"},
+        [system("x"), *HELLO, user("And?"), assistant("Fine.")],
+    ),
+    "alpaca with a history in a CSV": (
+        "alpaca",
+        {"instruction": "And?", "output": "Fine.", "history": '[["Hi", "Hello"]]'},
+        [*HELLO, user("And?"), assistant("Fine.")],
+    ),
+    "messages with the older function_call beside text": (
+        "messages",
+        {"messages": [
+            user("Add."),
+            assistant("Let me see.") | {"function_call": {"name": "add", "arguments": '{"a": 1}'}},
+            {"role": "function", "name": "add", "content": "1"},
+            assistant("It is 1."),
+        ]},
+        [user("Add."), calling(call("add", {"a": 1}), content="Let me see."), tool("1", name="add"),
+         assistant("It is 1.")],
+    ),
+    "messages whose calls are turns of their own": (
+        "messages",
+        {"messages": [
+            user("Add twice."),
+            assistant("Let me see."),
+            {"role": "tool_call", "content": '{"name": "add", "arguments": {"a": 1}}'},
+            {"role": "tool_call", "content": '{"name": "add", "arguments": {"a": 2}}'},
+            {"role": "tool_response", "content": "1"},
+            {"role": "tool_response", "content": "2"},
+            assistant("1 and 2."),
+        ]},
+        [user("Add twice."),
+         calling(call("add", {"a": 1}), call("add", {"a": 2}), content="Let me see."),
+         tool("1"), tool("2"), assistant("1 and 2.")],
+    ),
+    "LLaMA-Factory's parts": (
+        "messages",
+        {"messages": [
+            system([{"type": "text", "value": "Be kind."}]),
+            user([{"type": "text", "value": "Add."}]),
+            assistant([{"type": "reasoning", "value": "Hm."},
+                       {"type": "tool_call", "value": '{"name": "add", "arguments": {"a": 1}}'},
+                       {"type": "tool_call", "value": '{"name": "add", "arguments": {"a": 2}}'}]),
+            tool([{"type": "text", "value": "1"}]),
+            assistant([{"type": "thinking", "thinking": "Oh."}, {"type": "text", "value": "1."}]),
+        ]},
+        [system("Be kind."), user("Add."),
+         calling(call("add", {"a": 1}), call("add", {"a": 2})) | {"reasoning_content": "Hm."},
+         tool("1"), assistant("1.") | {"reasoning_content": "Oh."}],
+    ),
+    "reasoning in a field": (
+        "sharegpt",
+        {"conversations": [{"from": "human", "value": "Hi"},
+                           {"from": "gpt", "value": "Hello", "thinking": "A greeting."}]},
+        [user("Hi"), assistant("Hello") | {"reasoning_content": "A greeting."}],
+    ),
     "gsm8k without a calculation": (
         "gsm8k",
         {"question": "Hi", "answer": "Hello"},
@@ -283,3 +352,43 @@ def test_a_digest_covers_content_but_not_tool_call_ids():
 def test_a_row_with_its_own_template_is_refused(column):
     with pytest.raises(BadRow, match=f"^has its own {column}$"):
         read_row({"messages": HELLO, column: {"a": 1}}, "messages")
+
+
+TOOL = {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"tools": [{"type": "function", "function": TOOL}]},
+        {"tools": json.dumps([{"type": "function", "function": TOOL}])},
+        {"tools": json.dumps([TOOL])},
+        {"tools": [json.dumps(TOOL)]},
+        {"tools": TOOL},
+        {"functions": [TOOL], "tools": "[]"},
+    ],
+)
+def test_tools_in_every_form(columns):
+    read = read_row({"messages": HELLO} | columns, "messages")
+    assert read.tools == [{"type": "function", "function": TOOL}] and read.unused == ()
+    assert content_digest(read) != content_digest(read_row({"messages": HELLO}, "messages"))
+
+
+def test_what_nothing_reads_is_named():
+    row = {
+        "messages": [user("Hi") | {"name": "Anna", "id": 5}, assistant("Hello") | {"score": 1}],
+        "score": 0.5,
+        "label": "sports",
+        "id": 7,
+        "notes": "",
+        "prompt": None,
+    }
+    names = ("column label", "column score", "field name", "field score")
+    assert read_row(row, "messages").unused == names
+    row = {"messages": [system("Be kind."), *HELLO], "system": "Be rude."}
+    assert read_row(row, "messages").unused == ("column system",)
+    row = {"messages": [system("Be kind."), *HELLO], "system": "Be kind."}
+    assert read_row(row, "messages").unused == ()
+    assert read_row({"instruction": "Hi", "output": "Hello", "text": "x"}, "alpaca").unused == (
+        "column text",
+    )
