@@ -82,10 +82,15 @@ class Chat:
         inputs.pop("token_type_ids", None)
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         generated: list[int] = []
+        failed: list[BaseException] = []
 
         def generate() -> None:
-            output = self.model.generate(**inputs, **self.sampling, streamer=streamer)
-            generated.extend(output[0, inputs["input_ids"].shape[1] :].tolist())
+            try:
+                output = self.model.generate(**inputs, **self.sampling, streamer=streamer)
+                generated.extend(output[0, inputs["input_ids"].shape[1] :].tolist())
+            except BaseException as error:
+                failed.append(error)
+                streamer.end()  # or the loop below would wait for ever
 
         thread = Thread(target=generate, daemon=True)
         thread.start()
@@ -94,6 +99,8 @@ class Chat:
             segments.append(segment)
             yield segment
         thread.join()
+        if failed:
+            raise failed[0]
         self.messages.append(self._as_message("".join(segments), generated, text))
 
     def _as_message(self, answer: str, generated: list[int], prompt: str) -> dict[str, Any]:

@@ -269,8 +269,8 @@ def evaluate_models(
             "--tasks",
             metavar="NAME,...",
             help="arc_easy, arc_challenge, mmlu, gsm8k, humaneval, simple_spelling, spelling_bee, "
-            "arithmetic, tool_calls, held_out, reasoning_gym:NAME, lm_eval:NAME. By default those that "
-            "run offline for a stage of a run, else nanochat's chat tasks.",
+            "arithmetic, tool_calls, held_out, reasoning_gym:NAME, lm_eval:NAME. By default those "
+            "that run offline for a stage of a run, else nanochat's chat tasks.",
         ),
     ] = None,
     rows: Annotated[

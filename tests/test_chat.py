@@ -23,9 +23,9 @@ CALLED = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}
 
 @pytest.fixture(scope="module")
 def folder(make_model, tokenizer, tmp_path_factory):
-    """A model that answers every prompt with two equal calls of `add`, each one token."""
+    """A model that answers every prompt with a call of `add`, which is one token."""
     own = copy.deepcopy(tokenizer)
-    own.add_tokens([CALL, f"{CALL} "])
+    own.add_tokens([CALL, "#1#", "#2#", "#3#"])  # two heads of an even width
     size = len(own)
     ids = own.convert_tokens_to_ids
     start, end = ids("<|python_start|>"), ids("<|python_end|>")

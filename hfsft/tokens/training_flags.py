@@ -135,7 +135,7 @@ def check_row_flags(row: Mapping[str, Any], has_label: bool) -> set[str]:
     for name in KTO if has_label else KTO[1:]:
         flag = as_flag(row.get(name))
         if flag is False:
-            raise BadRow(f"{AVOIDED} ({name})")
+            raise BadRow(f"{AVOIDED} ({name}: false)")
         if flag is None and name != "label" and not is_blank(row.get(name)):
             raise BadRow(f"{name} is neither true nor false")
         understood |= {name} if flag else set()
