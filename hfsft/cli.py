@@ -4,7 +4,7 @@ import gc
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -172,6 +172,10 @@ def plan(
     timed: Annotated[
         bool, typer.Option("--time", help="Time a few micro-batches of each stage on this device.")
     ] = False,
+    largest: Annotated[
+        bool,
+        typer.Option("--largest", help="Instead: the largest model that fits --memory, by method."),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show the memory, time and disk that each stage needs, and whether it fits."""
@@ -180,6 +184,9 @@ def plan(
 
     checked = load_recipe(recipe, *context.args)
     size = None if memory is None else size_in_bytes(memory, "--memory")
+    if largest:
+        _print_largest(checked, size, as_json)
+        return
     from hfsft.plan.choosing import plan_run
     from hfsft.plan.printing import print_plan
     from hfsft.plan.timing import seconds_per_step
@@ -189,6 +196,22 @@ def plan(
         print(json.dumps(planned, indent=1))
     else:
         print_plan(planned)
+
+
+def _print_largest(recipe: Any, memory: int | None, as_json: bool) -> None:
+    """Print what `hfsft plan --largest` found."""
+    from hfsft.errors import RecipeError
+
+    if memory is None:
+        raise RecipeError("--largest needs a size: --memory 8GB")
+    from hfsft.plan.largest import largest_models
+    from hfsft.plan.printing import print_largest
+
+    found = largest_models(recipe, memory)
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        print_largest(found)
 
 
 @app.command()
@@ -356,6 +379,22 @@ def chat(
         for segment in session.stream(prompt):
             print(printable(segment), end="", flush=True)
         print()
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """Check whether what hfsft builds on works on this machine; its output belongs in a report."""
+    from hfsft.doctor.examine import examine
+    from hfsft.doctor.printing import print_finding, print_machine
+
+    if as_json:
+        found = examine()
+        print(json.dumps(found, indent=1))
+    else:
+        print_machine()
+        found = examine(print_finding)
+    if not found["passed"]:
+        raise typer.Exit(2)
 
 
 def main() -> None:

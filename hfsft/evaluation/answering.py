@@ -399,9 +399,9 @@ class Evaluator:
         of_row = positions // width
         return [
             {
-                "loss": losses[mine].double().sum().item(),
+                "loss": losses[mine].cpu().double().sum().item(),
                 "tokens": int(mine.sum()),
-                "text_loss": losses[mine & is_text].double().sum().item(),
+                "text_loss": losses[mine & is_text].cpu().double().sum().item(),
                 "bytes": len(self.tokenizer.decode(targets[mine & is_text]).encode()),
             }
             for mine in (of_row == index for index in range(len(rows)))

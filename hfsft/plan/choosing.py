@@ -5,7 +5,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from hfsft.errors import MemoryShortage
+from hfsft.errors import MemoryShortage, RecipeError
+from hfsft.model.optimizer import FOR_BFLOAT16, INSTALL, missing_package
+from hfsft.plan.horizon import with_horizon
 from hfsft.plan.plan import (
     UTILISATION,
     Plan,
@@ -24,7 +26,7 @@ from hfsft.recipe.schema import STAGE_FIELDS, Recipe, Stage
 
 BUSY_TOKENS = 4096  # assumed: a smaller micro-batch is bound by kernel launches, not arithmetic
 MARGIN = 0.95  # the share of the limit that `auto` plans for: a plan is off by a few percent
-# from most to least GPU memory per parameter
+# from most to least GPU memory per parameter; for weights in bfloat16 there are others
 OPTIMIZERS = ("adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_8bit")
 LORA = {"r": 16}  # what is proposed
 
@@ -62,20 +64,26 @@ def nearest_settings(
     now = plan({})
     halves = [now.length >> by for by in range(6, 0, -1) if now.length >> by >= 64]
     lengths = list(range(64, now.length, 64)) if stage.name == "sft" else halves
-    smaller = [{"optim": optim} for optim in _smaller_optimizers(now)]
+    smaller, low_bit = _smaller_optimizers(stage, now)
     checkpointing = [] if now.checkpointing else [{"gradient_checkpointing": True}]
     adapter = [{"lora": LORA}] if stage.name != "base" and stage.lora is None else []
     rows = list(range(1, now.rows)) if _may_cut_rows(stage) else []
-    alone = [*largest("per_device_train_batch_size", rows), *checkpointing, *smaller, *adapter]
-    found = [(changes, plan(changes)) for changes in [*alone, *largest("max_length", lengths)]]
+    alone = [*largest("per_device_train_batch_size", rows), *checkpointing, *smaller, *low_bit]
+    alone += [*adapter, *largest("max_length", lengths)]
+    found = [(changes, plan(changes)) for changes in alone]
     found = [(changes, its_plan) for changes, its_plan in found if its_plan.fits]
     if found:
         return found
     together: dict[str, Any] = {}
-    for changes in [{"per_device_train_batch_size": 1}] * bool(rows) + alone:
+    for changes in [{"per_device_train_batch_size": 1}] * bool(rows) + checkpointing + smaller:
         together |= changes
         if (its_plan := plan(together)).fits:
             return [(together, its_plan)]
+    for changes in low_bit + adapter:
+        if (its_plan := plan(together | changes)).fits:
+            return [(together | changes, its_plan)]
+    for changes in adapter:
+        together |= changes
     best = _largest(lengths, lambda length: plan(together | {"max_length": length}).fits)
     if best is None:
         return []
@@ -83,9 +91,26 @@ def nearest_settings(
     return [(together, plan(together))]
 
 
-def _smaller_optimizers(plan: Plan) -> tuple[str, ...]:
-    after = OPTIMIZERS.index(plan.optim) + 1 if plan.optim in OPTIMIZERS else 1
-    return OPTIMIZERS[after:] if plan.device == "cuda" else OPTIMIZERS[after:2]
+def _smaller_optimizers(stage: Stage, plan: Plan) -> tuple[list[dict[str, Any]], ...]:
+    """Settings with an optimizer that takes less memory: with these weights, and in bfloat16."""
+    same = optimizers(stage, plan.device)
+    after = same.index(plan.optim) + 1 if plan.optim in same else 1
+    low_bit = []
+    if stage.name != "base" and stage.lora is None and not in_bfloat16(stage):
+        low_bit = [{"dtype": "bfloat16", "optim": optim} for optim in FOR_BFLOAT16]
+    return [{"optim": optim} for optim in same[after:]], low_bit
+
+
+def in_bfloat16(stage: Stage) -> bool:
+    """Whether a stage keeps its weights in bfloat16, without a master copy in float32."""
+    return stage.dtype == "bfloat16" and stage.lora is None
+
+
+def optimizers(stage: Stage, device: str) -> tuple[str, ...]:
+    """The optimizers that fit a stage's weights, from most to least memory per parameter."""
+    if in_bfloat16(stage):
+        return FOR_BFLOAT16
+    return OPTIMIZERS if device == "cuda" else OPTIMIZERS[:2]
 
 
 def _may_cut_rows(stage: Stage) -> bool:
@@ -122,6 +147,9 @@ def choose(
     Returns:
         The stage with the values, and a sentence of what was chosen and why; "" if nothing was
         `auto`.
+
+    Raises:
+        RecipeError: if no optimizer for weights in bfloat16 is installed.
     """
     keys = ("per_device_train_batch_size", "activation_checkpointing", "optim")
     if AUTO not in [stage.trainer.get(key) for key in keys]:
@@ -129,7 +157,13 @@ def choose(
     given_rows, given_checkpointing, given_optim = (stage.trainer.get(key) for key in keys)
     device = device_type or ("cuda" if has_gpu(stage) else "cpu")
     limit = limit_of(stage, device) if limit_bytes is None else limit_bytes
-    optims = OPTIMIZERS if device == "cuda" else OPTIMIZERS[:2]
+    optims = optimizers(stage, device)
+    if given_optim == AUTO and in_bfloat16(stage):
+        optims = tuple(optim for optim in optims if missing_package(optim) is None)
+        if not optims:
+            raise RecipeError(
+                f"{stage.name}.optim: auto with dtype: bfloat16 needs torchao: {INSTALL['torchao']}"
+            )
     settings = [
         {"activation_checkpointing": checkpointing, "optim": optim}
         for checkpointing in ((False, True) if given_checkpointing == AUTO else (None,))
@@ -242,7 +276,8 @@ def plan_run(
         RecipeError, ModelError: as the stages themselves would.
     """
     stages = {}
-    for name, stage in recipe.stages.items():
+    for name, given in recipe.stages.items():
+        stage = with_horizon(recipe, given)
         device, limit = None if memory is None else "cuda", memory
         if memory is not None and stage.memory_limit is not None:
             limit = min(memory, stage.memory_limit_bytes)

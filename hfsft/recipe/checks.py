@@ -16,9 +16,10 @@ from hfsft.recipe.names import (
     REFUSED_LORA,
     RENAMED,
 )
-from hfsft.recipe.schema import Source, size_in_bytes
+from hfsft.recipe.schema import MUON, PER_PARAMETER, Source, size_in_bytes
 from hfsft.recipe.sections import (
     MODEL,
+    MUON_SETTINGS,
     TOP,
     lora_section,
     model_section,
@@ -215,6 +216,8 @@ def check_stage(stage: str, node: Node) -> Section:
     check_memory_limit(section)
     check_auto_batch_size(section)
     check_lora(section)
+    check_muon(section)
+    check_update_after_the_step(section)
     check_step_divides_into_rows(section)
     check_steps_or_epochs(section)
     check_start(section)
@@ -330,16 +333,45 @@ def check_lora(section: Section) -> None:
         )
 
 
+def check_muon(section: Section) -> None:
+    """`muon` holds the settings of `optim: muon`, which trains whole matrices."""
+    settings = section.settings
+    if settings.get("muon") is not None:
+        known = check_section(section.node.value["muon"], f"{section.stage}.muon", MUON_SETTINGS)
+        settings["muon"] = known
+        if settings["optim"] != MUON:
+            raise section.error("muon", f"is for optim: muon, and optim is {settings['optim']}")
+    if settings["optim"] == MUON and settings.get("lora") is not None:
+        raise section.error("optim", "muon trains whole matrices; use adamw_torch_fused with lora")
+
+
+def check_update_after_the_step(section: Section) -> None:
+    """Refuse optimizers that update weights in the backward pass, before the step is summed up."""
+    optim = section.settings["optim"]
+    if optim.endswith("layerwise") or optim in ("lomo", "adalomo"):
+        raise section.error(
+            "optim",
+            f"{optim} updates weights in the backward pass of each micro-batch, not once a step",
+        )
+
+
 def check_step_divides_into_rows(section: Section) -> None:
-    """`tokens_per_step` must be a multiple of a row's tokens."""
+    """`tokens_per_step` must be a multiple of a row's tokens; `auto` is for base."""
     tokens, length = section.settings.get("tokens_per_step"), section.settings.get("max_length")
-    if tokens and length:
+    if tokens == AUTO and section.stage != "base":
+        raise section.error("tokens_per_step", "auto is for base, whose model is built to a size")
+    if tokens and tokens != AUTO and length:
         check_tokens_per_step(section.stage, tokens, length, 1, section.where("tokens_per_step"))
 
 
 def check_steps_or_epochs(section: Section) -> None:
-    """`max_steps` or `num_train_epochs` sets the length; a default `max_steps` yields to epochs."""
+    """`max_steps` or `num_train_epochs` sets the length; a default `max_steps` yields to epochs.
+
+    In base, tokens per parameter may set it instead.
+    """
     node, settings = section.node, section.settings
+    if check_tokens_per_parameter(section):
+        return
     if settings.get("max_steps") is None and "num_train_epochs" not in settings:
         raise RecipeError(
             f"{section.where('max_steps')}: {section.stage}: needs max_steps (or num_train_epochs)"
@@ -352,6 +384,23 @@ def check_steps_or_epochs(section: Section) -> None:
             f"max_steps is given as well ({section.where('max_steps')}); choose one",
         )
     del settings["max_steps"], node.value["max_steps"]
+
+
+def check_tokens_per_parameter(section: Section) -> bool:
+    """Whether tokens per parameter set the length: alone, and of steps whose size is known."""
+    settings = section.settings
+    given = [key for key in PER_PARAMETER if settings.get(key) is not None]
+    if not given:
+        return False
+    others = [key for key in ("max_steps", "num_train_epochs") if settings.get(key) is not None]
+    if len(given + others) > 1:
+        other = (given + others)[1]
+        raise section.error(
+            given[0], f"{other} is given as well ({section.where(other)}); choose one"
+        )
+    if not settings.get("tokens_per_step"):
+        raise section.error(given[0], "needs tokens_per_step: a number or auto")
+    return True
 
 
 def check_start(section: Section) -> None:
@@ -382,7 +431,7 @@ def check_base(section: Section, model: dict[str, Any], tokenizer: dict[str, Any
     if tokenizer.get("train") and "vocab_size" not in model and "vocab_size" not in tokenizer:
         raise RecipeError(f"{place}: base: a tokenizer to train needs model: {{vocab_size: 65536}}")
     tokens, length = section.settings.get("tokens_per_step"), model.get("max_position_embeddings")
-    if tokens and length and not section.settings.get("max_length"):
+    if tokens and tokens != AUTO and length and not section.settings.get("max_length"):
         check_tokens_per_step("base", tokens, length, 1, section.where("tokens_per_step"))
 
 

@@ -46,6 +46,7 @@ class Key(Field):
     high: float | None = None
     share: bool = False  # below 1 a share, from 1 on a whole number
     auto: bool = False  # `auto` lets the stage's plan choose the value
+    added: tuple[str, ...] = ()  # choices beside upstream's
     null: bool = True  # False: null in `annotation` stands for "not this stage's", and is refused
     on_resume: str = FIXED
 
@@ -84,7 +85,8 @@ class Key(Field):
         """This key with upstream's type and choices, unless it declares its own."""
         if self.annotation:
             return self
-        return replace(self, annotation=upstream.annotation, choices=upstream.choices)
+        choices = upstream.choices + self.added
+        return replace(self, annotation=upstream.annotation, choices=choices)
 
     def default_in(self, stage: str) -> Any:
         """The value in a stage whose recipe does not set the key; `UNSET` if there is none."""
@@ -93,7 +95,9 @@ class Key(Field):
     def takes(self) -> str:
         """What the key takes, for the documentation: "a whole number, 1 to 1,024"."""
         if len(self.choices) > MOST_CHOICES:
-            text = "one of transformers' choices"
+            text = " or ".join(
+                ["one of transformers' choices", *(f"`{one}`" for one in self.added)]
+            )
         elif self.choices:
             words = [f"`{choice}`" for choice in self.choices]
             text = ", ".join(words + ["null"] * ("None" in self.kinds))

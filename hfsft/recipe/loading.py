@@ -23,6 +23,7 @@ from hfsft.recipe.checks import (
     check_stage,
     check_tokenizer,
     check_value,
+    is_default,
     near,
     refuse_unknown,
 )
@@ -327,6 +328,7 @@ def _check_stages(tree: Node, model: dict[str, Any], tokenizer: dict[str, Any]) 
     for name in STAGES:
         if name not in tree.value:
             continue
+        _start_from_base_without_mid(name, tree)
         section = check_stage(name, tree.value[name])
         if name == "base":
             check_base(section, model, tokenizer)
@@ -335,6 +337,13 @@ def _check_stages(tree: Node, model: dict[str, Any], tokenizer: dict[str, Any]) 
             check_context(section, model)
         sections.append(section)
     return sections
+
+
+def _start_from_base_without_mid(name: str, tree: Node) -> None:
+    """Let sft start from base by default where the recipe has a base and no mid."""
+    start = tree.value[name].value.get("model_name_or_path") if name == "sft" else None
+    if start is not None and is_default(start) and "base" in tree.value and "mid" not in tree.value:
+        start.value = start.raw = "base"
 
 
 def _find_start(section: Section, folder: Path, original: Path) -> None:

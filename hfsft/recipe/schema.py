@@ -29,6 +29,13 @@ FORMATS = (
 ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 
 
+MUON = "muon"  # the optimizer that transformers has no name for
+
+
+# the keys of base that set its length by the size of its model
+PER_PARAMETER = ("tokens_per_parameter", "tokens_per_scaling_parameter")
+
+
 LOADING = ("mid", "sft")  # the stages that load an existing model
 
 
@@ -100,7 +107,8 @@ class Stage:
         high=1,
     )
     model_name_or_path: str | None = key(
-        "the model to start from: an earlier stage of this run, a folder, or a Hub id",
+        "the model to start from: an earlier stage of this run, a folder, or a Hub id; in a recipe "
+        "with a base and no mid, sft starts from base",
         stages=LOADING,
         default=None,
         defaults={"mid": "base", "sft": "mid"},
@@ -124,10 +132,27 @@ class Stage:
         low=1,
         high=2**31,
     )
+    tokens_per_parameter: float | None = key(
+        "instead of `max_steps`: tokens to train on for each of the model's parameters",
+        stages=("base",),
+        default=None,
+        above=0,
+        high=10**6,
+    )
+    tokens_per_scaling_parameter: float | None = key(
+        "instead of `max_steps`: tokens for each parameter but those of an untied embedding; "
+        "nanochat's default is 12",
+        stages=("base",),
+        default=None,
+        above=0,
+        high=10**6,
+    )
     tokens_per_step: int | None = key(
-        "tokens of an optimizer step, over all devices; null: one micro-batch a device",
+        "tokens of an optimizer step, over all devices; null: one micro-batch a device; "
+        "`auto`, in base: by nanochat's rule, from the model's size",
         stages=("base", "mid"),
         default=None,
+        auto=True,
         low=2,
         high=2**40,
     )
@@ -169,6 +194,7 @@ class Stage:
     load_in_4bit: bool = key(
         "QLoRA: quantise the model's weights; CUDA only", stages=LOADING, default=False
     )
+    muon: dict | None = key("settings of `optim: muon`: see below", default=None)
     attn_implementation: str | None = key(
         "null: transformers' choice, sdpa",
         stages=LOADING,

@@ -10,7 +10,7 @@ from typing import Any
 
 from hfsft.recipe.key import FIXED, FREE, ROUNDED, STAGES, UNSET, Key, declared_keys, overlaid
 from hfsft.recipe.names import REFUSED, RENAMED
-from hfsft.recipe.schema import ATTENTION, Source, Stage
+from hfsft.recipe.schema import ATTENTION, MUON, Source, Stage
 from hfsft.recipe.upstream import Field, lora_fields, model_fields, trainer_fields
 
 # of a mapping: whether it may change on resume depends on the key inside it
@@ -92,6 +92,46 @@ LORA = {
 }
 
 
+# `optim: muon`; AdamW trains what is no matrix of a block, with `learning_rate`, `adam_beta1`, ...
+MUON_SETTINGS = {
+    "learning_rate": Key("float", help="of the blocks' matrices", default=0.02, above=0, high=1000),
+    "embedding_learning_rate": Key(
+        "float | None",
+        help="of an untied token embedding; null: the stage's `learning_rate`",
+        default=None,
+        above=0,
+        high=1000,
+    ),
+    "scale_by_width": Key(
+        "bool",
+        help="multiply AdamW's learning rates by (hidden_size / 768)^-0.5, as nanochat does",
+        default=False,
+    ),
+    "weight_decay": Key(
+        "float | None",
+        help="of the blocks' matrices; null: the stage's `weight_decay`",
+        default=None,
+        low=0,
+        high=1000,
+    ),
+    "momentum": Key("float", help="after its warm-up", default=0.95, low=0, high=0.999999),
+    "momentum_start": Key(
+        "float", help="the momentum of the first update", default=0.85, low=0, high=0.999999
+    ),
+    "momentum_warmup_steps": Key(
+        "int", help="updates until the momentum is reached", default=300, low=0, high=2**31
+    ),
+    "adjust_lr_fn": Key(
+        "str",
+        ("original", "match_rms_adamw"),
+        help="torch's: `original` multiplies a matrix's learning rate by "
+        "max(1, rows / columns)^0.5, `match_rms_adamw` by 0.2 * max(rows, columns)^0.5, for "
+        "learning rates of AdamW's size",
+        default="original",
+    ),
+}
+
+
 # of TrainingArguments and, in sft, trl.SFTConfig
 UPSTREAM = {
     "per_device_train_batch_size": Key(
@@ -126,9 +166,10 @@ UPSTREAM = {
     ),
     "weight_decay": Key(help="of the optimizer", defaults={"base": 0.1}, low=0, high=1000),
     "optim": Key(
-        help="the optimizer",
+        help="the optimizer; `muon`: Muon for the blocks' matrices, AdamW for the rest",
         defaults={"base": "adamw_torch_fused", "mid": "adamw_torch_fused", "sft": "adamw_bnb_8bit"},
         auto=True,
+        added=(MUON,),
     ),
     "adam_beta1": Key(help="decay of AdamW's first moment", low=0, high=0.999999),
     "adam_beta2": Key(help="decay of AdamW's second moment", low=0, high=0.999999),

@@ -6,7 +6,7 @@ from typing import Any
 
 from hfsft.errors import RecipeError
 from hfsft.recipe.key import FIXED, ROUNDED
-from hfsft.recipe.schema import Recipe, Stage
+from hfsft.recipe.schema import PER_PARAMETER, Recipe, Stage
 from hfsft.recipe.sections import on_resume
 from hfsft.run.files import write_text_atomically
 
@@ -82,8 +82,9 @@ def is_finished(recipe: Recipe, stage: Stage) -> bool:
 
 
 def only_longer(stage: Stage, changed: list[str]) -> bool:
-    """Whether only `max_steps` changed: `train.extending` can extend such a stage."""
-    return changed == [f"{stage.name}.max_steps"] and stage.max_steps is not None
+    """Whether only the number of steps changed: `train.extending` can extend such a stage."""
+    keys = {f"{stage.name}.{key}" for key in ("max_steps", *PER_PARAMETER)}
+    return bool(changed) and keys.issuperset(changed) and stage.max_steps is not None
 
 
 def other_settings(stage: Stage, done: str, changed: list[str]) -> RecipeError:

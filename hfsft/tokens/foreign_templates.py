@@ -6,7 +6,6 @@ marks cover; `turns.py` finds what to train on in it.
 
 import json
 import os
-import resource
 import signal
 import threading
 from collections.abc import Callable
@@ -15,6 +14,11 @@ from typing import Any
 
 from hfsft.errors import ModelError, first_line
 from hfsft.tokens.messages import Messages, with_new_ids
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 # bounds of one rendering, a hundred times what a long conversation takes
 SECONDS = 5.0  # of processor time, so that a busy machine does not count
@@ -46,7 +50,7 @@ def bounded(name: str, make: Callable[[], Any], ceiling: int | None = None) -> A
     """Call a function that renders a chat template, within `SECONDS` and `MEMORY`.
 
     Jinja's sandbox protects files and code, but not against `{{ 'a' * 500000000 }}`. Outside of the
-    main thread neither bound applies, and without /proc (macOS) the bound on memory does not.
+    main thread and on Windows neither bound applies; without /proc (macOS) that on memory does not.
 
     Args:
         name: the model or tokenizer whose template it is, for the error.
@@ -59,7 +63,7 @@ def bounded(name: str, make: Callable[[], Any], ceiling: int | None = None) -> A
     Raises:
         ModelError: if it takes more.
     """
-    if threading.current_thread() is not threading.main_thread():
+    if resource is None or threading.current_thread() is not threading.main_thread():
         return make()
     _take_signal()
     try:
@@ -108,6 +112,8 @@ def _take_signal() -> None:
 
 def memory_ceiling() -> int:
     """The address space in bytes that a rendering may use: what the process holds, and `MEMORY`."""
+    if resource is None:
+        return 0  # `bounded` sets no bound
     try:
         file = os.open("/proc/self/statm", os.O_RDONLY)
     except OSError:

@@ -46,7 +46,8 @@ def train_and_save(trainer: Any, recipe: Recipe, stage: Stage) -> None:
 def _require_room(trainer: Any, stage: Stage) -> None:
     """Refuse to train what the disk has no room for, by the sizes of the model that is loaded."""
     small = SMALL_FILES + len(trainer.processing_class.backend_tokenizer.to_str())
-    one = small + checkpoint_size(trainer.model, str(trainer.args.optim.value))
+    optim = stage.trainer.get("optim", str(trainer.args.optim.value))
+    one = small + checkpoint_size(trainer.model, optim)
     count = most_checkpoints(stage.trainer, trainer.args.max_steps)
     final = small + model_size(trainer.model)
     contents = f"Up to {count} checkpoints of {shown(one)} and the model of {shown(final)}"

@@ -15,7 +15,7 @@ from accelerate import PartialState
 
 from hfsft.hub.push import check_push
 from hfsft.recipe.key import AUTO
-from hfsft.recipe.schema import Recipe, Stage
+from hfsft.recipe.schema import PER_PARAMETER, Recipe, Stage
 from hfsft.run.disk import require_writable
 from hfsft.run.manifest import checkpoints
 from hfsft.run.record import (
@@ -46,6 +46,7 @@ def open_stage(recipe: Recipe, stage: Stage) -> Stage | None:
     """
     set_up_device(stage)
     set_up_libraries(stage)
+    stage = with_known_steps(recipe, stage)
     if not open_folder(recipe, stage):
         return None
     chosen = resume_or_extend(recipe, stage)
@@ -112,6 +113,21 @@ def prepare_wandb(stage: Stage) -> None:
         os.environ["WANDB_MODE"] = "offline"
         if PartialState().is_main_process and not stage.quiet:
             print("W&B has no API key (`wandb login`): logging offline; `wandb sync` uploads later")
+
+
+# --- steps ---
+
+
+def with_known_steps(recipe: Recipe, stage: Stage) -> Stage:
+    """A stage whose steps and their size are numbers; says what follows from the model's size."""
+    if stage.tokens_per_step != AUTO and not any(getattr(stage, key) for key in PER_PARAMETER):
+        return stage
+    from hfsft.plan.horizon import with_horizon
+
+    stage = with_horizon(recipe, stage)
+    if PartialState().is_main_process and not stage.quiet:
+        print(f"{stage.name}: {stage.max_steps:,} steps of {stage.tokens_per_step:,} tokens")
+    return stage
 
 
 # --- folder ---
