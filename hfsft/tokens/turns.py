@@ -122,8 +122,9 @@ class Turns:
     def _check_nothing_left_out(self) -> None:
         """Check that the rendering has every message."""
         for index, message in enumerate(self.messages):
-            content = message["content"].rpartition("</think>")[2]
-            if is_written(content, self.text) or self._matters(index):
+            content = message["content"].rpartition("</think>")[2].strip()
+            times = sum(one["content"].count(content) for one in self.messages) if content else 0
+            if is_written(content, self.text, times) or self._matters(index):
                 continue
             kind = {
                 "system": "a system message",
@@ -142,8 +143,10 @@ class Turns:
     def left_out(self) -> str:
         """What the template does not write, though the rest of the row can be trained on."""
         for message in self.messages:
-            if not is_written(message.get("reasoning_content", ""), self.text):
-                return "reasoning_content"
+            within = message["content"].rpartition("</think>")[0].rpartition("<think>")[2]
+            for reasoning in (message.get("reasoning_content", ""), within):
+                if not is_written(reasoning, self.text):
+                    return "reasoning"
         return ""
 
     # --- places ---
@@ -166,8 +169,9 @@ class Turns:
             for start, end in self._never_trained():
                 trained[start:end] = False
         for index, said in enumerate(self.trained):
-            if said is None:
-                continue
+            in_marks = self.has_marks and self.messages[index]["role"] == "assistant"
+            if said is None or (said is False and assistant_only and not in_marks):
+                continue  # it is as the default, or no turn was added for it
             content = self.messages[index]["content"]
             turn = self._whole(index)
             # the marks may begin before the turn's header, or end after its line break
@@ -294,10 +298,10 @@ class Turns:
 # --- messages ---
 
 
-def is_written(content: str, text: str) -> bool:
-    """Whether a content is in a rendering: as it is, trimmed, or as a JSON string."""
+def is_written(content: str, text: str, times: int = 1) -> bool:
+    """Whether a content is in a rendering so often: as it is, trimmed, or as a JSON string."""
     quoted = json.dumps(content, ensure_ascii=False)[1:-1]
-    return content.strip() in text or quoted.strip() in text
+    return any(text.count(form.strip()) >= times for form in (content, quoted))
 
 
 def _without_calls(message: dict[str, Any]) -> dict[str, Any]:

@@ -394,6 +394,7 @@ def test_what_a_foreign_template_leaves_out_is_a_reason(foreign):
     )
     for messages, kind in (
         ([*HELLO, user("What?"), assistant("That.")], "a user's message"),
+        ([*HELLO, user("at"), assistant("That.")], "a user's message"),  # also in the answer
         ([user("Hi"), calling(call("add", {}), content="Let me see.")], "an assistant's text"),
     ):
         with pytest.raises(BadRow, match=f"^{kind}, which the chat template leaves out$"):

@@ -268,5 +268,8 @@ def test_reasoning_is_written_or_named(family):
     assert trained_text(row, qwen) == "<think>\nA greeting.\n</think>\n\nHello<|im_end|>\n"
     llama, *_ = family("llama3_2")
     (encoded,) = encode_conversations([Conversation(check_messages(row))], llama)
-    assert encoded.left_out == "reasoning_content"
+    assert encoded.left_out == "reasoning"
     assert llama.decode(encoded.ids[encoded.trained]) == "Hello<|eot_id|>"
+    within = [user("Hi"), assistant("<think>\nA greeting.\n</think>\n\nHello")]
+    (encoded,) = encode_conversations([Conversation(check_messages(within))], llama)
+    assert encoded.left_out == "" and "A greeting." in llama.decode(encoded.ids)
