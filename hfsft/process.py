@@ -66,6 +66,7 @@ def run_main(main: Callable[..., None], *argv: str) -> None:
         _leave(error, str(error), error.code)
     except Exception as error:
         before_leaving(error)
+        error.add_note("`hfsft doctor` checks what hfsft builds on; its output belongs in a report")
         raise
 
 

@@ -6,9 +6,10 @@ marks cover; `turns.py` finds what to train on in it.
 
 import json
 import os
+import re
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -26,6 +27,9 @@ MEMORY = 2**28  # bytes, in addition to what the process holds
 # characters: LONGEST + TIMES * those of the messages
 LONGEST = 2**16
 TIMES = 100
+
+# stand for special tokens written inside a message while a template renders it
+PRIVATE_USE = 0xF0000  # the first of Unicode's supplementary private use characters
 
 PROBE = [
     {"role": "user", "content": "one"},
@@ -275,3 +279,85 @@ def tool_settings(
     if _arguments[template] is None:
         raise TemplateError("tools, which the chat template cannot render")
     return {_arguments[template]: tools}
+
+
+# --- special tokens as plain text ---
+
+
+def free_characters(texts: Any) -> Iterator[str]:
+    """Private use characters that occur nowhere in `texts`, which can be any JSON."""
+    written = json.dumps(texts, ensure_ascii=False)
+    return (chr(code) for code in range(PRIVATE_USE, 0xFFFFE) if chr(code) not in written)
+
+
+def protected(value: Any, stand_ins: dict[str, str]) -> Any:
+    """A value in which stand-ins replace the special tokens of every text, at any depth.
+
+    Args:
+        value: any JSON.
+        stand_ins: each special token → the character that stands for it, longest first.
+    """
+    inside = re.compile("|".join(map(re.escape, stand_ins)) or r"(?!)")
+
+    def replaced(value: Any) -> Any:
+        if isinstance(value, str):
+            return inside.sub(lambda found: stand_ins[found[0]], value)
+        if isinstance(value, dict):
+            return {replaced(key): replaced(held) for key, held in value.items()}
+        return [replaced(held) for held in value] if isinstance(value, list) else value
+
+    return replaced(value)
+
+
+def encoded_text(
+    text: str, stand_ins: dict[str, str], tokenizer: Any
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Encode a rendering, what stands for a special token as plain text.
+
+    Returns:
+        Token ids, and the characters of each.
+    """
+    ids: list[int] = []
+    places: list[tuple[int, int]] = []
+    literals = {stand_in: token for token, stand_in in stand_ins.items()}
+    start = 0
+    for segment in re.split(f"([{''.join(literals)}])" if literals else r"(?!)", text):
+        literal = segment in literals
+        encoded = tokenizer(
+            literals.get(segment, segment),
+            add_special_tokens=False,
+            split_special_tokens=literal,
+            return_offsets_mapping=True,
+        )
+        ids += encoded["input_ids"]
+        offsets = encoded["offset_mapping"]
+        places += [
+            (start, start + 1) if literal else (start + begin, start + end)
+            for begin, end in offsets
+        ]
+        start += len(segment)
+    return ids, places
+
+
+def encode_prompt(
+    messages: Messages, tokenizer: Any, tools: list[dict[str, Any]] | None = None
+) -> list[int]:
+    """Encode a conversation as the prompt for the assistant's next turn.
+
+    A special token written inside a message or a tool is encoded as plain text.
+
+    Args:
+        messages: in OpenAI's form, with plain text contents.
+        tokenizer: any with a chat template, hfsft's own included.
+        tools: that the model may call, in OpenAI's form.
+
+    Returns:
+        Token ids.
+
+    Raises:
+        ModelError: as `prompt_text`.
+    """
+    free = free_characters([messages, tools])
+    stand_ins = dict(zip(special_tokens(tokenizer), free, strict=False))
+    given = protected([messages, tools], stand_ins)
+    return encoded_text(prompt_text(given[0], tokenizer, given[1]), stand_ins, tokenizer)[0]

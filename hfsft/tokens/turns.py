@@ -17,14 +17,15 @@ from hfsft.tokens.foreign_templates import (
     PROBE,
     PROBE_TOOL,
     TemplateError,
+    encoded_text,
+    free_characters,
     memory_ceiling,
+    protected,
     rendered,
     special_tokens,
 )
 from hfsft.tokens.messages import Conversation, Messages, with_new_ids
 from hfsft.tokens.training_flags import Span
-
-PRIVATE_USE = 0xF0000  # the first of Unicode's supplementary private use characters
 
 REWRITES = "the chat template rewrites earlier turns"
 
@@ -46,10 +47,9 @@ class Turns:
         """
         self.tokenizer = tokenizer
         self.ceiling = memory_ceiling()  # 6 µs, so not for each rendering
-        said = json.dumps([conversation.messages, conversation.tools], ensure_ascii=False)
-        self.free = (chr(code) for code in range(PRIVATE_USE, 0xFFFFE) if chr(code) not in said)
+        self.free = free_characters([conversation.messages, conversation.tools])
         self.stand_ins = dict(zip(special_tokens(tokenizer), self.free, strict=False))
-        self.tools = self._protected(conversation.tools)
+        self.tools = protected(conversation.tools, self.stand_ins)
         self.messages = [self._for_template(message) for message in conversation.messages]
         self.trained = [message.get("train") for message in conversation.messages]
         self.has_marks = tokenizer.hfsft_training_template is not None
@@ -61,20 +61,7 @@ class Turns:
         message = {name: held for name, held in message.items() if name != "train"}
         if "reasoning_content" in message:
             message["thinking"] = message["reasoning_content"]
-        return self._protected(message)
-
-    def _protected(self, value: Any) -> Any:
-        """A value with every special token in its texts replaced by its stand-in."""
-        inside = re.compile("|".join(map(re.escape, self.stand_ins)) or r"(?!)")
-
-        def protected(value: Any) -> Any:
-            if isinstance(value, str):
-                return inside.sub(lambda found: self.stand_ins[found[0]], value)
-            if isinstance(value, dict):
-                return {protected(key): protected(held) for key, held in value.items()}
-            return [protected(held) for held in value] if isinstance(value, list) else value
-
-        return protected(value)
+        return protected(message, self.stand_ins)
 
     def _render(self, messages: Messages, **settings: Any) -> str:
         return rendered(messages, self.tokenizer, self.ceiling, self.tools, **settings)[0]
@@ -400,27 +387,9 @@ def encode(
     """
     turns = Turns(conversation, tokenizer)
     trained, exact = turns.trained_characters(assistant_only)
-    literals = {stand_in: token for token, stand_in in turns.stand_ins.items()}
-    ids: list[int] = []
-    mask: list[bool] = []
-    start = 0
-    for segment in re.split(f"([{''.join(literals)}])" if literals else r"(?!)", turns.text):
-        is_literal = segment in literals
-        encoded = tokenizer(
-            literals.get(segment, segment),
-            add_special_tokens=False,
-            split_special_tokens=is_literal,
-            return_offsets_mapping=True,
-        )
-        here = slice(start, start + len(segment))
-        offsets = [(0, 1) if is_literal else one for one in encoded["offset_mapping"]]
-        begins = [min(begin, len(segment) - 1) for begin, _ in offsets]
-        marks = trained[here][begins].tolist() if segment else []
-        if exact[here].any():
-            within = tokens_within(offsets, segment, trained[here])
-            named = exact[here][begins].tolist()
-            marks = [w if n else m for m, w, n in zip(marks, within, named, strict=True)]
-        ids += encoded["input_ids"]
-        mask += marks
-        start += len(segment)
-    return ids, mask, turns.left_out()
+    ids, places = encoded_text(turns.text, turns.stand_ins, tokenizer)
+    begins = [min(begin, len(turns.text) - 1) for begin, _ in places]
+    mask = trained[begins]
+    if exact.any():
+        mask = np.where(exact[begins], tokens_within(places, turns.text, trained), mask)
+    return ids, mask.tolist(), turns.left_out()

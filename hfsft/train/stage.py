@@ -66,8 +66,12 @@ def set_up_device(stage: Stage) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, (cores or 1) // state.num_processes))
     elif stage.memory_limit is not None and state.device.type == "cuda":
+        from hfsft.plan.plan import CUDA_CONTEXT
+
         total = torch.cuda.get_device_properties(state.device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, stage.memory_limit_bytes / total))
+        # the context is on the card too, but not torch's to limit
+        share = (stage.memory_limit_bytes - CUDA_CONTEXT) / total
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, share)))
     transformers.set_seed(stage.seed)
 
 
@@ -183,7 +187,7 @@ def resume_or_extend(recipe: Recipe, stage: Stage) -> dict[str, Any] | None:
         if only_longer(stage, changed):
             extend(recipe, stage, record)
         elif changed:
-            raise other_settings(stage, f"stopped at {found[0].name}", changed)
+            raise other_settings(stage, f"stopped at {found[0].name}", changed, record["settings"])
         line = resume_notice(stage, record["settings"], settings)
         if line and PartialState().is_main_process and not stage.quiet:
             print(line)
