@@ -15,7 +15,7 @@ from transformers import TextIteratorStreamer
 
 from hfsft.errors import DataError, ModelError, printable
 from hfsft.evaluation.answering import load_for_answers, load_its_tokenizer
-from hfsft.evaluation.calling import calls_in
+from hfsft.evaluation.calling import split_calls
 from hfsft.tokens.foreign_templates import prompt_text
 from hfsft.tokens.messages import check_tools
 from hfsft.tokens.training_flags import BadRow
@@ -115,8 +115,9 @@ class Chat:
                 return {"role": "assistant", "content": "", **parsed}
             except ValueError:  # a call that is not JSON
                 return message
-        calls = [{"type": "function", "function": call} for call in calls_in(answer)]
-        return message | ({"content": "", "tool_calls": calls} if calls else {})
+        rest, functions = split_calls(answer)
+        calls = [{"type": "function", "function": function} for function in functions]
+        return message | ({"content": rest, "tool_calls": calls} if calls else {})
 
     def open_calls(self) -> list[dict[str, Any]]:
         """The functions that the model called and that have no result yet."""

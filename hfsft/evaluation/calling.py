@@ -6,6 +6,7 @@ of the reference. Calls are found in any template's text, as each writes JSON wi
 """
 
 import json
+import re
 from random import Random
 from typing import Any
 
@@ -124,6 +125,9 @@ def _description(name: str) -> dict[str, Any]:
 # --- grading ---
 
 DECODER = json.JSONDecoder()
+# what templates write around a call, whose place is a NUL, and around a list of them
+MARKS = re.compile(r"(<tool_call>\s*|<<)?\0(\s*</tool_call>\n?|>>)?")
+LIST = re.compile(r"(\[TOOL_CALLS\])?[\[\],\s]*")
 
 TYPES = {  # of JSON Schema; in Python True is an int as well
     "string": str,
@@ -135,13 +139,17 @@ TYPES = {  # of JSON Schema; in Python True is an int as well
 }
 
 
-def calls_in(text: str) -> list[dict[str, Any]]:
-    """The calls that an answer contains, in order: `name` and `arguments` of each.
+def split_calls(text: str) -> tuple[str, list[dict[str, Any]]]:
+    """Split an answer into its text, and the calls that it makes.
 
     Args:
-        text: with or without the marks that a template writes around calls.
+        text: as a model wrote it, special tokens left out or not.
+
+    Returns:
+        The text without calls and the marks around them, and `name` and `arguments` of each call in
+        order. A call that is not complete JSON stays text.
     """
-    found, at = [], 0
+    pieces, calls, at, done = [], [], 0, 0
     while (at := text.find("{", at)) >= 0:
         try:
             value, end = DECODER.raw_decode(text, at)
@@ -150,11 +158,15 @@ def calls_in(text: str) -> list[dict[str, Any]]:
             continue
         arguments = value.get("arguments", value.get("parameters"))
         if isinstance(value.get("name"), str) and isinstance(arguments, dict):
-            found.append({"name": value["name"], "arguments": arguments})
-            at = end
+            calls.append({"name": value["name"], "arguments": arguments})
+            pieces.append(text[done:at])
+            at = done = end
         else:  # it may hold a call
             at += 1
-    return found
+    if not calls:
+        return text, []
+    rest = MARKS.sub("", "\0".join([*pieces, text[done:]])).strip()
+    return "" if LIST.fullmatch(rest) else rest, calls
 
 
 def fits_schema(arguments: dict[str, Any], parameters: dict[str, Any]) -> bool:
@@ -181,7 +193,7 @@ def calls_are_right(text: str, expected: list[dict[str, Any]], tools: list[dict[
     """
     schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in tools}
     missing = list(expected)
-    for call in calls_in(text):
+    for call in split_calls(text)[1]:
         schema = schemas.get(call["name"])
         if schema is None or not fits_schema(call["arguments"], schema) or call not in missing:
             return False

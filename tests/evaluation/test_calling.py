@@ -12,8 +12,8 @@ from hfsft.evaluation.calling import (
     TOOLS,
     calling_rows,
     calls_are_right,
-    calls_in,
     fits_schema,
+    split_calls,
 )
 from hfsft.evaluation.evaluate import evaluate
 from hfsft.evaluation.tasks import load_task
@@ -40,23 +40,33 @@ def test_rows_are_seeded_and_can_be_trained_on():
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("text", "rest"),
     [
-        f"<tool_call>\n{json.dumps(ADD)}\n</tool_call>",
-        f"Let me see. <<{json.dumps(ADD)}>>",
-        f"[TOOL_CALLS][{json.dumps(ADD | {'id': 'x'})}]",
-        json.dumps({"name": "add", "parameters": ADD["arguments"]}),
-        json.dumps({"type": "function", "function": ADD}),
-        "{ not JSON {" + json.dumps(ADD) + "}",
+        (f"<tool_call>\n{json.dumps(ADD)}\n</tool_call>", ""),
+        (f"Let me see.\n<tool_call>\n{json.dumps(ADD)}\n</tool_call>", "Let me see."),
+        (f"Let me see. <<{json.dumps(ADD)}>>", "Let me see."),
+        (f"Let me see.{json.dumps(ADD)}", "Let me see."),
+        (f"[TOOL_CALLS][{json.dumps(ADD | {'id': 'x'})}]", ""),
+        (f"[{json.dumps(ADD | {'id': 'x'})}]", ""),
+        (json.dumps({"name": "add", "parameters": ADD["arguments"]}), ""),
+        ("{ not JSON {" + json.dumps(ADD) + "}", "{ not JSON {}"),
     ],
 )
-def test_calls_are_found_in_the_form_of_every_template(text):
-    assert calls_in(text) == [ADD]
+def test_calls_are_found_in_the_form_of_every_template(text, rest):
+    assert split_calls(text) == (rest, [ADD])
+
+
+def test_several_calls_and_a_call_within_another_object():
+    one = json.dumps(ADD)
+    text = f"<tool_call>\n{one}\n</tool_call>\n<tool_call>\n{one}\n</tool_call>"
+    assert split_calls(text) == ("", [ADD, ADD])
+    assert split_calls(f"[{one}, {one}]") == ("", [ADD, ADD])
+    assert split_calls(json.dumps({"type": "function", "function": ADD}))[1] == [ADD]
 
 
 def test_no_call_is_no_call():
-    for text in ("", "{}", '{"name": "add"}', '{"name": 1, "arguments": {}}', "{" * 5000):
-        assert calls_in(text) == []
+    for text in ("", " {} ", '{"name": "add"}', '{"name": 1, "arguments": {}}', "{" * 5000):
+        assert split_calls(text) == (text, [])
 
 
 SCHEMA = {
@@ -107,7 +117,9 @@ def test_the_task_gives_the_tools_to_the_template(make_model, tokenizer, tmp_pat
     task = load_task("tool_calls", folder, rows=3)
     assert len({question.digest for question in task.questions}) == 3
     question = task.questions[0]
-    text = Evaluator(folder).prompt_text(question.prompt, tools=question.tools)
+    evaluator = Evaluator(folder)
+    ids = evaluator.prompt_ids(question.prompt, tools=question.tools)
+    text = evaluator.tokenizer.decode(ids)
     assert json.dumps(question.tools[0]["function"]) in text and question.prompt in text
     assert question.is_right(question.answer) and not question.is_right("No.")
     figures = evaluate(folder, ["tool_calls"], rows=3, out=tmp_path)["tasks"]["tool_calls"]
