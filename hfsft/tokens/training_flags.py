@@ -34,7 +34,11 @@ KTO = ("label", "kto_tag")
 # of a whole row only as true or false: a number may be a measurement, such as a sample's loss
 MAY_BE_MEASURED = ("loss", "mask", "masked")
 
-LOOKS_LIKE_ONE = re.compile(r"weight|train|loss|mask", re.IGNORECASE)
+# a field with one of these words looks like a flag
+FLAG_WORDS = {
+    *("weight", "weights", "loss", "mask", "masks", "masked"),
+    *("train", "trained", "training", "trainable", "untrained"),
+}
 ROW_LOOKS_LIKE_ONE = re.compile(
     r"(loss|train|training|token)s?[_-]?(mask|weight|detail|label)s?", re.IGNORECASE
 )
@@ -114,7 +118,10 @@ def check_lookalikes(fields: Mapping[str, Any], known: set[str]) -> None:
         BadRow: naming it.
     """
     for name, value in fields.items():
-        if name not in known and not is_blank(value) and LOOKS_LIKE_ONE.search(str(name)):
+        if name in known or is_blank(value):
+            continue
+        words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", str(name)).lower()  # also lossWeight
+        if FLAG_WORDS & set(re.split(r"[^a-z]+", words)):
             raise BadRow(f"a field {name}, which is not understood")
 
 

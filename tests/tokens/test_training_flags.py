@@ -125,6 +125,7 @@ REFUSED_MESSAGES = [
     ({"loss_mask": 0}, "a field loss_mask, which is not understood"),
     ({"trainable": False}, "a field trainable, which is not understood"),
     ({"Weight": 0}, "a field Weight, which is not understood"),
+    ({"lossWeight": 0}, "a field lossWeight, which is not understood"),
     ({"train_detail": "all"}, "train_detail that is not ranges of its content"),
     ({"train_detail": [{"begin_offset": 0, "end_offset": 99, "train": True}]},
      "train_detail that is not ranges of its content"),
@@ -140,6 +141,11 @@ def test_a_flag_that_is_not_understood_refuses_the_row(fields, reason):
     with pytest.raises(BadRow) as error:
         read_row({"messages": [user("Hi"), assistant("Hello") | fields]}, "messages")
     assert str(error.value) == reason
+
+
+def test_a_field_that_only_sounds_like_a_flag_is_named():
+    row = {"messages": [user("Hi"), assistant("Hello") | {"glossary": "x"}]}
+    assert read_row(row, "messages").unused == ("field glossary",)
 
 
 FORMATS = {
