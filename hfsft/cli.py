@@ -74,9 +74,12 @@ def run(
 
         raise RecipeError(f"{recipe} has no stage; add a base, mid or sft section")
     from hfsft.launch import launch_stage
-    from hfsft.run.record import finished_line, is_finished
+    from hfsft.run.record import finished_line, is_finished, mend_record
 
     for name, stage in checked.stages.items():
+        line = None if checked.restart else mend_record(stage.folder)
+        if line and not quiet:
+            print(line)
         if not checked.restart and is_finished(checked, stage):
             if not quiet:
                 print(finished_line(stage))

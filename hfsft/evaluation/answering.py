@@ -1,6 +1,5 @@
 """A model that answers prompts: loading, greedy generation with a calculator, choices, losses."""
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from hfsft.hub.client import require_model
 from hfsft.model.head import fuse_head
 from hfsft.model.loading import bf16_is_native, load_plain_model
 from hfsft.recipe.schema import Stage
+from hfsft.run.record import read_record
 from hfsft.tokens.encoding import IGNORED
 from hfsft.tokens.foreign_templates import bounded, prompt_text, special_tokens
 
@@ -180,8 +180,8 @@ class Evaluator:
             self.config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             raise ModelError(f"{folder}: cannot be loaded: {first_line(error)}") from None
-        record = Path(folder) / "stage.json"
-        is_base = record.is_file() and json.loads(record.read_text())["stage"] == "base"
+        record = read_record(Path(folder))
+        is_base = record is not None and record["stage"] == "base"
         self.is_chat = bool(self.tokenizer.chat_template) and not is_base
         # the length of its context, if the configuration states it
         self.positions = getattr(self.config.get_text_config(), "max_position_embeddings", None)

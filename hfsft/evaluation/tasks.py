@@ -24,6 +24,7 @@ from hfsft.errors import DataError, HfsftError, nearest
 from hfsft.evaluation.execution import succeeds
 from hfsft.recipe.loading import load_recipe
 from hfsft.recipe.schema import Recipe, Source, Stage
+from hfsft.run.record import read_record
 from hfsft.tokens.row_formats import BadRow, from_gsm8k, to_messages
 from hfsft.tokens.tokenizer import load_tokenizer
 
@@ -287,11 +288,11 @@ def _stage_of(model: str) -> tuple[Recipe, Stage] | None:
     """The recipe and stage that a model's folder belongs to; None if it is not a run's stage."""
     folder = Path(model).resolve()
     recipe = folder.parent / "recipe.yaml"
-    if not (folder / "stage.json").is_file() or not recipe.is_file():
+    record = read_record(folder)
+    if record is None or not recipe.is_file():
         return None
-    name = json.loads((folder / "stage.json").read_text())["stage"]
     loaded = load_recipe(str(recipe))
-    return loaded, loaded.stages[name]
+    return loaded, loaded.stage(record["stage"])
 
 
 def _held_out(model: str, rows: int | None, seed: int) -> Task:

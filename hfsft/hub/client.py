@@ -39,6 +39,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import parse_ratelimit_headers, validate_repo_id
 
 from hfsft.errors import DataError, HfsftError, ModelError, first_line, printable
+from hfsft.run.manifest import MANIFEST, verify_model
 
 MAIN = "main"  # the branch that readers get
 
@@ -128,6 +129,7 @@ def require_model(start: str, revision: str | None = None) -> None:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"{start} holds no model (no config.json)")
+        verify_model(path)
     elif path.name in ("base", "mid", "sft") and len(path.parts) > 2:
         raise ModelError(
             f"{start} does not exist\n"
@@ -376,7 +378,7 @@ def _additions(
         if prefix + name.as_posix() == "README.md":  # the card's example then loads the repository
             text = path.read_text(encoding="utf-8")
             content = USAGE.sub(rf'\1"{repo_id}"', text).encode()
-        if prefix + name.as_posix() in RECORDS:
+        if prefix + name.as_posix() in RECORDS or name.name == MANIFEST:
             record = without_paths(json.loads(path.read_text(encoding="utf-8")))
             content = (json.dumps(record, indent=1) + "\n").encode()
         additions.append(CommitOperationAdd(prefix + name.as_posix(), content))

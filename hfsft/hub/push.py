@@ -37,8 +37,8 @@ from hfsft.hub.client import (
 )
 from hfsft.recipe.key import STAGES
 from hfsft.recipe.schema import Stage
-from hfsft.run.manifest import MANIFEST, PLACE, checkpoints
-from hfsft.run.record import read_record
+from hfsft.run.manifest import MANIFEST, PLACE, checkpoints, verify_model
+from hfsft.run.record import LOGS, read_record
 
 CHECKPOINTS = "checkpoints"  # the branch
 
@@ -62,6 +62,7 @@ STATE = (
     "trainer_state.json",
     PLACE,
     MANIFEST,
+    *LOGS,
 )
 
 
@@ -123,7 +124,8 @@ class Target:
 
     def model(self, folder: Path) -> Push:
         """The push of a finished model."""
-        return Push(folder, self.repo_id, self.revision)
+        # edited on the Hub, the files would not be those of the manifest any more
+        return Push(folder, self.repo_id, self.revision, leave_out=(MANIFEST,))
 
     def checkpoint(self, folder: Path) -> Push | None:
         """The push of a checkpoint; None if the strategy pushes none."""
@@ -324,6 +326,7 @@ def push_run(
         HfsftError: if there is no finished model, or the push fails.
     """
     folder = _model_folder(Path(given))
+    verify_model(folder)
     record = read_record(folder)
     settings = record["settings"][record["stage"]] if record else {}
     own = folder.absolute().parent.name if record else folder.absolute().name

@@ -1,7 +1,6 @@
 """Train a stage and leave a complete model folder: the model first, everything else after it."""
 
 import json
-import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ from hfsft.plan.sizes import SMALL_FILES, checkpoint_size, model_size, most_chec
 from hfsft.process import Stopped
 from hfsft.recipe.schema import Recipe, Stage
 from hfsft.run.disk import require_room, shown, writing_to
-from hfsft.run.files import write_text_atomically
-from hfsft.run.manifest import PARTIAL, clear
+from hfsft.run.files import remove, write_text_atomically
+from hfsft.run.manifest import MANIFEST, PARTIAL, clear, seal
 from hfsft.run.record import write_record
 from hfsft.train.card import model_card
 from hfsft.train.folder import lock_stage
@@ -58,6 +57,7 @@ def _require_room(trainer: Any, stage: Stage) -> None:
 
 def _save_stage(trainer: Any, stage: Stage, record: dict[str, Any]) -> None:
     """Save the model, then its card and record; every rank calls it."""
+    trainer.require_finite()
     partial, is_main = stage.checkpoints / PARTIAL, trainer.is_world_process_zero()
     if is_main:
         clear(stage.checkpoints)  # of a save that was interrupted
@@ -65,6 +65,7 @@ def _save_stage(trainer: Any, stage: Stage, record: dict[str, Any]) -> None:
     if not is_main:
         return
     _write_rope_theta(partial / "config.json")
+    seal(partial, {"record": record})
     _move_into(stage.folder, partial)
     optional(
         trainer,
@@ -105,9 +106,12 @@ def _write_rope_theta(path: Path) -> None:
 
 
 def _move_into(folder: Path, partial: Path) -> None:
-    """Move a saved model into the stage's folder, config.json, which makes it a model, last."""
-    shutil.rmtree(folder / "adapter", ignore_errors=True)  # of a move that was interrupted
-    for made in sorted(partial.iterdir(), key=lambda made: made.name == "config.json"):
+    """Move a saved model into the stage's folder; config.json, which makes it one, near the end."""
+    remove(folder / "adapter")  # of a move that was interrupted
+    last = ("config.json", MANIFEST)
+    for made in sorted(
+        partial.iterdir(), key=lambda made: last.index(made.name) if made.name in last else -1
+    ):
         made.rename(folder / made.name)
     partial.rmdir()
 

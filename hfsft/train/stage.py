@@ -22,6 +22,7 @@ from hfsft.run.record import (
     changed_keys,
     finished_line,
     is_finished,
+    mend_record,
     only_longer,
     other_settings,
     read_record,
@@ -130,6 +131,9 @@ def open_folder(recipe: Recipe, stage: Stage) -> bool:
     if state.is_main_process:
         require_writable(stage.folder)
         finish_extending(stage)
+        line = None if recipe.restart else mend_record(stage.folder)
+        if line and not stage.quiet:
+            print(line)
     state.wait_for_everyone()
     finished = not recipe.restart and is_finished(recipe, stage)
     if stage.push_to_hub and state.is_main_process and not finished:
