@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from threading import Thread
 
 import torch
-from rich.console import Console
 from transformers import TextIteratorStreamer
 
 from hfsft.errors import ModelError, printable
 from hfsft.evaluation.answering import load_for_answers, load_its_tokenizer
+from hfsft.terminal import Terminal
 from hfsft.tokens.foreign_templates import prompt_text
 
 
@@ -76,7 +76,7 @@ class Chat:
 
 def talk(chat: Chat) -> None:
     """Chat until the user exits with /exit, Ctrl-D or Ctrl-C."""
-    console = Console(highlight=False)
+    console = Terminal(highlight=False)
     console.print("Type a message. /clear starts over; /exit or Ctrl-D exits.", style="dim")
     system = list(chat.messages)
     while True:

@@ -1,7 +1,6 @@
 """The command `hfsft`; heavy modules are imported late, so that --help is instant."""
 
 import gc
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +11,7 @@ from rich.markup import escape
 from hfsft import __version__
 from hfsft.errors import printable
 from hfsft.process import run_main
+from hfsft.terminal import Terminal, say, say_json
 
 app = typer.Typer(
     name="hfsft",
@@ -79,10 +79,10 @@ def run(
     for name, stage in checked.stages.items():
         line = None if checked.restart else mend_record(stage.folder)
         if line and not quiet:
-            print(line)
+            say(line)
         if not checked.restart and is_finished(checked, stage):
             if not quiet:
-                print(finished_line(stage))
+                say(finished_line(stage))
         else:
             launch_stage(name, recipe, arguments, config_file)
     from hfsft.report.summary import print_summary, run_summary
@@ -92,7 +92,7 @@ def run(
 
     summary["report"] = str(write_report(checked.folder)[1])
     if as_json:
-        print(json.dumps(summary, indent=1))
+        say_json(summary, indent=1)
     elif not quiet:
         print_summary(summary)
 
@@ -159,7 +159,7 @@ def data(
 
     seen = preview(checked, show)
     if as_json:
-        print(json.dumps(seen, ensure_ascii=False, indent=1))
+        say_json(seen, indent=1)
     else:
         print_preview(seen)
 
@@ -189,7 +189,7 @@ def plan(
 
     planned = plan_run(checked, size, seconds_per_step if timed else None)
     if as_json:
-        print(json.dumps(planned, indent=1))
+        say_json(planned, indent=1)
     else:
         print_plan(planned)
 
@@ -208,7 +208,6 @@ def report(
     as_json: JsonOption = False,
 ) -> None:
     """Write the report.md of a run, finished or not, with pictures; or compare two runs."""
-    from rich.console import Console
     from rich.markdown import Markdown
 
     if other is not None:
@@ -222,9 +221,9 @@ def report(
         numbers, path = write_report(Path(run), as_html)
         text = summary_text(numbers)
     if as_json:
-        print(json.dumps(numbers, indent=1))
+        say_json(numbers, indent=1)
         return
-    console = Console()
+    console = Terminal()
     console.print(Markdown(text))
     console.print(f"\nWritten: [bold]{escape(str(path))}[/]", highlight=False, soft_wrap=True)
 
@@ -254,10 +253,10 @@ def push(
 
     pushes = push_run(folder, repo, revision, private)
     if as_json:
-        print(json.dumps([{"folder": str(push.folder), "url": push.url} for push in pushes]))
+        say_json([{"folder": str(push.folder), "url": push.url} for push in pushes])
     else:
         for push in pushes:
-            print(push)
+            say(push)
 
 
 @app.command("eval")
@@ -316,7 +315,7 @@ def evaluate_models(
         allow_code=allow_code,
     )
     if as_json:
-        print(json.dumps(found, indent=1))
+        say_json(found, indent=1)
 
 
 @app.command()
@@ -349,7 +348,7 @@ def chat(
         talk(session)
     elif as_json:
         session.answer(prompt)
-        print(json.dumps(session.messages, ensure_ascii=False))
+        say_json(session.messages)
     else:
         for segment in session.stream(prompt):
             print(printable(segment), end="", flush=True)

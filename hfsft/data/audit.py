@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from hfsft.run.files import write_text_atomically
+from hfsft.terminal import Terminal
 
 NOT_BAD = ("exact duplicate",)  # reasons to refuse a well-formed row
 
@@ -107,12 +107,12 @@ def write_audit(folder: Path, audit: dict[str, Any], rejected: list[dict[str, An
     write_text_atomically(folder / "rejected.jsonl", lines)
 
 
-def audit_console() -> Console:
-    """A console, 100 columns wide if the output is not a terminal."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 100)
+def audit_console() -> Terminal:
+    """A console, 100 columns wide if the output is not a terminal; what it prints is no markup."""
+    return Terminal(highlight=False, markup=False, width=None if sys.stdout.isatty() else 100)
 
 
-def print_audit(stage: str, audit: dict[str, Any], console: Console) -> None:
+def print_audit(stage: str, audit: dict[str, Any], console: Terminal) -> None:
     """Print the table of a stage's sources, why rows are missing, and the sizes of the sets.
 
     Args:

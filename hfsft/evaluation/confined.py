@@ -29,8 +29,8 @@ READING = (
 REFUSED = (
     *("os.", "shutil.", "subprocess.", "socket.", "ctypes.", "pty.", "resource.", "signal."),
     *("tempfile.", "webbrowser.", "ftplib.", "smtplib.", "urllib.", "mmap.", "fcntl.", "syslog."),
-    *("sqlite3.", "glob.", "_posixsubprocess.", "gc.", "sys.addaudithook", "code.__new__"),
-    *("object.__setattr__", "function.__new__", "sys.settrace", "sys.setprofile"),
+    *("sqlite3.", "glob.", "_posixsubprocess.", "gc.", "sys.addaudithook"),
+    *("sys.settrace", "sys.setprofile"),
 )
 ALLOWED = frozenset(("os.listdir", "os.scandir", "os.getxattr", "os.listxattr"))
 
@@ -69,6 +69,7 @@ def enter(sandbox: str, folder: str) -> None:
 
         rules = Ruleset()
         rules.allow("/", rules=FSAccess.READ_FILE | FSAccess.READ_DIR | FSAccess.EXECUTE)
+        rules.allow(os.devnull, rules=FSAccess.READ_FILE | FSAccess.WRITE_FILE)
         rules.apply()
         sys.path.remove(folder)
     # a program that imports ctypes loads a library, which is refused

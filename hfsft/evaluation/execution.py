@@ -83,6 +83,8 @@ def sandbox() -> str:
 def _command(name: str, seconds: int, *side: str) -> list[str]:
     """The command of a child: its sandbox, then Python in isolated mode without packages."""
     prefix, inside = SANDBOXES.get(name, ((), ""))
+    if prefix:  # the child has a PATH of its own
+        prefix = (shutil.which(prefix[0]) or prefix[0], *prefix[1:])
     found = importlib.util.find_spec("landlock") if inside == "landlock" else None
     folder = str(Path(found.origin).parents[1]) if found else ""
     arguments = [inside, folder, str(seconds), str(MEMORY), *side]
@@ -117,7 +119,8 @@ def passes(program: str, entry_point: str, prompt: str, test: str, seconds: int 
         for ours in (calls, answers, sources):
             ours.close()  # if a child ends, the other side of its pipes must notice
         with contextlib.suppress(OSError, EOFError):
-            confined.send(asking, names | {"program": program})
+            encodable = program.encode(errors="replace").decode()
+            confined.send(asking, names | {"program": encodable})
             asking.close()
             hearing.close()
             confined.send(giving, names | {"prompt": prompt, "test": test})

@@ -4,7 +4,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress as Bar
 from rich.table import Table
@@ -15,6 +14,7 @@ from hfsft.evaluation.evaluate import evaluate
 from hfsft.evaluation.kept import results_folder
 from hfsft.evaluation.tasks import data_files
 from hfsft.noise import Z95
+from hfsft.terminal import Terminal
 
 
 def evaluate_and_print(
@@ -45,7 +45,7 @@ def evaluate_and_print(
     if out and len(models) > 1:
         raise HfsftError("--out: it holds the results of one model only")
     files = data_files(data)
-    console = Console(stderr=True)
+    console = Terminal(stderr=True)
     shows_bar = not quiet and console.is_terminal
     found = []
     with Bar(console=console, disable=not shows_bar) as bar:
@@ -81,7 +81,7 @@ def print_results(results: dict[str, Any]) -> None:
     Args:
         results: what `evaluate` returns.
     """
-    console = Console(highlight=False)
+    console = Terminal(highlight=False)
     table = Table(title=_shown(results["model"]), title_justify="left", header_style="bold")
     table.add_column("task", overflow="fold")
     for column in ("rows", "right", "accuracy [95% interval]", "chance", "centred"):
@@ -101,6 +101,8 @@ def print_results(results: dict[str, Any]) -> None:
     for name, task in results["tasks"].items():
         if task["kind"] == "loss":
             console.print(_shown(f"{name}: loss {_loss(task)}, {task['rows']:,} documents"))
+        if "sandbox" in task:
+            console.print(_shown(f"{name}: its programs ran in {task['sandbox']}"))
     if results["mean_centred"] is not None:
         console.print(f"mean centred accuracy: {results['mean_centred']:.4f}")
 
@@ -118,7 +120,7 @@ def print_differences(found: dict[str, dict[str, Any]]) -> None:
     Args:
         found: what `compare` returns.
     """
-    console = Console(highlight=False)
+    console = Terminal(highlight=False)
     for name, task in found.items():
         verdict = "within noise" if task["within_noise"] else "more than noise"
         interval = f"[{task['low']:+.3f}, {task['high']:+.3f}]"

@@ -21,7 +21,7 @@ from hfsft.data.sources import load_rows, parse_row
 from hfsft.data.tasks import grade, task_rows
 from hfsft.data.text import mix_text
 from hfsft.errors import DataError, HfsftError, nearest
-from hfsft.evaluation.execution import succeeds
+from hfsft.evaluation.execution import passes, sandbox
 from hfsft.recipe.loading import load_recipe
 from hfsft.recipe.schema import Recipe, Source, Stage
 from hfsft.run.record import read_record
@@ -110,8 +110,8 @@ def check_names(names: list[str], allow_code: bool) -> None:
             raise HfsftError(f"no task {name}{hint}")
         if name == "humaneval" and not allow_code:
             raise HfsftError(
-                "humaneval runs programs that the model writes, under limits but not in a sandbox; "
-                "pass --allow_code to allow it"
+                f"humaneval runs programs that the model writes, here in {sandbox()}\n"
+                "  pass --allow_code to allow it"
             )
 
 
@@ -237,7 +237,7 @@ def _human_eval(row: dict[str, Any]) -> Question:
         raise BadRow("content that is not text")
 
     def is_right(text: str) -> bool:
-        return succeeds(f"{program(prompt, entry, text)}\n{test}\ncheck({entry})\n")
+        return passes(program(prompt, entry, text), entry, prompt, test)
 
     return Question(prompt, test, is_right=is_right, plain=prompt)
 

@@ -7,15 +7,18 @@ import json
 import os
 import re
 import shlex
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import cache, partial
+from json import JSONDecodeError
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import httpx2
 from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
@@ -51,10 +54,23 @@ TIMEOUT = 30.0  # seconds without progress after which a request fails; the clie
 PATIENCE = 300.0
 
 
+QUIET = 5.0  # seconds of pauses after which the user is told that requests are repeated
+
+
 CHECK_PATIENCE = 5.0  # the same, while a user waits for training to start
 
 
 LONGEST_PAUSE = 60.0  # seconds
+
+
+LONGEST_ANSWER = 120.0  # seconds that the body of an answer may take, other than a file's
+
+
+LARGEST_ANSWER = 1 << 26  # bytes of it; a listing of 100,000 files has some 30 MB
+
+
+# what the client raises for JSON that is not what it expects
+UNEXPECTED = (KeyError, TypeError, AttributeError, IndexError, RecursionError, JSONDecodeError)
 
 
 # never uploaded: rejected rows, pickles, hidden files, and what only this machine needs
@@ -94,10 +110,19 @@ def require_on_hub(repo_id: str, repo_type: str, revision: str | None = None) ->
         ModelError, DataError: if it is unreachable, does not exist, or this user has no access.
     """
     kind: type[HfsftError] = ModelError if repo_type == "model" else DataError
+    _bound_client(TIMEOUT)
     try:
+        validate_repo_id(repo_id)
         HfApi().repo_info(repo_id, repo_type=repo_type, revision=revision, timeout=10)
+    except UNEXPECTED as error:
+        raise kind(
+            f"cannot find the {repo_type} {repo_id}: the Hub's answer is not as expected "
+            f"({type(error).__name__}: {first_line(error)})"
+        ) from None
     except (HFValidationError, ValueError):
         raise kind(f"{repo_id} is neither a local path nor a valid name on the Hub") from None
+    except HfsftError as error:
+        raise kind(f"cannot find the {repo_type} {repo_id}: {error}") from None
     except GatedRepoError:
         raise kind(
             f"the {repo_type} {repo_id} is gated: request access on its page, then `hf auth login`"
@@ -153,7 +178,7 @@ def dataset_licence(repo_id: str) -> str | None:
     """The licence stated on a dataset's page; None if unknown, or without an answer in 10 s."""
     try:
         card = HfApi().dataset_info(repo_id, timeout=10).card_data
-    except (HTTPError, OSError, ValueError):
+    except (HTTPError, OSError, ValueError, HfsftError, *UNEXPECTED):
         return None
     stated = card.get("license") if card else None
     return ", ".join(map(str, stated)) if isinstance(stated, list) else stated
@@ -163,7 +188,7 @@ def dataset_licence(repo_id: str) -> str | None:
 
 
 def bound_requests(seconds: float = TIMEOUT) -> None:
-    """Give every request of the Hub's client a timeout, and silence its warnings about retries.
+    """Give every request of a push a timeout, and silence the client's warnings about retries.
 
     Args:
         seconds: to connect, send or receive something.
@@ -173,10 +198,44 @@ def bound_requests(seconds: float = TIMEOUT) -> None:
     """
     if constants.is_offline_mode():
         raise HfsftError("HF_HUB_OFFLINE is set: nothing can be pushed")
-    session = get_session()
-    client, hooks = type(session), session.event_hooks
-    set_client_factory(lambda: client(event_hooks=hooks, follow_redirects=True, timeout=seconds))
+    _bound_client(seconds)
     client_log.set_verbosity_error()  # its warnings contain signed URLs
+
+
+def _bound_client(seconds: float) -> None:
+    """Bound every request of the Hub's client, and the time and size of every answer's body."""
+    requests = get_session().event_hooks["request"]
+    hooks = {"request": requests, "response": [_bound_body]}
+    set_client_factory(
+        lambda: httpx2.Client(event_hooks=hooks, follow_redirects=True, timeout=seconds)
+    )
+
+
+class _BoundBody(httpx2.SyncByteStream):
+    """The body of an answer, which may not go on for ever: a timeout counts each part anew."""
+
+    def __init__(self, stream: Any):
+        self.stream, self.began = stream, time.monotonic()
+
+    def __iter__(self) -> Iterator[bytes]:
+        size = 0
+        for part in self.stream:
+            yield part
+            size += len(part)
+            if size > LARGEST_ANSWER:
+                raise HfsftError(f"the Hub's answer is larger than {LARGEST_ANSWER:,} bytes")
+            if time.monotonic() - self.began > LONGEST_ANSWER:
+                raise HfsftError(f"the Hub's answer takes longer than {LONGEST_ANSWER:g} s")
+
+    def close(self) -> None:
+        """Close the connection."""
+        self.stream.close()
+
+
+def _bound_body(response: httpx2.Response) -> None:
+    """Bound the body of whatever is not a file that is downloaded."""
+    if response.request.method != "GET" or "/api/" in response.request.url.path:
+        response.stream = _BoundBody(response.stream)
 
 
 def insist(request: Callable[[], Any], patience: float = PATIENCE) -> Any:
@@ -200,6 +259,14 @@ def insist(request: Callable[[], Any], patience: float = PATIENCE) -> Any:
             seconds = max(pause, _requested_pause(cause))
             if not _is_temporary(cause) or waited + seconds > patience:
                 raise cause from None
+            if waited < QUIET <= waited + seconds:
+                reason = without_tokens(first_line(cause))
+                print(
+                    f"hfsft: the Hub does not take it yet ({reason}); trying again for up to "
+                    f"{patience:g} s",
+                    file=sys.stderr,
+                    flush=True,
+                )
         time.sleep(seconds)
         waited, pause = waited + seconds, min(2 * pause, LONGEST_PAUSE)
 
@@ -254,6 +321,15 @@ def _reporting(action: str) -> Iterator[None]:
             message += "\n  It needs a token with write access: "
             message += "https://huggingface.co/settings/tokens"
         raise HfsftError(message) from None
+    except UNEXPECTED as error:
+        raise HfsftError(
+            without_tokens(
+                f"cannot {action}: the Hub's answer is not as expected "
+                f"({type(error).__name__}: {first_line(error)})"
+            )
+        ) from None
+    except HfsftError as error:  # of the answer's body
+        raise HfsftError(f"cannot {action}: {error}") from None
     except (HTTPError, OSError, ValueError, RuntimeError) as error:
         raise HfsftError(without_tokens(f"cannot {action}: {first_line(error)}")) from None
 

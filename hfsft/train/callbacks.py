@@ -11,13 +11,13 @@ from typing import Any
 
 import psutil
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
 from hfsft.errors import Interrupted, first_line
 from hfsft.process import unignored
 from hfsft.run.files import read_json_lines, write_text_atomically
+from hfsft.terminal import Terminal
 from hfsft.train.advice import Advice
 
 
@@ -217,7 +217,7 @@ class ConsoleCallback(TrainerCallback):
 
     def __init__(self, stage: str, metrics_log: MetricsCallback):
         self.stage, self.metrics_log = stage, metrics_log
-        self.console = Console()
+        self.console = Terminal(markup=False)
         self.progress: Progress | None = None
         self.task: Any = None
         self.began = 0.0

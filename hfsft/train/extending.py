@@ -12,6 +12,7 @@ from hfsft.recipe.schema import Recipe, Stage
 from hfsft.run.files import remove
 from hfsft.run.manifest import checkpoints, newest_valid, step_of, verify
 from hfsft.run.record import LOGS, settings_of, write_record
+from hfsft.terminal import say
 from hfsft.train.folder import lock_stage, move_aside
 from hfsft.train.schedule import STABLE, shared_steps
 
@@ -39,7 +40,7 @@ def extend(recipe: Recipe, stage: Stage, record: dict[str, Any]) -> None:
         reached = record.get("steps", step_of(checkpoints(stage.checkpoints)[0]))
         aside = begin_from(recipe, stage, record, checkpoint)
         if not stage.quiet:
-            print(
+            say(
                 f"{stage.name}: resuming from step {step_of(checkpoint)}, up to {stage.max_steps}; "
                 f"what was trained to step {reached} is now in {aside}"
             )

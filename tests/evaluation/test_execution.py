@@ -58,7 +58,7 @@ def works(name: str) -> bool:
         "@dataclasses.dataclass\nclass D:\n    x: int = 1\nclass E(enum.Enum):\n    A = 1",
     ],
 )
-def test_what_a_solution_may_do(each_sandbox, program):
+def test_what_a_solution_may_do(program):
     assert runs(program)
 
 
@@ -121,8 +121,8 @@ UNLOCKS = [
     "        x.__code__ = (lambda *a, **k: None).__code__",
     "import sys\nframe = sys._getframe()\nwhile frame:\n"
     "    for x in (*frame.f_locals.values(), *frame.f_globals.values()):\n"
-    "        for cell in getattr(x, '__closure__', None) or ():\n            cell.cell_contents = ()\n"
-    "        if getattr(x, '__name__', '') == 'hook':\n            x.__defaults__ = ((), (), 0, None)\n"
+    "        for c in getattr(x, '__closure__', None) or ():\n            c.cell_contents = ()\n"
+    "        if getattr(x, '__name__', '') == 'hook':\n            x.__defaults__ = ()\n"
     "    for name in ('REFUSED', 'ALLOWED', 'READING'):\n"
     "        if name in frame.f_globals:\n            frame.f_globals[name] = ()\n"
     "    frame = frame.f_back",
@@ -140,9 +140,7 @@ def damage(program: str, tmp_path) -> list[str]:
     os.utime(kept, (1, 1))
     before = os.stat(kept)
     paths = {"path": str(tmp_path / "new"), "kept": str(kept), "folder": str(tmp_path)}
-    body = "".join(f"    {line}\n" for line in program.format(**paths).splitlines())
-    # whether it is refused with an error or in silence: nothing may change
-    runs(f"try:\n{body}except Exception:\n    pass")
+    runs(program.format(**paths))
     changed = [path.name for path in tmp_path.iterdir() if path != kept]
     after = os.stat(kept) if kept.exists() else None
     same = after and kept.read_text() == "as it was"
@@ -151,17 +149,25 @@ def damage(program: str, tmp_path) -> list[str]:
     return changed
 
 
-@pytest.mark.parametrize("program", WRITES)
-def test_nothing_is_written_or_deleted(program, each_sandbox, tmp_path):
-    assert damage(program, tmp_path) == []
+def all_of(programs: list[str]) -> str:
+    """One program that tries each of them; which are refused, and how, is its own affair."""
+    return "\n".join(
+        "try:\n"
+        + "".join(f"    {line}\n" for line in program.splitlines())
+        + "except BaseException: pass"
+        for program in programs
+    )
+
+
+def test_nothing_is_written_or_deleted(each_sandbox, tmp_path):
+    assert damage(all_of(WRITES), tmp_path) == []
 
 
 @pytest.mark.parametrize("unlock", UNLOCKS)
-def test_the_guard_cannot_be_switched_off(unlock, each_sandbox, tmp_path):
-    guarded = "".join(f"    {line}\n" for line in unlock.splitlines())
-    program = f"try:\n{guarded}except BaseException:\n    pass\nopen({{path!r}}, 'w').write('x')"
-    escaped = program.replace("{", "{{").replace("}", "}}").replace("{{{{path!r}}}}", "{path!r}")
-    assert damage(escaped, tmp_path) == []
+def test_the_guard_cannot_be_switched_off(unlock, monkeypatch, tmp_path):
+    monkeypatch.setattr(execution, "sandbox", lambda: NO_SANDBOX)
+    escaped = all_of([unlock]).replace("{", "{{").replace("}", "}}")
+    assert damage(all_of([escaped, *WRITES]), tmp_path) == []
 
 
 def test_a_sandbox_holds_without_the_hook(each_sandbox, tmp_path, monkeypatch):
@@ -180,16 +186,15 @@ def test_a_sandbox_holds_without_the_hook(each_sandbox, tmp_path, monkeypatch):
     folder.mkdir()
     assert runs("import os\nos.mkfifo")  # the hook is off
     # Landlock has no rule for modes and times
-    allowed = ("os.chmod", "os.utime") if each_sandbox == "Landlock" else ("os.chmod(x",)
-    for program in WRITES:
-        if not any(name in program for name in allowed):
-            assert damage(program, folder) == [], program
+    ruled = ("os.chmod", "os.utime") if each_sandbox == "Landlock" else ()
+    tried = [program for program in WRITES if not any(name in program for name in ruled)]
+    assert damage(all_of(tried), folder) == []
 
 
 # --- answers ---
 
 FAKES = [
-    "class Any:\n    def __eq__(self, other): return True\n    def __ne__(self, other): return False\n"
+    "class Any:\n    def __eq__(self, other): return True\n    __ne__ = lambda *a: False\n"
     "def f(x): return Any()",
     "class Any(int):\n    def __eq__(self, other): return True\n    __hash__ = int.__hash__\n"
     "def f(x): return Any(0)",
@@ -210,7 +215,7 @@ FAKES = [
 
 
 @pytest.mark.parametrize("program", FAKES)
-def test_an_answer_cannot_be_faked(program, each_sandbox):
+def test_an_answer_cannot_be_faked(program):
     assert not run(program)
 
 
