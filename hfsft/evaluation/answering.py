@@ -19,13 +19,14 @@ from transformers import (
 
 from hfsft.errors import DataError, MemoryShortage, ModelError, first_line
 from hfsft.evaluation.calculator import calculate
-from hfsft.hub.client import require_model
+from hfsft.hub.client import NOT_LOADED, require_model
 from hfsft.model.head import fuse_head
 from hfsft.model.loading import bf16_is_native, load_plain_model
 from hfsft.recipe.schema import Stage
 from hfsft.run.record import read_record
 from hfsft.tokens.encoding import IGNORED
 from hfsft.tokens.foreign_templates import bounded, prompt_text, special_tokens
+from hfsft.tokens.tokenizer import require_bounded
 
 # these delimit a calculator call and its result, as in karpathy/nanochat
 TOOL_TOKENS = ("<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>")
@@ -67,8 +68,9 @@ def load_its_tokenizer(model: str) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             model, padding_side="left", trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError) as error:
+    except NOT_LOADED as error:
         raise ModelError(f"{model}: cannot load its tokenizer: {first_line(error)}") from None
+    require_bounded(tokenizer, model)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ModelError(f"{model}: its tokenizer has neither a pad nor an EOS token")
@@ -178,7 +180,7 @@ class Evaluator:
         self.folder, self.batch_size = folder, batch_size
         try:
             self.config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
+        except NOT_LOADED as error:
             raise ModelError(f"{folder}: cannot be loaded: {first_line(error)}") from None
         record = read_record(Path(folder))
         is_base = record is not None and record["stage"] == "base"

@@ -1,34 +1,24 @@
-"""The Hub: which models and datasets exist, who may write, and how files are uploaded.
-
-Every request of a push has a timeout, and temporary failures are retried with growing pauses.
-"""
+"""The Hub: which models and datasets exist, who may write, and how files are uploaded."""
 
 import json
-import os
 import re
 import shlex
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from functools import cache, partial
-from json import JSONDecodeError
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-import httpx2
 from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
     HfApi,
     constants,
-    get_session,
     get_token,
-    set_client_factory,
+    hf_hub_download,
 )
-from huggingface_hub import logging as client_log
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -37,40 +27,24 @@ from huggingface_hub.errors import (
     HTTPError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    StrictDataclassError,
 )
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import parse_ratelimit_headers, validate_repo_id
+from huggingface_hub.utils import validate_repo_id
 
-from hfsft.errors import DataError, HfsftError, ModelError, first_line, printable
+from hfsft.errors import DataError, HfsftError, ModelError, first_line, printable, quoted
+from hfsft.hub.bounds import (
+    CHECK_PATIENCE,
+    PATIENCE,
+    UNEXPECTED,
+    EndlessAnswer,
+    bound_answers,
+    insist,
+    without_tokens,
+)
 from hfsft.run.manifest import MANIFEST, verify_model
 
 MAIN = "main"  # the branch that readers get
-
-
-TIMEOUT = 30.0  # seconds without progress after which a request fails; the client has no limit
-
-
-# seconds of pauses between the attempts at one push, as long as the Hub's rate-limit windows
-PATIENCE = 300.0
-
-
-QUIET = 5.0  # seconds of pauses after which the user is told that requests are repeated
-
-
-CHECK_PATIENCE = 5.0  # the same, while a user waits for training to start
-
-
-LONGEST_PAUSE = 60.0  # seconds
-
-
-LONGEST_ANSWER = 120.0  # seconds that the body of an answer may take, other than a file's
-
-
-LARGEST_ANSWER = 1 << 26  # bytes of it; a listing of 100,000 files has some 30 MB
-
-
-# what the client raises for JSON that is not what it expects
-UNEXPECTED = (KeyError, TypeError, AttributeError, IndexError, RecursionError, JSONDecodeError)
 
 
 # never uploaded: rejected rows, pickles, hidden files, and what only this machine needs
@@ -88,9 +62,19 @@ USAGE = re.compile(r'(pipeline\("text-generation", model=)"[^"\n]*"')  # in a mo
 
 # what transformers raises for malformed files of a repository
 NOT_LOADED = (
-    *(OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RecursionError),
-    UnpicklingError,
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RecursionError),
+    *(ArithmeticError, AssertionError, UnpicklingError, StrictDataclassError),
 )
+
+
+# of a config.json: sizes that are whole numbers above 0, and bounds on what is built so many times
+SIZES = (
+    *("hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings", "head_dim"),
+    *("num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("n_embd", "n_layer", "n_head", "n_positions"),
+)
+MOST_LAYERS = 1000
+MOST = 10_000  # heads, experts, labels
 
 
 # --- what exists ---
@@ -110,7 +94,7 @@ def require_on_hub(repo_id: str, repo_type: str, revision: str | None = None) ->
         ModelError, DataError: if it is unreachable, does not exist, or this user has no access.
     """
     kind: type[HfsftError] = ModelError if repo_type == "model" else DataError
-    _bound_client(TIMEOUT)
+    bound_answers()
     try:
         validate_repo_id(repo_id)
         HfApi().repo_info(repo_id, repo_type=repo_type, revision=revision, timeout=10)
@@ -121,7 +105,7 @@ def require_on_hub(repo_id: str, repo_type: str, revision: str | None = None) ->
         ) from None
     except (HFValidationError, ValueError):
         raise kind(f"{repo_id} is neither a local path nor a valid name on the Hub") from None
-    except HfsftError as error:
+    except EndlessAnswer as error:
         raise kind(f"cannot find the {repo_type} {repo_id}: {error}") from None
     except GatedRepoError:
         raise kind(
@@ -155,6 +139,7 @@ def require_model(start: str, revision: str | None = None) -> None:
         if not (path / "config.json").is_file():
             raise ModelError(f"{start} holds no model (no config.json)")
         verify_model(path)
+        _require_sizes(start, path / "config.json")
     elif path.name in ("base", "mid", "sft") and len(path.parts) > 2:
         raise ModelError(
             f"{start} does not exist\n"
@@ -165,12 +150,40 @@ def require_model(start: str, revision: str | None = None) -> None:
         raise ModelError(f"{start}: no such folder")
     else:
         require_on_hub(start, "model", revision)
+        with suppress(HTTPError, OSError, ValueError):  # reported where the model is loaded
+            _require_sizes(start, Path(hf_hub_download(start, "config.json", revision=revision)))
+
+
+def _require_sizes(start: str, path: Path) -> None:
+    """Check the sizes in a config.json, before something is built of them for minutes.
+
+    Raises:
+        ModelError: naming the first key with an impossible value.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict):
+        raise ModelError(f"{start}: its config.json is not a JSON object")
+    inner = [held for held in config.values() if isinstance(held, dict)]  # such as text_config
+    for key, value in (item for part in (config, *inner) for item in part.items()):
+        is_count = type(value) is int and value > 0
+        if key in SIZES and not (is_count or value is None or isinstance(value, list)):
+            raise ModelError(
+                f"{start}: config.json: {key} is {quoted(str(value))}, no whole number above 0"
+            )
+        most = MOST_LAYERS if "layer" in key else MOST
+        if is_count and value > most and key.startswith(("num_", "n_layer", "n_head")):
+            raise ModelError(f"{start}: config.json: {key} is {value:,}, above {most:,}")
 
 
 def why_not_loaded(error: BaseException) -> str:
     """An error of a transformers loader in one line, with the fix where it is known."""
     if "custom code" in str(error) or "trust_remote_code" in str(error):
         return "it needs Python code of its repository; pass --trust_remote_code to run it"
+    if isinstance(error, StrictDataclassError):  # its first line names the key alone
+        return f"config.json: {' '.join(str(error).split())}"
     return first_line(error)
 
 
@@ -178,127 +191,10 @@ def dataset_licence(repo_id: str) -> str | None:
     """The licence stated on a dataset's page; None if unknown, or without an answer in 10 s."""
     try:
         card = HfApi().dataset_info(repo_id, timeout=10).card_data
-    except (HTTPError, OSError, ValueError, HfsftError, *UNEXPECTED):
+    except (HTTPError, OSError, ValueError, EndlessAnswer, *UNEXPECTED):
         return None
     stated = card.get("license") if card else None
     return ", ".join(map(str, stated)) if isinstance(stated, list) else stated
-
-
-# --- timeouts and retries ---
-
-
-def bound_requests(seconds: float = TIMEOUT) -> None:
-    """Give every request of a push a timeout, and silence the client's warnings about retries.
-
-    Args:
-        seconds: to connect, send or receive something.
-
-    Raises:
-        HfsftError: if the client is in offline mode.
-    """
-    if constants.is_offline_mode():
-        raise HfsftError("HF_HUB_OFFLINE is set: nothing can be pushed")
-    _bound_client(seconds)
-    client_log.set_verbosity_error()  # its warnings contain signed URLs
-
-
-def _bound_client(seconds: float) -> None:
-    """Bound every request of the Hub's client, and the time and size of every answer's body."""
-    requests = get_session().event_hooks["request"]
-    hooks = {"request": requests, "response": [_bound_body]}
-    set_client_factory(
-        lambda: httpx2.Client(event_hooks=hooks, follow_redirects=True, timeout=seconds)
-    )
-
-
-class _BoundBody(httpx2.SyncByteStream):
-    """The body of an answer, which may not go on for ever: a timeout counts each part anew."""
-
-    def __init__(self, stream: Any):
-        self.stream, self.began = stream, time.monotonic()
-
-    def __iter__(self) -> Iterator[bytes]:
-        size = 0
-        for part in self.stream:
-            yield part
-            size += len(part)
-            if size > LARGEST_ANSWER:
-                raise HfsftError(f"the Hub's answer is larger than {LARGEST_ANSWER:,} bytes")
-            if time.monotonic() - self.began > LONGEST_ANSWER:
-                raise HfsftError(f"the Hub's answer takes longer than {LONGEST_ANSWER:g} s")
-
-    def close(self) -> None:
-        """Close the connection."""
-        self.stream.close()
-
-
-def _bound_body(response: httpx2.Response) -> None:
-    """Bound the body of whatever is not a file that is downloaded."""
-    if response.request.method != "GET" or "/api/" in response.request.url.path:
-        response.stream = _BoundBody(response.stream)
-
-
-def insist(request: Callable[[], Any], patience: float = PATIENCE) -> Any:
-    """Make a request, retrying temporary failures, and return its result.
-
-    Args:
-        request: makes it; must be idempotent.
-        patience: seconds of pauses in total, including those that the Hub asks for.
-
-    Raises:
-        Exception: the error of the last attempt.
-    """
-    pause, waited = 1.0, 0.0
-    while True:
-        try:
-            return request()
-        except (HTTPError, ConnectionError, TimeoutError, RuntimeError) as error:
-            # the client wraps errors of uploads in a RuntimeError
-            cause = error.__cause__ if isinstance(error, RuntimeError) else error
-            cause = cause or error
-            seconds = max(pause, _requested_pause(cause))
-            if not _is_temporary(cause) or waited + seconds > patience:
-                raise cause from None
-            if waited < QUIET <= waited + seconds:
-                reason = without_tokens(first_line(cause))
-                print(
-                    f"hfsft: the Hub does not take it yet ({reason}); trying again for up to "
-                    f"{patience:g} s",
-                    file=sys.stderr,
-                    flush=True,
-                )
-        time.sleep(seconds)
-        waited, pause = waited + seconds, min(2 * pause, LONGEST_PAUSE)
-
-
-def _is_temporary(error: BaseException) -> bool:
-    """Whether a request may succeed if it is made again."""
-    if isinstance(error, HfHubHTTPError):
-        status = error.response.status_code
-        # 412: another commit was made in the meantime
-        return status in (408, 412, 429) or (status >= 500 and status != 501)
-    # no response at all; hf_xet raises its own errors instead of HTTPError
-    return isinstance(error, (HTTPError, ConnectionError, TimeoutError, RuntimeError))
-
-
-def _requested_pause(error: BaseException) -> float:
-    """Seconds that the Hub asks to wait before a retry; 0 if it does not."""
-    if not isinstance(error, HfHubHTTPError):
-        return 0.0
-    headers = error.response.headers
-    limit = parse_ratelimit_headers(headers)
-    if limit is not None and limit.remaining == 0:
-        return float(limit.reset_in_seconds)
-    seconds = headers.get("Retry-After", "").strip()
-    return float(seconds) if seconds.isdigit() else 0.0
-
-
-def without_tokens(text: str) -> str:
-    """The text with access tokens removed: this user's, and anything that looks like one."""
-    known = {os.environ.get("HF_TOKEN", "").strip(), get_token()}
-    for token in filter(None, known):
-        text = text.replace(token, "(token)")
-    return re.sub(r"hf_[A-Za-z0-9]{20,}", "(token)", text)
 
 
 @contextmanager
@@ -328,7 +224,7 @@ def _reporting(action: str) -> Iterator[None]:
                 f"({type(error).__name__}: {first_line(error)})"
             )
         ) from None
-    except HfsftError as error:  # of the answer's body
+    except EndlessAnswer as error:
         raise HfsftError(f"cannot {action}: {error}") from None
     except (HTTPError, OSError, ValueError, RuntimeError) as error:
         raise HfsftError(without_tokens(f"cannot {action}: {first_line(error)}")) from None

@@ -26,15 +26,8 @@ from pathlib import Path
 from huggingface_hub.utils import disable_progress_bars
 
 from hfsft.errors import HfsftError, first_line
-from hfsft.hub.client import (
-    MAIN,
-    PATIENCE,
-    bound_requests,
-    open_repository,
-    push_folder,
-    repository_id,
-    without_tokens,
-)
+from hfsft.hub.bounds import PATIENCE, bound_requests, without_tokens
+from hfsft.hub.client import MAIN, open_repository, push_folder, repository_id
 from hfsft.recipe.key import STAGES
 from hfsft.recipe.schema import Stage
 from hfsft.run.manifest import MANIFEST, PLACE, checkpoints, verify_model

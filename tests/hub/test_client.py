@@ -34,8 +34,8 @@ from pathlib import Path
 from hfsft.errors import HfsftError
 from hfsft.recipe.schema import Source, Stage
 
-MODULES = ("hub.client", "data.sources", "data.mixture", "data.text", "tokens.tokenizer")
-MODULES += ("model.loading",)
+MODULES = ("hub.bounds", "hub.client", "data.sources", "data.mixture", "data.text")
+MODULES += ("tokens.tokenizer", "model.loading")
 
 class Names(dict):
     def __missing__(self, name):  # import only the module of a name that is used
