@@ -19,7 +19,6 @@ from hfsft.errors import ModelError, RecipeError
 from hfsft.hub.client import NOT_LOADED, require_model, why_not_loaded
 from hfsft.recipe.schema import Recipe, Stage
 from hfsft.run.disk import writing_to
-from hfsft.run.manifest import verify_model
 from hfsft.tokens.foreign_templates import TemplateError, end_of_turn
 
 # karpathy/nanochat's nine, in its order, and a pad token of its own: as the embedding's padding_idx
@@ -166,9 +165,9 @@ def _load(start: str, revision: str | None, trust_remote_code: bool) -> Any:
     """A fast tokenizer from a folder or the Hub, as it is."""
     from transformers import AutoTokenizer
 
-    if (Path(start) / "tokenizer.json").is_file():
-        verify_model(Path(start))
-    else:
+    folder = Path(start)
+    # a run's tokenizer/ holds no model
+    if not (folder / "tokenizer.json").is_file() or (folder / "config.json").is_file():
         require_model(start, revision)
     try:
         tokenizer = AutoTokenizer.from_pretrained(

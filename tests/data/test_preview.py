@@ -132,8 +132,8 @@ def test_what_training_would_refuse_is_said_first(tmp_path, capsys):
     said = capsys.readouterr().out
     mine = said[said.index("sft: training would stop: ") :]
     assert mine.startswith(
-        f"sft: training would stop: {tmp_path}/chats.jsonl: 3 of 20 rows are bad, the first is row 0 "
-        "(empty content)\nTo train on the rest: --on_bad_rows skip\n"
+        f"sft: training would stop: {tmp_path}/chats.jsonl: 3 of 20 rows are bad, the first is "
+        "row 0 (empty content)\nTo train on the rest: --on_bad_rows skip\n"
     )
     assert said.count("training would stop") == 1
     app(["data", recipe, "--json"], standalone_mode=False)

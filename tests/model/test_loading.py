@@ -462,5 +462,5 @@ def test_a_config_that_is_no_object_is_one_error(tmp_path, make_model, tokenizer
     folder = altered(tmp_path / "model", make_model, tokenizer)
     (tmp_path / "model" / "config.json").write_text(text)
     stage = Stage("sft", tmp_path, 0, [], 0, model_name_or_path=folder, max_length=64)
-    with pytest.raises(ModelError, match="config.json is not a JSON object"):
+    with pytest.raises(ModelError, match=r"config\.json is not a JSON object"):
         load_model(stage, tokenizer)
