@@ -8,16 +8,19 @@ TORCH ?= 2.13.0
 STACK := transformers trl accelerate peft datasets bitsandbytes huggingface_hub tokenizers safetensors
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-latest check
+.PHONY: demo test test-slow test-gpu test-latest check
 
 demo: $(INSTALLED)
 	$(BIN)/hfsft run recipes/demo.yaml
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not gpu"
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
+
+test-gpu: $(INSTALLED)
+	$(BIN)/python -m pytest -m gpu
 
 # the newest releases of the stack, beyond pyproject.toml's ranges too, instead of constraints.txt
 test-latest:
@@ -26,7 +29,7 @@ test-latest:
 	$(LATEST)/bin/pip install --quiet --editable ".[dev]" "torch==$(TORCH)"
 	$(LATEST)/bin/pip install --quiet --upgrade $(STACK) "torch==$(TORCH)"
 	$(LATEST)/bin/pip list
-	$(LATEST)/bin/python -m pytest -m "not slow"
+	$(LATEST)/bin/python -m pytest -m "not slow and not gpu"
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -355,6 +355,22 @@ def chat(
         print()
 
 
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """Check whether what hfsft builds on works on this machine; its output belongs in a report."""
+    from hfsft.doctor.examine import examine
+    from hfsft.doctor.printing import print_finding, print_machine
+
+    if as_json:
+        found = examine()
+        print(json.dumps(found, indent=1))
+    else:
+        print_machine()
+        found = examine(print_finding)
+    if not found["passed"]:
+        raise typer.Exit(2)
+
+
 def main() -> None:
     """Run the command line."""
     run_main(_run_app, *sys.argv[1:])

@@ -298,7 +298,9 @@ def make_optimizer(step: TracedStep, model: Any) -> torch.optim.Optimizer | None
 
     keys = ("optim", "optim_args", "optim_target_modules")
     settings = {key: step.stage.trainer[key] for key in keys if key in step.stage.trainer}
-    args = TrainingArguments(output_dir="", use_cpu=True, **settings)
+    # TrainingArguments makes Accelerate's state anew, which must stay on the stage's device
+    on_cpu = PartialState().device.type == "cpu"
+    args = TrainingArguments(output_dir="", use_cpu=on_cpu, **settings)
     parameters = [p for p in model.parameters() if p.requires_grad]
     try:
         kind, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)

@@ -46,6 +46,7 @@ def arguments(stage: Stage, train: Any, examples: int) -> TrainingArguments:
         RecipeError: if upstream refuses the settings.
     """
     settings = dict(stage.trainer)
+    settings.pop("torch_compile", None)  # layer by layer: see `compile_layers`
     config_class = TrainingArguments
     if stage.name == "sft":
         config_class = SFTConfig

@@ -14,7 +14,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from hfsft.data.packing import micro_batches, model_inputs
+from hfsft.data.packing import micro_batches, model_inputs, on_device
 from hfsft.data.stream import TextStream
 from hfsft.model.loading import plain_model
 from hfsft.plan.sizes import steps_of
@@ -197,10 +197,10 @@ class ValidatingStep(ResumableStep):
         targets = inputs["targets"]
         with self.compute_loss_context_manager():
             if self.fused:
-                losses, correct = self.model(**self._prepare_inputs(inputs), each=True)
+                losses, correct = self.model(**on_device(inputs, self.args.device), each=True)
             else:
                 step = {name: part[name] for name in ("input_ids", "position_ids")}
-                output = self.model(**self._prepare_inputs(step), use_cache=False)
+                output = self.model(**on_device(step, self.args.device), use_cache=False)
                 logits = output.logits.flatten(0, 1)[inputs["target_positions"]].float().cpu()
                 losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
                 correct = logits.argmax(1) == targets
