@@ -363,7 +363,7 @@ def doctor(as_json: JsonOption = False) -> None:
 
     if as_json:
         found = examine()
-        print(json.dumps(found, indent=1))
+        say_json(found, indent=1)
     else:
         print_machine()
         found = examine(print_finding)

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from types import FrameType
 
-from hfsft.errors import HfsftError, printable
+from hfsft.errors import DISK_ERRNOS, HfsftError, first_line, printable
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -62,6 +62,11 @@ def run_main(main: Callable[..., None], *argv: str) -> None:
         _leave(error, "interrupted", 130)
     except Stopped as error:
         _leave(error, str(error), error.code)
+    except OSError as error:
+        if error.errno not in DISK_ERRNOS or error.filename is None:
+            before_leaving(error)
+            raise
+        _leave(error, first_line(error), HfsftError.exit_status)
     except Exception as error:
         before_leaving(error)
         raise

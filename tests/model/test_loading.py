@@ -443,7 +443,6 @@ def altered(folder: Path, make_model, tokenizer, **keys) -> str:
         ({"rope_parameters": {"rope_type": "default", "rope_theta": "x"}}, ""),
         ({"vocab_size": 10**12}, ""),
         ({"head_dim": 7}, ""),
-        ({"torch_dtype": "no such"}, ""),
         ({"model_type": ["llama"]}, ""),
     ],
     ids=str,
