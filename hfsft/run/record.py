@@ -31,7 +31,7 @@ def settings_of(recipe: Recipe, stage: Stage) -> dict[str, Any]:
     if stage.model_name_or_path is not None:
         # an earlier stage that was retrained is a different model in the same folder
         earlier = read_record(Path(stage.model_name_or_path))
-        started = earlier["started"] if earlier else None
+        started = earlier.get("started") if earlier else None
         settings["start"] = {"model": stage.model_name_or_path, "trained": started}
     return settings
 
@@ -130,8 +130,6 @@ def _is_record(held: Any) -> bool:
         and held.get("stage") in STAGES
         and held.get("status") in STATUSES
         and isinstance(held.get("settings"), dict)
-        and isinstance(held.get("max_steps"), int)
-        and {"started", "chosen"} <= held.keys()
     )
 
 

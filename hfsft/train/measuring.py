@@ -25,7 +25,7 @@ def new_record(trainer: Any, recipe: Recipe, stage: Stage) -> dict[str, Any]:
         "stage": stage.name,
         "status": "running",
         # a resumed stage is the same one to the stages that start from it
-        "started": earlier["started"] if earlier else now,
+        "started": (earlier or {}).get("started", now),
         "max_steps": trainer.args.max_steps,
         "examples_per_step": trainer.get_total_train_batch_size(trainer.args),
         "device": _device_name(trainer.args.device),

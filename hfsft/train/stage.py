@@ -176,7 +176,7 @@ def resume_or_extend(recipe: Recipe, stage: Stage) -> dict[str, Any] | None:
         line = resume_notice(stage, record["settings"], settings)
         if line and PartialState().is_main_process and not stage.quiet:
             say(line)
-    return record["chosen"] if record is not None and found else None
+    return record.get("chosen") if record is not None and found else None
 
 
 # --- plan ---
