@@ -158,7 +158,8 @@ class ResumableStep(PackedStep):
             ModelError: if it is one of the model that the stage starts from.
         """
         broken = torch.stack([~p.isfinite().all() for p in self.model.parameters()]).sum()
-        if int(self.accelerator.reduce(broken)) == 0:
+        # before a sharded run begins, the model is still on the CPU
+        if int(self.accelerator.reduce(broken.to(self.args.device))) == 0:
             return
         stage, step = self.stage, self.state.global_step
         if step == 0:
