@@ -49,7 +49,7 @@ MAIN = "main"  # the branch that readers get
 
 # never uploaded: rejected rows, pickles, hidden files, and what only this machine needs
 STAYS = (
-    *("checkpoints", "rejected.jsonl", "bad_steps.jsonl", "validation.jsonl", "eval", "wandb"),
+    *("checkpoints", "rejected.jsonl", "bad_steps.jsonl", "eval", "wandb"),
     *("training_args.bin", "*.partial", ".*"),
 )
 

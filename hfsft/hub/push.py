@@ -118,7 +118,8 @@ class Target:
     def model(self, folder: Path) -> Push:
         """The push of a finished model."""
         # edited on the Hub, the files would not be those of the manifest any more
-        return Push(folder, self.repo_id, self.revision, leave_out=(MANIFEST,))
+        leave_out = (MANIFEST, "validation.jsonl")
+        return Push(folder, self.repo_id, self.revision, leave_out=leave_out)
 
     def checkpoint(self, folder: Path) -> Push | None:
         """The push of a checkpoint; None if the strategy pushes none."""
