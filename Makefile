@@ -8,16 +8,26 @@ TORCH ?= 2.13.0
 STACK := transformers trl accelerate peft datasets bitsandbytes huggingface_hub tokenizers safetensors
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-gpu test-latest check
+.PHONY: demo test test-slow test-browser test-gpu test-latest check
 
 demo: $(INSTALLED)
 	$(BIN)/hfsft run recipes/demo.yaml
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not browser and not gpu"
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
+
+# the web page, in a real Chromium; installed where there is none, if apt-get may
+test-browser: $(INSTALLED)
+	@command -v chromedriver >/dev/null || { \
+		echo "installing chromium and chromium-driver"; \
+		sudo=$$(test "$$(id -u)" = 0 || echo sudo); \
+		$$sudo apt-get update --quiet=2 && \
+		$$sudo apt-get install --quiet=2 --yes chromium chromium-driver; \
+	} || { echo "test-browser needs Chromium and chromedriver on the PATH" >&2; exit 2; }
+	$(BIN)/python -m pytest -m browser
 
 test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu
@@ -29,7 +39,7 @@ test-latest:
 	$(LATEST)/bin/pip install --quiet --editable ".[dev]" "torch==$(TORCH)"
 	$(LATEST)/bin/pip install --quiet --upgrade $(STACK) "torch==$(TORCH)"
 	$(LATEST)/bin/pip list
-	$(LATEST)/bin/python -m pytest -m "not slow and not gpu"
+	$(LATEST)/bin/python -m pytest -m "not slow and not browser and not gpu"
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -27,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import step as steps
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).resolve().parent / "results"
+AGAIN = 3  # exit status of a part that wants to continue in a new process
 PARTS = ("plan", "step", "job", "base", "auto", "sweep")
 SHAPES: dict[str, dict[str, Any]] = {
     "d8": {"depth": 8, "vocab_size": 65536},
@@ -92,9 +93,11 @@ def main() -> None:
         results_file(given).unlink(missing_ok=True)
     for part in wanted:
         began = time.perf_counter()
-        done = subprocess.run([sys.executable, __file__, *arguments, "--child", part])
+        command, status = [sys.executable, __file__, *arguments, "--child", part], AGAIN
+        while status == AGAIN:
+            status = subprocess.run(command).returncode
         print(
-            f"{part}: {time.perf_counter() - began:.0f} s, exit status {done.returncode}",
+            f"{part}: {time.perf_counter() - began:.0f} s, exit status {status}",
             flush=True,
         )
     print(tables(json.loads(results_file(given).read_text())))
@@ -151,14 +154,18 @@ class Part:
 
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
+            failed = False
             try:
                 found = measure()
             except Exception as error:  # out of memory, too: a row of the table
                 found = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+                failed = True
             self.results["rows"][key] = found
             self.file.parent.mkdir(parents=True, exist_ok=True)
             self.file.write_text(json.dumps(self.results, indent=1) + "\n")
             print(key, json.dumps(found)[:400], flush=True)
+            if failed:  # its memory is not free: the next rows get a new process
+                sys.exit(AGAIN)
 
     # --- what the parts share ---
 
@@ -260,7 +267,11 @@ class Part:
         argv += f"--examples_per_step {2 * rows} --max_steps 4 --logging_steps 1 --quiet".split()
         argv += ["--restart"]
         plan = plan_run(load_recipe(*argv, stage="sft"))["stages"]["sft"]
-        before = torch.cuda.memory_allocated() if self.cuda else 0
+        before = 0
+        if self.cuda:  # building the model took memory, too
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
         sft.main(*argv)
         folder = self.folder / "runs" / shape / "sft"
         record = json.loads((folder / "stage.json").read_text())

@@ -10,7 +10,10 @@ from types import FrameType
 
 from hfsft.errors import DISK_ERRNOS, HfsftError, first_line, printable
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# Windows has no SIGHUP
+STOPPING = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+)
 
 
 PATIENCE = 5.0  # seconds that a process gets to handle a signal, and again to exit
@@ -69,6 +72,7 @@ def run_main(main: Callable[..., None], *argv: str) -> None:
         _leave(error, first_line(error), HfsftError.exit_status)
     except Exception as error:
         before_leaving(error)
+        error.add_note("`hfsft doctor` checks what hfsft builds on; its output belongs in a report")
         raise
 
 
@@ -121,10 +125,12 @@ def install_handlers() -> None:
 
     second: list[int] = []
     reading, writing = os.pipe()
-    os.set_blocking(writing, False)
+    if hasattr(os, "set_blocking"):  # not on Windows before Python 3.12
+        os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    # a signal to a forked child must not wake this process's thread
-    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+    if hasattr(os, "register_at_fork"):
+        # a signal to a forked child must not wake this process's thread
+        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
     for number in unignored():
         signal.signal(number, stop)
     threading.Thread(target=watch, name="hfsft-signals", daemon=True).start()

@@ -73,6 +73,8 @@ def out_of_memory() -> str:
 
     if training_device().type != "cuda":
         raise NotHere("a memory_limit is enforced on a CUDA GPU alone")
+    from hfsft.plan.plan import CUDA_CONTEXT
+
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_recipe(folder)
@@ -82,7 +84,7 @@ def out_of_memory() -> str:
         whole, again = train_tiny(folder, "whole"), train_tiny(folder, "again")
         peak = torch.cuda.max_memory_allocated()
         torch.cuda.empty_cache()
-        limit = (held + peak) // 2
+        limit = (held + peak) // 2 + CUDA_CONTEXT
         try:
             capped = train_tiny(
                 folder, "capped", "--memory_limit", f"{limit / 1e9:.4f}GB", "--ignore_plan"

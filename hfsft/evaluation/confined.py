@@ -13,7 +13,6 @@ import builtins
 import contextlib
 import json
 import os
-import resource
 import sys
 from collections.abc import Callable
 from typing import Any, BinaryIO
@@ -21,9 +20,9 @@ from typing import Any, BinaryIO
 LARGEST = 1 << 24  # bytes of one call or answer
 
 # in the flags of an `open` that only reads; any other is refused
-READING = (
-    os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_DIRECTORY
-) | getattr(os, "O_LARGEFILE", 0)
+READING = 0
+for _name in ("CLOEXEC", "NOFOLLOW", "NONBLOCK", "NOCTTY", "DIRECTORY", "LARGEFILE"):
+    READING |= getattr(os, f"O_{_name}", 0)  # what this system has of them
 
 # audit events that no solution needs, by their beginnings
 REFUSED = (
@@ -43,6 +42,8 @@ SILENT = ("mkfifo", "mknod", "chroot", "unshare", "setns", "sethostname", "openp
 
 def limit(seconds: int, memory: int) -> None:
     """Limit processor time, memory, files and processes."""
+    import resource  # which Windows, where this module is imported too, does not have
+
     for name, most in (
         *(("CPU", seconds), ("AS", memory), ("DATA", memory), ("FSIZE", 4096)),
         *(("NOFILE", 64), ("NPROC", 0), ("CORE", 0)),

@@ -11,7 +11,6 @@ way to send it anywhere.
 """
 
 import contextlib
-import importlib.util
 import os
 import shutil
 import signal
@@ -20,9 +19,11 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from hfsft.errors import HfsftError
 from hfsft.evaluation import confined
 
 SECONDS = 5  # of CPU time; a sleeping program is killed after three times as many
@@ -85,7 +86,7 @@ def _command(name: str, seconds: int, *side: str) -> list[str]:
     prefix, inside = SANDBOXES.get(name, ((), ""))
     if prefix:  # the child has a PATH of its own
         prefix = (shutil.which(prefix[0]) or prefix[0], *prefix[1:])
-    found = importlib.util.find_spec("landlock") if inside == "landlock" else None
+    found = find_spec("landlock") if inside == "landlock" else None
     folder = str(Path(found.origin).parents[1]) if found else ""
     arguments = [inside, folder, str(seconds), str(MEMORY), *side]
     return [*prefix, sys.executable, "-I", "-S", "-B", confined.__file__, *arguments]
@@ -102,8 +103,11 @@ def passes(program: str, entry_point: str, prompt: str, test: str, seconds: int 
         seconds: of CPU time, for program and test each.
 
     Raises:
+        HfsftError: on Windows, which has no such limits.
         OSError: if no process can be started.
     """
+    if find_spec("resource") is None:
+        raise HfsftError("a model's programs run within limits that Windows lacks; use WSL")
     names = {"entry_point": entry_point}
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())

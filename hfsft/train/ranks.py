@@ -20,6 +20,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import psutil
 from accelerate import PartialState
 from torch.distributed import DistError, distributed_c10d
 
@@ -173,7 +174,7 @@ class Watchdog:
             how = "is dead"
         elif state in ("T", "t"):
             how = "was stopped, and is now killed"  # it would keep the folder's lock
-            os.kill(identity["pid"], signal.SIGKILL)
+            psutil.Process(identity["pid"]).kill()
         found = checkpoints(self.folder)
         newest = f"the newest checkpoint is {found[0]}" if found else "there is no checkpoint yet"
         text = (

@@ -32,6 +32,7 @@ from hfsft.model.attention import packed_attention
 from hfsft.model.compiling import compile_layers
 from hfsft.model.head import fuse_head
 from hfsft.model.loading import plain_model
+from hfsft.model.optimizer import own_optimizer
 from hfsft.recipe.schema import Stage
 from hfsft.run.manifest import newest_valid
 from hfsft.tokens.encoding import IGNORED
@@ -84,7 +85,8 @@ class PackedStep:
             args.dataloader_prefetch_factor, args.dataloader_persistent_workers = None, False
         collator = StepCollator(kwargs["processing_class"].pad_token_id, length)
         try:
-            super().__init__(data_collator=collator, **kwargs)
+            own = own_optimizer(stage, args)
+            super().__init__(data_collator=collator, optimizer_cls_and_kwargs=own, **kwargs)
         except (ValueError, ImportError, RuntimeError) as error:
             raise RecipeError(f"{stage.name}: {' '.join(str(error).split())}") from None
         self.stage = stage

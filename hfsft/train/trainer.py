@@ -32,6 +32,9 @@ PRIVATE_API = {
     "transformers.PreTrainedConfig": {
         "_attn_implementation": "the attention a model came with, to return to it",
     },
+    "transformers.modeling_utils": {
+        "save_on_cpu": "counted as main memory in a plan, with `offload: true`",
+    },
     "torch.distributed.distributed_c10d": {
         "_get_default_store": "the launcher's store, through which ranks watch each other",
     },

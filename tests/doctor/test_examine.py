@@ -4,10 +4,12 @@ import sys
 
 import pytest
 from hub_server import HubServer
+from transformers import AttentionInterface
 
 from hfsft.doctor import machine, stage_checks, step_checks
 from hfsft.doctor.examine import CHECKS, examine
 from hfsft.doctor.findings import ABSENT, FAILED, PASSED, CheckFailed, NotHere
+from hfsft.model.attention import document_attention
 
 FAST = [
     step_checks.fused_head,
@@ -33,13 +35,14 @@ def test_what_a_cpu_lacks_is_not_a_failure():
 
 
 def test_a_wrong_result_fails_with_what_to_set(monkeypatch):
-    from hfsft.model import attention
+    def half(*args, **kwargs):
+        return document_attention(*args, **kwargs)[0] / 2, None
 
-    def wrong(module, query, key, value, *args, **kwargs):
-        return query.transpose(1, 2) * 0.5, None
-
-    monkeypatch.setitem(attention.AttentionInterface._global_mapping, attention.DOCUMENTS, wrong)
-    with pytest.raises(CheckFailed, match="gradients differ") as failure:
+    AttentionInterface.register("half", half)
+    monkeypatch.setattr("hfsft.model.attention.packed_attention", lambda *args: "half")
+    with pytest.raises(
+        CheckFailed, match=r"llama, torch\.float32, half: gradients differ"
+    ) as failure:
         step_checks.packed_attention_of_documents()
     assert "attn_implementation" in failure.value.advice
 
