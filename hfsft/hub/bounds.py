@@ -117,6 +117,8 @@ def insist(request: Callable[[], Any], patience: float = PATIENCE) -> Any:
     while True:
         try:
             return request()
+        except RecursionError:  # a RuntimeError, of JSON that is too deep
+            raise
         except (HTTPError, ConnectionError, TimeoutError, RuntimeError) as error:
             # the client wraps errors of uploads in a RuntimeError
             cause = error.__cause__ if isinstance(error, RuntimeError) else error

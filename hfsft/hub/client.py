@@ -260,7 +260,9 @@ def repository_id(name: str) -> str:
 @cache
 def _user(token: str) -> str:
     with _reporting("ask the Hub whose token this is"):
-        return insist(HfApi(token=token).whoami, CHECK_PATIENCE)["name"]
+        name = insist(HfApi(token=token).whoami, CHECK_PATIENCE)["name"]
+        validate_repo_id(f"{name}/x")  # else it is no name
+        return name
 
 
 def open_repository(repo_id: str, private: bool | None, branches: list[str]) -> None:

@@ -318,7 +318,7 @@ def test_json_that_is_not_as_expected_is_one_error(hub, tmp_path, folder, step, 
 def test_a_token_whose_owner_is_odd_is_one_error(hub, tmp_path, body):
     hub.fail("GET /api/whoami-v2", body=body)
     ((kind, text), _), *_ = ask(hub.env(tmp_path / "home", "hf_write"), "repository_id('x')")
-    assert kind == "HfsftError" and text.startswith("cannot ask the Hub whose token this is: the")
+    assert kind == "HfsftError" and text.startswith("cannot ask the Hub whose token this is: ")
 
 
 @pytest.mark.parametrize(
@@ -363,10 +363,8 @@ def test_a_push_that_is_repeated_for_long_says_so(hub, tmp_path, folder):
         capture_output=True,
         text=True,
     )
-    assert done.stderr == (
-        "hfsft: the Hub does not take it yet (503 Fault on demand: 503); trying again for up to "
-        "8 s\n"
-    )
+    said = "hfsft: the Hub does not take it yet (503 Fault on demand: 503); trying again for up"
+    assert done.stderr.count(said) == 1
 
 
 READ_ONLY = "\n  It needs a token with write access: https://huggingface.co/settings/tokens"
