@@ -14,7 +14,7 @@ from huggingface_hub import logging as client_log
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils import parse_ratelimit_headers
 
-from hfsft.errors import HfsftError, first_line
+from hfsft.errors import HfsftError, first_line, printable
 
 TIMEOUT = 30.0  # seconds without progress after which a request fails; the client has no limit
 
@@ -127,7 +127,7 @@ def insist(request: Callable[[], Any], patience: float = PATIENCE) -> Any:
             if not _is_temporary(cause) or waited + seconds > patience:
                 raise cause from None
             if waited < QUIET <= waited + seconds:
-                reason = without_tokens(first_line(cause))
+                reason = without_tokens(in_words(cause))
                 print(
                     f"hfsft: the Hub does not take it yet ({reason}); trying again for up to "
                     f"{patience:g} s",
@@ -158,6 +158,14 @@ def _requested_pause(error: BaseException) -> float:
         return float(limit.reset_in_seconds)
     seconds = headers.get("Retry-After", "").strip()
     return float(seconds) if seconds.isdigit() else 0.0
+
+
+def in_words(error: BaseException) -> str:
+    """An error in one line; of an answer of the Hub its status and the server's message."""
+    if not isinstance(error, HfHubHTTPError):
+        return first_line(error)
+    server = printable(error.server_message or error.response.reason_phrase).splitlines()
+    return f"{error.response.status_code} {server[0] if server else ''}".strip()
 
 
 def without_tokens(text: str) -> str:

@@ -32,13 +32,14 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 
-from hfsft.errors import DataError, HfsftError, ModelError, first_line, printable, quoted
+from hfsft.errors import DataError, HfsftError, ModelError, first_line, quoted
 from hfsft.hub.bounds import (
     CHECK_PATIENCE,
     PATIENCE,
     UNEXPECTED,
     EndlessAnswer,
     bound_answers,
+    in_words,
     insist,
     without_tokens,
 )
@@ -211,9 +212,7 @@ def _reporting(action: str) -> Iterator[None]:
         yield
     except HfHubHTTPError as error:
         status = error.response.status_code
-        server = printable(error.server_message or error.response.reason_phrase).splitlines()
-        message = f"cannot {action}: {status} {server[0] if server else ''}".strip()
-        message = without_tokens(message)
+        message = without_tokens(f"cannot {action}: {in_words(error)}")
         if status == 401:
             message += "\n  The Hub rejected this token: run `hf auth login` or fix HF_TOKEN"
         elif status == 403:
