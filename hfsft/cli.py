@@ -4,7 +4,7 @@ import gc
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -36,6 +36,20 @@ ConfigOption = Annotated[
         help="An Accelerate config; by default your own, or else one process.",
     ),
 ]
+NumProcessesOption = Annotated[
+    int | None,
+    typer.Option(
+        "--num_processes", metavar="N", min=1, help="Processes on all machines, one a GPU."
+    ),
+]
+MachineRankOption = Annotated[
+    int | None,
+    typer.Option("--machine_rank", metavar="N", min=0, help="Which of several machines this is."),
+]
+MainProcessIpOption = Annotated[
+    str | None,
+    typer.Option("--main_process_ip", metavar="IP", help="Of machine 0, where there are several."),
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
@@ -60,6 +74,9 @@ def run(
     context: typer.Context,
     recipe: RecipeArgument,
     config_file: ConfigOption = None,
+    num_processes: NumProcessesOption = None,
+    machine_rank: MachineRankOption = None,
+    main_process_ip: MainProcessIpOption = None,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -73,15 +90,20 @@ def run(
         from hfsft.errors import RecipeError
 
         raise RecipeError(f"{recipe} has no stage; add a base, mid or sft section")
-    from hfsft.launch import launch_stage
+    from hfsft.launch import Processes, launch_stage
     from hfsft.run.record import finished_line, is_finished
 
+    processes = Processes(config_file, num_processes, machine_rank, main_process_ip)
+    alone = processes.machines() == 1
     for name, stage in checked.stages.items():
-        if not checked.restart and is_finished(checked, stage):
+        # of several machines one alone may see what is finished: its ranks tell the others
+        if alone and not checked.restart and is_finished(checked, stage):
             if not quiet:
                 print(finished_line(stage))
         else:
-            launch_stage(name, recipe, arguments, config_file)
+            launch_stage(name, recipe, arguments, processes)
+    if not processes.is_main_machine():
+        return  # machine 0 grades, and writes the report
     from hfsft.report.summary import print_summary, run_summary
 
     summary = run_summary(checked)
@@ -95,15 +117,15 @@ def run(
 
 
 def _stage(
-    name: str, context: typer.Context, recipe: str, config_file: str | None, quiet: bool
+    name: str, context: typer.Context, recipe: str, where: tuple[Any, ...], quiet: bool
 ) -> None:
     from hfsft.recipe.loading import load_recipe
 
     arguments = [*context.args, *(["--quiet"] if quiet else [])]
     load_recipe(recipe, *arguments, stage=name)
-    from hfsft.launch import launch_stage
+    from hfsft.launch import Processes, launch_stage
 
-    launch_stage(name, recipe, arguments, config_file)
+    launch_stage(name, recipe, arguments, Processes(*where))
 
 
 @app.command(context_settings=OVERRIDES)
@@ -111,10 +133,14 @@ def base(
     context: typer.Context,
     recipe: RecipeArgument,
     config_file: ConfigOption = None,
+    num_processes: NumProcessesOption = None,
+    machine_rank: MachineRankOption = None,
+    main_process_ip: MainProcessIpOption = None,
     quiet: QuietOption = False,
 ) -> None:
     """Train the base stage: language, from raw text."""
-    _stage("base", context, recipe, config_file, quiet)
+    where = (config_file, num_processes, machine_rank, main_process_ip)
+    _stage("base", context, recipe, where, quiet)
 
 
 @app.command(context_settings=OVERRIDES)
@@ -122,10 +148,14 @@ def mid(
     context: typer.Context,
     recipe: RecipeArgument,
     config_file: ConfigOption = None,
+    num_processes: NumProcessesOption = None,
+    machine_rank: MachineRankOption = None,
+    main_process_ip: MainProcessIpOption = None,
     quiet: QuietOption = False,
 ) -> None:
     """Train the mid stage: the conversation format and tasks."""
-    _stage("mid", context, recipe, config_file, quiet)
+    where = (config_file, num_processes, machine_rank, main_process_ip)
+    _stage("mid", context, recipe, where, quiet)
 
 
 @app.command(context_settings=OVERRIDES)
@@ -133,10 +163,14 @@ def sft(
     context: typer.Context,
     recipe: RecipeArgument,
     config_file: ConfigOption = None,
+    num_processes: NumProcessesOption = None,
+    machine_rank: MachineRankOption = None,
+    main_process_ip: MainProcessIpOption = None,
     quiet: QuietOption = False,
 ) -> None:
     """Train the SFT stage: the assistant's style, from conversations."""
-    _stage("sft", context, recipe, config_file, quiet)
+    where = (config_file, num_processes, machine_rank, main_process_ip)
+    _stage("sft", context, recipe, where, quiet)
 
 
 @app.command(context_settings=OVERRIDES)

@@ -4,7 +4,9 @@ import math
 import os
 from typing import Any
 
+import torch
 from accelerate import PartialState
+from accelerate.utils import DistributedType
 from transformers import TrainingArguments
 from trl import SFTConfig
 
@@ -14,6 +16,12 @@ from hfsft.model.loading import bf16_is_native
 from hfsft.recipe.checks import check_tokens_per_step
 from hfsft.recipe.schema import Stage
 from hfsft.train.schedule import scheduler_settings
+
+
+def trains_on_cpu(stage: Stage) -> bool:
+    """Whether a stage trains on the CPU: as asked for, or because nothing else is here."""
+    wanted = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+    return wanted or bool(stage.trainer.get("use_cpu")) or not torch.accelerator.is_available()
 
 
 def precision() -> dict[str, bool]:
@@ -59,6 +67,9 @@ def arguments(stage: Stage, train: Any, examples: int) -> TrainingArguments:
     else:
         settings |= {key: bool(settings.get(key)) for key in ("bf16", "fp16")}
     on_cpu = PartialState().device.type == "cpu"
+    use_cpu = on_cpu
+    if PartialState().distributed_type == DistributedType.DEEPSPEED and on_cpu:
+        use_cpu, settings["ddp_backend"] = False, "gloo"  # `use_cpu` would turn DeepSpeed off
     if not stage.validates:
         settings["eval_strategy"] = "no"
         settings.pop("eval_steps", None)
@@ -73,7 +84,7 @@ def arguments(stage: Stage, train: Any, examples: int) -> TrainingArguments:
             include_num_input_tokens_seen="non_padding",
             ignore_data_skip=isinstance(train, TextStream),  # a stream resumes from its own state
             logging_nan_inf_filter=False,  # it would log a NaN as the mean of earlier losses
-            **{"use_cpu": on_cpu, "dataloader_pin_memory": not on_cpu} | settings,
+            **{"use_cpu": use_cpu, "dataloader_pin_memory": not on_cpu} | settings,
         )
     except (ValueError, TypeError, ImportError) as error:
         raise RecipeError(f"{stage.name}: {' '.join(str(error).split())}") from None
