@@ -42,6 +42,9 @@ NumProcessesOption = Annotated[
         "--num_processes", metavar="N", min=1, help="Processes on all machines, one a GPU."
     ),
 ]
+NumMachinesOption = Annotated[
+    int | None, typer.Option("--num_machines", metavar="N", min=1, help="Machines of the run.")
+]
 MachineRankOption = Annotated[
     int | None,
     typer.Option("--machine_rank", metavar="N", min=0, help="Which of several machines this is."),
@@ -49,6 +52,9 @@ MachineRankOption = Annotated[
 MainProcessIpOption = Annotated[
     str | None,
     typer.Option("--main_process_ip", metavar="IP", help="Of machine 0, where there are several."),
+]
+MainProcessPortOption = Annotated[
+    int | None, typer.Option("--main_process_port", metavar="PORT", help="Free on machine 0.")
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -75,8 +81,10 @@ def run(
     recipe: RecipeArgument,
     config_file: ConfigOption = None,
     num_processes: NumProcessesOption = None,
+    num_machines: NumMachinesOption = None,
     machine_rank: MachineRankOption = None,
     main_process_ip: MainProcessIpOption = None,
+    main_process_port: MainProcessPortOption = None,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -93,7 +101,8 @@ def run(
     from hfsft.launch import Processes, launch_stage
     from hfsft.run.record import finished_line, is_finished
 
-    processes = Processes(config_file, num_processes, machine_rank, main_process_ip)
+    where = (num_machines, machine_rank, main_process_ip, main_process_port)
+    processes = Processes(config_file, num_processes, *where)
     alone = processes.machines() == 1
     for name, stage in checked.stages.items():
         # of several machines one alone may see what is finished: its ranks tell the others
@@ -134,13 +143,15 @@ def base(
     recipe: RecipeArgument,
     config_file: ConfigOption = None,
     num_processes: NumProcessesOption = None,
+    num_machines: NumMachinesOption = None,
     machine_rank: MachineRankOption = None,
     main_process_ip: MainProcessIpOption = None,
+    main_process_port: MainProcessPortOption = None,
     quiet: QuietOption = False,
 ) -> None:
     """Train the base stage: language, from raw text."""
-    where = (config_file, num_processes, machine_rank, main_process_ip)
-    _stage("base", context, recipe, where, quiet)
+    where = (num_machines, machine_rank, main_process_ip, main_process_port)
+    _stage("base", context, recipe, (config_file, num_processes, *where), quiet)
 
 
 @app.command(context_settings=OVERRIDES)
@@ -149,13 +160,15 @@ def mid(
     recipe: RecipeArgument,
     config_file: ConfigOption = None,
     num_processes: NumProcessesOption = None,
+    num_machines: NumMachinesOption = None,
     machine_rank: MachineRankOption = None,
     main_process_ip: MainProcessIpOption = None,
+    main_process_port: MainProcessPortOption = None,
     quiet: QuietOption = False,
 ) -> None:
     """Train the mid stage: the conversation format and tasks."""
-    where = (config_file, num_processes, machine_rank, main_process_ip)
-    _stage("mid", context, recipe, where, quiet)
+    where = (num_machines, machine_rank, main_process_ip, main_process_port)
+    _stage("mid", context, recipe, (config_file, num_processes, *where), quiet)
 
 
 @app.command(context_settings=OVERRIDES)
@@ -164,13 +177,15 @@ def sft(
     recipe: RecipeArgument,
     config_file: ConfigOption = None,
     num_processes: NumProcessesOption = None,
+    num_machines: NumMachinesOption = None,
     machine_rank: MachineRankOption = None,
     main_process_ip: MainProcessIpOption = None,
+    main_process_port: MainProcessPortOption = None,
     quiet: QuietOption = False,
 ) -> None:
     """Train the SFT stage: the assistant's style, from conversations."""
-    where = (config_file, num_processes, machine_rank, main_process_ip)
-    _stage("sft", context, recipe, where, quiet)
+    where = (num_machines, machine_rank, main_process_ip, main_process_port)
+    _stage("sft", context, recipe, (config_file, num_processes, *where), quiet)
 
 
 @app.command(context_settings=OVERRIDES)

@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,10 @@ class Processes:
 
     config_file: str | None = None  # an Accelerate config; None: the user's own, or one process
     num_processes: int | None = None  # on all machines
+    num_machines: int | None = None
     machine_rank: int | None = None
     main_process_ip: str | None = None
+    main_process_port: int | None = None
 
     def config(self) -> Any:
         """The Accelerate config, or None without one.
@@ -54,7 +56,7 @@ class Processes:
     def machines(self) -> int:
         """How many machines the command runs on."""
         config = self.config()
-        return 1 if config is None else getattr(config, "num_machines", None) or 1
+        return self.num_machines or getattr(config, "num_machines", None) or 1
 
     def is_main_machine(self) -> bool:
         """Whether this is the machine that keeps checkpoints and results."""
@@ -68,27 +70,23 @@ class Processes:
         Raises:
             RecipeError: if the config cannot start so many processes.
         """
-        config, count = self.config(), self.num_processes
+        config, given = self.config(), asdict(self)
+        del given["config_file"]
+        options = [f"--{key}={value}" for key, value in given.items() if value is not None]
         if config is None:
-            if count is None or count == 1:
-                return list(ONE_PROCESS)
-            return ["--multi_gpu", f"--num_processes={count}", *ONE_PROCESS[1:]]
-        options = []
+            several = (self.num_processes or 1) > 1 or self.machines() > 1
+            preset = [one for one in ONE_PROCESS if given.get(one[2:].partition("=")[0]) is None]
+            return ["--multi_gpu"] * several + preset + options
         if self.config_file is not None:
             options.append(f"--config_file={_find_config(self.config_file)}")
-        wanted = count or getattr(config, "num_processes", None) or 1
+        wanted = self.num_processes or getattr(config, "num_processes", None) or 1
         if config.distributed_type.value in ("NO", "MULTI_CPU") and wanted > 1:
             # Accelerate's launcher for the CPU would start one; torchrun starts them all, and each
             # finds the CPU by the variable
             options.append("--multi_gpu")
             if getattr(config, "use_cpu", False):
                 os.environ["ACCELERATE_USE_CPU"] = "true"
-        given = {
-            "num_processes": count,
-            "machine_rank": self.machine_rank,
-            "main_process_ip": self.main_process_ip,
-        }
-        return options + [f"--{key}={value}" for key, value in given.items() if value is not None]
+        return options
 
 
 def launch_stage(stage: str, recipe: str, arguments: list[str], processes: Processes) -> None:
