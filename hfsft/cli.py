@@ -218,6 +218,8 @@ def plan(
         str | None,
         typer.Option("--memory", metavar="SIZE", help="Plan for a CUDA card of this size: 8GB."),
     ] = None,
+    config_file: ConfigOption = None,
+    num_processes: NumProcessesOption = None,
     timed: Annotated[
         bool, typer.Option("--time", help="Time a few micro-batches of each stage on this device.")
     ] = False,
@@ -229,11 +231,14 @@ def plan(
 
     checked = load_recipe(recipe, *context.args)
     size = None if memory is None else size_in_bytes(memory, "--memory")
+    from hfsft.launch import Processes, planned_spread
     from hfsft.plan.choosing import plan_run
     from hfsft.plan.printing import print_plan
+    from hfsft.plan.spread import planned_for
     from hfsft.plan.timing import seconds_per_step
 
-    planned = plan_run(checked, size, seconds_per_step if timed else None)
+    with planned_for(planned_spread(Processes(config_file, num_processes))):
+        planned = plan_run(checked, size, seconds_per_step if timed else None)
     if as_json:
         print(json.dumps(planned, indent=1))
     else:

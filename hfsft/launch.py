@@ -89,6 +89,18 @@ class Processes:
         return options
 
 
+def planned_spread(processes: Processes) -> Any:
+    """The `Spread` over which `hfsft plan` plans."""
+    from hfsft.plan.spread import Spread
+
+    config = processes.config()
+    kind, count = "DDP", 1
+    if config is not None:
+        kind = {"FSDP": "FSDP2", "DEEPSPEED": "ZeRO-2"}.get(config.distributed_type.value, "DDP")
+        count = getattr(config, "num_processes", None) or 1
+    return Spread(processes.num_processes or count, kind)
+
+
 def launch_stage(stage: str, recipe: str, arguments: list[str], processes: Processes) -> None:
     """Run a stage in processes of its own, as Accelerate is configured.
 
@@ -114,6 +126,7 @@ def launch_stage(stage: str, recipe: str, arguments: list[str], processes: Proce
     # signals that are ignored, as SIGHUP is under nohup
     os.environ.setdefault("PET_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
     os.environ.setdefault("PET_SIGNALS_TO_HANDLE", ",".join(number.name for number in handled))
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of a store whose launcher is gone
     logging.disable(logging.ERROR)  # the stage's processes print their own errors
     received: list[int] = []
     before = {number: signal.signal(number, _forwarder(received)) for number in handled}

@@ -222,6 +222,11 @@ def require_fit(
 # --- a run's plan ---
 
 
+def _rate(plan: Plan) -> float:
+    """FLOP/s that a step is assumed to reach on one device."""
+    return UTILISATION * matmul_rate(plan.device, plan.precision)
+
+
 def plan_run(
     recipe: Recipe,
     memory: int | None = None,
@@ -252,9 +257,12 @@ def plan_run(
         other = with_settings(stage, gradient_checkpointing=not plan.checkpointing)
         stages[name] = plan.as_data() | {
             "peak_with_checkpointing_changed": plan_stage(recipe, other, limit, device).peak,
-            "seconds_per_step": time_step(recipe, stage)
-            if time_step is not None
-            else plan.flops_per_step / (UTILISATION * matmul_rate(plan.device, plan.precision)),
+            "seconds_per_step": plan.seconds_sent
+            + (
+                time_step(recipe, stage)
+                if time_step is not None
+                else plan.flops_per_step / plan.processes / _rate(plan)
+            ),
             "timed": time_step is not None,
             "auto": why,
             "nearest": [

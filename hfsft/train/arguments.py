@@ -84,7 +84,12 @@ def arguments(stage: Stage, train: Any, examples: int) -> TrainingArguments:
             include_num_input_tokens_seen="non_padding",
             ignore_data_skip=isinstance(train, TextStream),  # a stream resumes from its own state
             logging_nan_inf_filter=False,  # it would log a NaN as the mean of earlier losses
-            **{"use_cpu": use_cpu, "dataloader_pin_memory": not on_cpu} | settings,
+            **{
+                "use_cpu": use_cpu,
+                "dataloader_pin_memory": not on_cpu,
+                "log_level_replica": "error",  # they would warn where rank 0 does not
+            }
+            | settings,
         )
     except (ValueError, TypeError, ImportError) as error:
         raise RecipeError(f"{stage.name}: {' '.join(str(error).split())}") from None
