@@ -114,6 +114,26 @@ def require_layout(stage: Stage, cpu: bool) -> Layout:
     return layout
 
 
+def require_shardable(stage: Stage) -> None:
+    """Check that the optimizer works on sharded weights, where FSDP was asked for.
+
+    Args:
+        stage: with a value for every `auto`.
+
+    Raises:
+        RecipeError: for bitsandbytes' optimizers, which fail on a DTensor in the first step.
+    """
+    optim = str(stage.trainer.get("optim", ""))
+    ours = optim.startswith("adamw_torch") or not any(
+        word in optim for word in ("bnb", "8bit", "paged")
+    )
+    if asks_for_sharding() and not uses_deepspeed() and not ours:
+        raise RecipeError(
+            f"{stage.name}.optim: {optim} is of bitsandbytes, which FSDP2 cannot shard\n"
+            "  --optim adamw_torch_fused does, and adamw_torch_8bit in 8 bits (torchao)"
+        )
+
+
 def _deepspeed_is_missing(stage: Stage) -> RecipeError:
     return RecipeError(
         f"{stage.name}: DeepSpeed was asked for and is not installed\n"

@@ -35,7 +35,7 @@ from hfsft.train.agreement import agree_on_run, receive_start
 from hfsft.train.arguments import precision, trains_on_cpu
 from hfsft.train.extending import extend, finish_extending
 from hfsft.train.folder import lock_stage, move_aside
-from hfsft.train.layout import require_layout, uses_deepspeed
+from hfsft.train.layout import require_layout, require_shardable, uses_deepspeed
 from hfsft.train.ranks import watch_ranks
 
 
@@ -57,7 +57,9 @@ def open_stage(recipe: Recipe, stage: Stage) -> Stage | None:
         return None
     receive_start(recipe, stage)
     chosen = resume_or_extend(recipe, stage)
-    return from_main(lambda: with_plan(recipe, stage, chosen), "plans", stage.quiet)
+    stage = from_main(lambda: with_plan(recipe, stage, chosen), "plans", stage.quiet)
+    require_shardable(stage)
+    return stage
 
 
 # --- device ---
