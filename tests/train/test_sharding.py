@@ -157,9 +157,9 @@ def test_another_layout_is_refused_in_two_lines(folder):
     (sharded / "stage.json").write_text(
         json.dumps(json.loads((sharded / "stage.json").read_text()) | {"status": "interrupted"})
     )
+    command = [sys.executable, "-m", "hfsft.sft", "r.yaml", "--name", "fsdp2-sft", *OPTIM]
     done = subprocess.run(
-        [sys.executable, "-m", "hfsft.sft", "r.yaml", "--name", "fsdp2-sft", *OPTIM]
-        + list(STAGES["sft"][1]),
+        [*command, *STAGES["sft"][1]],
         cwd=folder,
         capture_output=True,
         text=True,
