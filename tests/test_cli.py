@@ -155,14 +155,17 @@ def test_accelerate_configs_are_read(config):
     assert read.use_cpu is (config == "cpu")
 
 
-def test_cpu_config_launches(folder):
+@pytest.mark.parametrize("config", ["cpu", pytest.param("single_gpu", marks=pytest.mark.slow)])
+def test_a_config_of_one_process_launches(folder, config):
+    """The others are launched in tests/train/test_machines.py and test_sharding.py."""
     done = call(
-        *(str(BIN / "hfsft"), "sft", "tiny.yaml", "--config_file", "cpu"),
-        *("--name", "cpu", "--max_steps", "1", "--quiet"),
+        *(str(BIN / "hfsft"), "sft", "tiny.yaml", "--config_file", config),
+        *("--name", config, "--max_steps", "1", "--quiet"),
         cwd=folder,
+        ACCELERATE_USE_CPU="true",
     )
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
-    record = json.loads((folder / "runs/cpu/sft/stage.json").read_text())
+    record = json.loads((folder / f"runs/{config}/sft/stage.json").read_text())
     assert record["precision"] == "fp32" and record["device"].startswith("cpu")
 
 

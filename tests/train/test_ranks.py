@@ -36,6 +36,8 @@ from torch.distributed import TCPStore
 from hfsft.train import ranks
 rank, port, ranks.SILENT = map(int, sys.argv[1:])
 store = TCPStore("127.0.0.1", port, is_master=False)
+store.set(f"ready {rank}", "")
+store.wait(["ready 0", "ready 1"])
 ranks.machine = lambda: 0
 ranks.Watchdog(Path("checkpoints"), store.clone(), rank, 2).start()
 print("watches", flush=True)
