@@ -65,7 +65,8 @@ class Watchdog:
         self.launcher = os.getppid()
         self.sending, self.ending, self.over = threading.Lock(), threading.Lock(), threading.Event()
         me = {"pid": os.getpid(), "host": platform.node(), "machine": self.machine}
-        self.store.set(f"process {rank}", json.dumps(me | {"began": _proc(os.getpid())[1]}))
+        self.identities[rank] = me | {"began": _proc(os.getpid())[1]}
+        self.store.set(f"process {rank}", json.dumps(self.identities[rank]))
         if rank and self.store.check(["process 0"]):
             self._read_identity(0)
 
@@ -119,11 +120,11 @@ class Watchdog:
 
     def _holder(self) -> str:
         """Who holds the store, for a message."""
-        host = self.identities.get(0, {"host": "an unknown host"})["host"]
-        what = f"rank 0 (process {self.identities[0]['pid']})" if 0 in self.identities else "rank 0"
+        first = self.identities.get(0, {"pid": "unknown", "host": "an unknown host"})
+        what = f"rank 0 (process {first['pid']})"
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             what = "the launcher of machine 0"
-        return f"{what} on {host}"
+        return f"{what} on {first['host']}"
 
     def _handle_lost_store(self) -> None:
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
