@@ -11,6 +11,7 @@ Peak memory is the process's (ru_maxrss), on CUDA the allocator's; there the car
 """
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -122,9 +124,15 @@ def text_rows(tokenizer: Any, steps: int) -> Any:
 
 
 def run(
-    variant: str, model_type: str, data: str | None, folder: str, steps: int, base: bool
+    variant: str,
+    make: Callable[[int], Any],
+    data: str | None,
+    folder: str,
+    steps: int,
+    base: bool = False,
+    **settings: Any,
 ) -> dict:
-    """Train with one variant, and measure it."""
+    """Train with one variant, and measure it; `make` builds the model for a vocabulary's size."""
     import datasets
     import torch
     import transformers
@@ -137,7 +145,7 @@ def run(
     examples = EXAMPLES
     if base:
         rows, examples = text_rows(tokenizer, steps), BASE_ROWS
-    model = build(model_type, len(tokenizer))
+    model = make(len(tokenizer))
     idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     clock = Clock(device)
@@ -156,7 +164,7 @@ def run(
     if variant == "bare":
         losses = bare_loop(model, rows, tokenizer, device, clock, examples)
     else:
-        trainer, packed = trainer_of(variant, model, rows, tokenizer, folder, steps)
+        trainer, packed = trainer_of(variant, model, rows, tokenizer, folder, steps, **settings)
         tokens = packed or tokens
         trainer.add_callback(Tick())
         trainer.train()
@@ -214,7 +222,13 @@ def bare_loop(
 
 
 def trainer_of(
-    variant: str, model: Any, rows: Any, tokenizer: Any, folder: str, steps: int
+    variant: str,
+    model: Any,
+    rows: Any,
+    tokenizer: Any,
+    folder: str,
+    steps: int,
+    **changes: Any,
 ) -> tuple[Any, list[int] | None]:
     """The trainer of a variant; if rows are packed ahead of time, also each step's tokens."""
     import torch
@@ -232,7 +246,7 @@ def trainer_of(
         "per_device_train_batch_size": ROWS,
         "gradient_checkpointing": False,
         "report_to": "none",
-    }
+    } | changes
     if variant == "hfsft":
         return hfsft_trainer(model, rows, tokenizer, folder, steps, settings), None
     accumulation, packed = EXAMPLES // ROWS, None
@@ -250,6 +264,7 @@ def trainer_of(
         gradient_accumulation_steps=accumulation,
         max_length=LENGTH,
         packing=variant == "packing",
+        padding_free=variant == "padding_free",  # gpu.py: needs flash attention
         pad_to_multiple_of=LENGTH if variant == "padded" else None,
         dataset_kwargs={"skip_prepare_dataset": True},
         train_sampling_strategy="sequential",
@@ -339,9 +354,8 @@ def main() -> None:
         if torch.cuda.is_available():
             total = torch.cuda.get_device_properties(0).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, given.memory * 1e9 / total))
-        found = run(
-            given.child, given.model_type, given.data, given.folder, given.steps, given.base
-        )
+        make = functools.partial(build, given.model_type)
+        found = run(given.child, make, given.data, given.folder, given.steps, given.base)
         print(json.dumps(found))
         return
     variants = BASE_VARIANTS if given.base else VARIANTS

@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 
 from hfsft import __version__
+from hfsft.documents.command import make_data
 from hfsft.errors import printable
 from hfsft.process import run_main
 
@@ -210,6 +211,9 @@ def data(
         print_preview(seen)
 
 
+app.command("make-data")(make_data)
+
+
 @app.command(context_settings=OVERRIDES)
 def plan(
     context: typer.Context,
@@ -223,6 +227,10 @@ def plan(
     timed: Annotated[
         bool, typer.Option("--time", help="Time a few micro-batches of each stage on this device.")
     ] = False,
+    largest: Annotated[
+        bool,
+        typer.Option("--largest", help="Instead: the largest model that fits --memory, by method."),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show the memory, time and disk that each stage needs, and whether it fits."""
@@ -231,6 +239,9 @@ def plan(
 
     checked = load_recipe(recipe, *context.args)
     size = None if memory is None else size_in_bytes(memory, "--memory")
+    if largest:
+        _print_largest(checked, size, as_json)
+        return
     from hfsft.launch import Processes, planned_spread
     from hfsft.plan.choosing import plan_run
     from hfsft.plan.printing import print_plan
@@ -243,6 +254,22 @@ def plan(
         print(json.dumps(planned, indent=1))
     else:
         print_plan(planned)
+
+
+def _print_largest(recipe: Any, memory: int | None, as_json: bool) -> None:
+    """Print what `hfsft plan --largest` found."""
+    from hfsft.errors import RecipeError
+
+    if memory is None:
+        raise RecipeError("--largest needs a size: --memory 8GB")
+    from hfsft.plan.largest import largest_models
+    from hfsft.plan.printing import print_largest
+
+    found = largest_models(recipe, memory)
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        print_largest(found)
 
 
 @app.command()
@@ -298,17 +325,60 @@ def push(
     private: Annotated[
         bool | None, typer.Option("--private", help="Make a new repository private.")
     ] = None,
+    gguf: Annotated[
+        bool, typer.Option("--gguf", help="Also push the GGUF files of hfsft export.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Push a finished model to the Hub, or resume a push; uploaded files are not sent again."""
     from hfsft.hub.push import push_run
 
-    pushes = push_run(folder, repo, revision, private)
+    pushes = push_run(folder, repo, revision, private, gguf)
     if as_json:
         print(json.dumps([{"folder": str(push.folder), "url": push.url} for push in pushes]))
     else:
         for push in pushes:
             print(push)
+
+
+@app.command()
+def export(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="A run's or a model's folder, or a Hub id."),
+    ],
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to",
+            metavar="FORMAT",
+            help="gguf: for llama.cpp. ollama: the same and a Modelfile. qwen3: a folder for vLLM, "
+            "SGLang, MLX and CTranslate2, of a nanochat model.",
+        ),
+    ],
+    types: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--type",
+            metavar="TYPE,...",
+            help="f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0; by default q8_0 and f16. Of qwen3 "
+            "f32 (the default) or bf16.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder to write to; by default gguf/ or qwen3/ in MODEL."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Export a model for llama.cpp, Ollama, vLLM and others, proved against the original."""
+    from hfsft.export.export import export_model
+
+    kinds = [kind for given in types or () for kind in given.split(",") if kind]
+    say = (lambda line: None) if as_json else (lambda line: print(printable(line), flush=True))
+    proofs = export_model(model, to, kinds, out, say)
+    if as_json:
+        print(json.dumps(proofs, ensure_ascii=False, indent=1))
 
 
 @app.command("eval")
@@ -349,6 +419,9 @@ def evaluate_models(
         bool,
         typer.Option("--allow_code", help="Let humaneval run programs the model writes."),
     ] = False,
+    show: Annotated[
+        int, typer.Option("--show", min=0, help="Print this many wrong answers of each task.")
+    ] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Evaluate models on benchmarks; answers that are already on disk are reused."""
@@ -361,6 +434,7 @@ def evaluate_models(
         data or [],
         out,
         as_json,
+        show,
         rows=rows,
         seed=seed,
         batch_size=batch_size,
@@ -405,6 +479,72 @@ def chat(
         for segment in session.stream(prompt):
             print(printable(segment), end="", flush=True)
         print()
+
+
+@app.command()
+def serve(
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL [MODEL]", help="Folders or Hub ids; two are compared."),
+    ],
+    host: Annotated[
+        str, typer.Option("--host", help="Address to listen at; any but this machine needs a key.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="Port; 0 picks a free one.")
+    ] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option("--api_key", metavar="KEY", help="Key that clients must send.")
+    ] = None,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option("--api_key_file", help="A file with the key; or set HFSFT_API_KEY."),
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option("--allow_host", metavar="NAME", help="Another name of this server."),
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option("--allow_origin", metavar="URL", help="A web page that may use the endpoint."),
+    ] = None,
+    max_batch: Annotated[
+        int, typer.Option("--max_batch", min=1, help="Answers generated together.")
+    ] = 16,
+    max_queue: Annotated[
+        int, typer.Option("--max_queue", min=0, help="Answers that may wait beyond those.")
+    ] = 1024,
+) -> None:
+    """Serve a model: a web page to talk to it, and an OpenAI-compatible endpoint."""
+    from hfsft.serve.server import serve as serve_models
+
+    serve_models(
+        models,
+        host,
+        port,
+        api_key,
+        api_key_file,
+        tuple(allow_host or ()),
+        tuple(allow_origin or ()),
+        max_batch,
+        max_queue,
+    )
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """Check whether what hfsft builds on works on this machine; its output belongs in a report."""
+    from hfsft.doctor.examine import examine
+    from hfsft.doctor.printing import print_finding, print_machine
+
+    if as_json:
+        found = examine()
+        print(json.dumps(found, indent=1))
+    else:
+        print_machine()
+        found = examine(print_finding)
+    if not found["passed"]:
+        raise typer.Exit(2)
 
 
 def main() -> None:

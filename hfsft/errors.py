@@ -60,6 +60,10 @@ class DiskShortage(HfsftError):
     """A disk that is full or not writable."""
 
 
+class ServingError(HfsftError):
+    """A server that cannot start: its port is in use, or it would be open to anyone."""
+
+
 class TrainingError(HfsftError):
     """A training run that failed, such as by losses that are NaN."""
 

@@ -9,7 +9,10 @@ from collections.abc import Callable
 
 from hfsft.errors import HfsftError, printable
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# Windows has no SIGHUP
+STOPPING = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+)
 
 
 PATIENCE = 5.0  # seconds that a process gets to handle a signal, and again to exit
@@ -63,6 +66,7 @@ def run_main(main: Callable[..., None], *argv: str) -> None:
         _leave(error, str(error), error.code)
     except Exception as error:
         before_leaving(error)
+        error.add_note("`hfsft doctor` checks what hfsft builds on; its output belongs in a report")
         raise
 
 
@@ -97,10 +101,12 @@ def _install_handlers() -> None:
                 os._exit(error.code)
 
     reading, writing = os.pipe()
-    os.set_blocking(writing, False)
+    if hasattr(os, "set_blocking"):  # not on Windows before Python 3.12
+        os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    # a signal to a forked child must not wake this process's thread
-    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+    if hasattr(os, "register_at_fork"):
+        # a signal to a forked child must not wake this process's thread
+        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
     for number in unignored():
         signal.signal(number, stop)
     threading.Thread(target=watch, name="hfsft-signals", daemon=True).start()

@@ -27,6 +27,12 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_configure(config):
+    """Hide a GPU from the tests that assert figures of the CPU; `make test-gpu` shows it."""
+    if config.getoption("-m") != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(autouse=True)
 def signals_as_before(monkeypatch):
     """Puts back what a command that ends leaves as it is: it ends with its process elsewhere."""

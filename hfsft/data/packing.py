@@ -163,42 +163,45 @@ class StepCollator:
             rows first. `position_ids` start at 0 in each document, and so in the padding. If the
             examples have a `number` (validation), `numbers` has that of each token's example.
         """
-        documents = [_document(example) for example in examples]
-        capacity = self.max_length or max(len(ids) for ids, _, _ in documents)
+        lengths = [len(example["input_ids"]) for example in examples]
+        capacity = self.max_length or max(lengths)
         if self.alone or "position_ids" in examples[0] or "labels" not in examples[0]:
-            bins = [[item] for item in range(len(documents))]
+            bins = [[item] for item in range(len(examples))]
         else:
-            bins = tightest_fit([len(ids) for ids, _, _ in documents], capacity)
-        bins.sort(key=lambda items: -sum(len(documents[item][0]) for item in items))
-        rows = [
-            tuple([token for item in items for token in documents[item][part]] for part in range(3))
-            for items in bins
-        ]
-        shape = (len(rows), capacity)
+            bins = tightest_fit(lengths, capacity)
+        bins.sort(key=lambda items: -sum(lengths[item] for item in items))
+        shape = (len(bins), capacity)
         batch = {
             "input_ids": torch.full(shape, self.pad_token_id),
             "labels": torch.full(shape, IGNORED),
             "position_ids": torch.zeros(shape, dtype=torch.int64),
         }
-        for index, row in enumerate(rows):
-            length = len(row[0])
-            for tensor, values in zip(batch.values(), row, strict=True):
-                tensor[index, :length] = torch.tensor(values)
-            batch["position_ids"][index, length:] = torch.arange(capacity - length)
         if "number" in examples[0]:
             batch["numbers"] = torch.zeros(shape, dtype=torch.int64)
-            for index, items in enumerate(bins):
-                numbers = [examples[item]["number"] for item in items for _ in documents[item][0]]
-                batch["numbers"][index, : len(numbers)] = torch.tensor(numbers)
+        for row, items in enumerate(bins):
+            end = 0
+            for item in items:
+                start, end = end, end + lengths[item]
+                _place(
+                    {name: values[row, start:end] for name, values in batch.items()}, examples[item]
+                )
+            batch["position_ids"][row, end:] = torch.arange(capacity - end)
         return batch
 
 
-def _document(example: dict[str, list[int]]) -> tuple[list[int], list[int], Any]:
-    """An example's token ids, labels and position ids."""
-    ids = example["input_ids"]
-    labels = example.get("labels", ids)
-    # its first token would be predicted from the previous document
-    return ids, [IGNORED, *labels[1:]], example.get("position_ids", range(len(ids)))
+def _place(slots: dict[str, torch.Tensor], example: dict[str, Any]) -> None:
+    """Write an example into its slice of a row."""
+    ids = torch.tensor(example["input_ids"])
+    labels = torch.tensor(example["labels"]) if "labels" in example else ids
+    slots["input_ids"].copy_(ids)
+    # the first token would be predicted from the previous document
+    slots["labels"][1:].copy_(labels[1:])
+    positions = example.get("position_ids")
+    slots["position_ids"].copy_(
+        torch.arange(len(ids)) if positions is None else torch.tensor(positions)
+    )
+    if "numbers" in slots:
+        slots["numbers"].fill_(example["number"])
 
 
 def micro_batches(step: dict[str, torch.Tensor], rows: int) -> list[dict[str, torch.Tensor]]:
@@ -266,4 +269,20 @@ def model_inputs(part: dict[str, torch.Tensor]) -> dict[str, Any]:
         "cu_seq_lens_k": ends,
         "max_length_q": longest,
         "max_length_k": longest,
+    }
+
+
+def on_device(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Inputs on their device, copied to a GPU without waiting for it.
+
+    Args:
+        inputs: tensors on the CPU; other values stay as they are.
+        device: where the model is.
+    """
+    if device.type != "cuda":
+        return {k: v.to(device) if torch.is_tensor(v) else v for k, v in inputs.items()}
+    # a copy from pageable memory would synchronise: seven times a micro-batch
+    return {
+        name: value.pin_memory().to(device, non_blocking=True) if torch.is_tensor(value) else value
+        for name, value in inputs.items()
     }

@@ -14,6 +14,9 @@ import subprocess
 import sys
 import tempfile
 from functools import cache
+from importlib.util import find_spec
+
+from hfsft.errors import HfsftError
 
 SECONDS = 5  # of CPU time; a sleeping program is killed after three times as many
 
@@ -91,8 +94,11 @@ def succeeds(program: str, seconds: int = SECONDS) -> bool:
         seconds: of CPU time.
 
     Raises:
+        HfsftError: on Windows, which has no such limits.
         OSError: if no process can be started.
     """
+    if find_spec("resource") is None:
+        raise HfsftError("a model's programs run within limits that Windows lacks; use WSL")
     ending = secrets.token_hex(16)
     limits = f"SECONDS, MEMORY = {seconds}, {MEMORY}\n"
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as result:

@@ -4,6 +4,8 @@ A mask grows with the square of the row, and most of it is masked out. Both impl
 registered with transformers.AttentionInterface, which builds no mask for them.
 """
 
+import inspect
+from functools import cache
 from typing import Any
 
 import torch
@@ -88,6 +90,8 @@ def varlen_attention(
     from torch.nn.attention.varlen import varlen_attn
 
     rows, heads, length, _ = query.shape
+    # torch 2.11 groups heads without being told, and has no argument for it
+    grouped = {"enable_gqa": True} if _takes_gqa() and key.shape[1] != heads else {}
     half = (
         query.dtype if query.dtype != torch.float32 else torch.get_autocast_dtype(query.device.type)
     )
@@ -100,9 +104,16 @@ def varlen_attention(
         max_length_q,
         scale=scaling,
         window_size=(-1, 0),
-        enable_gqa=key.shape[1] != heads,
+        **grouped,
     )
     return out.reshape(rows, length, heads, -1), None
+
+
+@cache
+def _takes_gqa() -> bool:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 AttentionInterface.register(DOCUMENTS, document_attention)

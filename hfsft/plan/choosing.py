@@ -1,31 +1,32 @@
 """Settings that fit: what `auto` becomes, and what to change where a stage does not fit."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from hfsft.errors import MemoryShortage
+from hfsft.errors import MemoryShortage, RecipeError
+from hfsft.model.optimizer import FOR_BFLOAT16, INSTALL, missing_package
+from hfsft.plan.horizon import with_horizon
 from hfsft.plan.plan import (
-    UTILISATION,
     Plan,
+    estimated_seconds,
     examples_per_rank,
     gigabytes,
     has_gpu,
     limit_of,
-    matmul_rate,
     plan_stage,
-    row_length,
 )
 from hfsft.plan.step_memory import KINDS
 from hfsft.recipe.key import AUTO
 from hfsft.recipe.names import RENAMED
 from hfsft.recipe.schema import STAGE_FIELDS, Recipe, Stage
 
-BUSY_TOKENS = 4096  # assumed: a smaller micro-batch is bound by kernel launches, not arithmetic
 MARGIN = 0.95  # the share of the limit that `auto` plans for: a plan is off by a few percent
-# from most to least GPU memory per parameter
+# from most to least GPU memory per parameter; for weights in bfloat16 there are others
 OPTIMIZERS = ("adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_8bit")
+WORTH = 0.95  # of the time: settings that save memory must be faster by this to be chosen
 LORA = {"r": 16}  # what is proposed
 
 
@@ -62,20 +63,26 @@ def nearest_settings(
     now = plan({})
     halves = [now.length >> by for by in range(6, 0, -1) if now.length >> by >= 64]
     lengths = list(range(64, now.length, 64)) if stage.name == "sft" else halves
-    smaller = [{"optim": optim} for optim in _smaller_optimizers(now)]
+    smaller, low_bit = _smaller_optimizers(stage, now)
     checkpointing = [] if now.checkpointing else [{"gradient_checkpointing": True}]
     adapter = [{"lora": LORA}] if stage.name != "base" and stage.lora is None else []
     rows = list(range(1, now.rows)) if _may_cut_rows(stage) else []
-    alone = [*largest("per_device_train_batch_size", rows), *checkpointing, *smaller, *adapter]
-    found = [(changes, plan(changes)) for changes in [*alone, *largest("max_length", lengths)]]
+    alone = [*largest("per_device_train_batch_size", rows), *checkpointing, *smaller, *low_bit]
+    alone += [*adapter, *largest("max_length", lengths)]
+    found = [(changes, plan(changes)) for changes in alone]
     found = [(changes, its_plan) for changes, its_plan in found if its_plan.fits]
     if found:
         return found
     together: dict[str, Any] = {}
-    for changes in [{"per_device_train_batch_size": 1}] * bool(rows) + alone:
+    for changes in [{"per_device_train_batch_size": 1}] * bool(rows) + checkpointing + smaller:
         together |= changes
         if (its_plan := plan(together)).fits:
             return [(together, its_plan)]
+    for changes in low_bit + adapter:
+        if (its_plan := plan(together | changes)).fits:
+            return [(together | changes, its_plan)]
+    for changes in adapter:
+        together |= changes
     best = _largest(lengths, lambda length: plan(together | {"max_length": length}).fits)
     if best is None:
         return []
@@ -83,9 +90,26 @@ def nearest_settings(
     return [(together, plan(together))]
 
 
-def _smaller_optimizers(plan: Plan) -> tuple[str, ...]:
-    after = OPTIMIZERS.index(plan.optim) + 1 if plan.optim in OPTIMIZERS else 1
-    return OPTIMIZERS[after:] if plan.device == "cuda" else OPTIMIZERS[after:2]
+def _smaller_optimizers(stage: Stage, plan: Plan) -> tuple[list[dict[str, Any]], ...]:
+    """Settings with an optimizer that takes less memory: with these weights, and in bfloat16."""
+    same = optimizers(stage, plan.device)
+    after = same.index(plan.optim) + 1 if plan.optim in same else 1
+    low_bit = []
+    if stage.name != "base" and stage.lora is None and not in_bfloat16(stage):
+        low_bit = [{"dtype": "bfloat16", "optim": optim} for optim in FOR_BFLOAT16]
+    return [{"optim": optim} for optim in same[after:]], low_bit
+
+
+def in_bfloat16(stage: Stage) -> bool:
+    """Whether a stage keeps its weights in bfloat16, without a master copy in float32."""
+    return stage.dtype == "bfloat16" and stage.lora is None
+
+
+def optimizers(stage: Stage, device: str) -> tuple[str, ...]:
+    """The optimizers that fit a stage's weights, from most to least memory per parameter."""
+    if in_bfloat16(stage):
+        return FOR_BFLOAT16
+    return OPTIMIZERS if device == "cuda" else OPTIMIZERS[:2]
 
 
 def _may_cut_rows(stage: Stage) -> bool:
@@ -110,11 +134,11 @@ def choose(
     limit_bytes: int | None = None,
     device_type: str | None = None,
 ) -> tuple[Stage, str]:
-    """Choose a stage's `auto` values: the largest micro-batch and the fastest settings that fit.
+    """Choose a stage's `auto` values: those with the least estimated time of all that fit.
 
-    Memory is saved first where it costs no time: 8-bit optimizer states, then activation
-    checkpointing, and only then micro-batches below `BUSY_TOKENS`. The step's examples, and so its
-    result, do not change.
+    For each optimizer, with and without activation checkpointing, the largest micro-batch that fits
+    is planned. A small model on a fast card is bound by kernel launches, and recomputing layers
+    pays there if it allows fewer micro-batches. The step's examples, and so its result, stay.
 
     Args:
         recipe: all arguments are those of `plan_stage`.
@@ -122,6 +146,9 @@ def choose(
     Returns:
         The stage with the values, and a sentence of what was chosen and why; "" if nothing was
         `auto`.
+
+    Raises:
+        RecipeError: if no optimizer for weights in bfloat16 is installed.
     """
     keys = ("per_device_train_batch_size", "activation_checkpointing", "optim")
     if AUTO not in [stage.trainer.get(key) for key in keys]:
@@ -129,7 +156,13 @@ def choose(
     given_rows, given_checkpointing, given_optim = (stage.trainer.get(key) for key in keys)
     device = device_type or ("cuda" if has_gpu(stage) else "cpu")
     limit = limit_of(stage, device) if limit_bytes is None else limit_bytes
-    optims = OPTIMIZERS if device == "cuda" else OPTIMIZERS[:2]
+    optims = optimizers(stage, device)
+    if given_optim == AUTO and in_bfloat16(stage):
+        optims = tuple(optim for optim in optims if missing_package(optim) is None)
+        if not optims:
+            raise RecipeError(
+                f"{stage.name}.optim: auto with dtype: bfloat16 needs torchao: {INSTALL['torchao']}"
+            )
     settings = [
         {"activation_checkpointing": checkpointing, "optim": optim}
         for checkpointing in ((False, True) if given_checkpointing == AUTO else (None,))
@@ -146,36 +179,34 @@ def choose(
         changed = with_settings(stage, per_device_train_batch_size=count, **item)
         return plan_stage(recipe, changed, limit and int(limit * MARGIN), device)
 
-    enough = min(rows[-1], -(-BUSY_TOKENS // row_length(recipe, stage)))
-    enough = rows[0] if given_rows != AUTO else enough
-    chosen = next((item for item in settings if plan(item, enough).fits), settings[-1])
-    best = _largest(rows, lambda count: plan(chosen, count).fits) or rows[0]
-    its_plan = plan(chosen, best)
+    fitting = [_largest(rows, lambda n, item=item: plan(item, n).fits) for item in settings]
+    chosen, best = settings[-1], rows[0]  # where nothing fits, and the plan refuses it
+    fastest = math.inf
+    for item, count in zip(settings, fitting, strict=True):
+        if count is None:
+            continue
+        seconds = estimated_seconds(plan(item, count), stage.lora is not None)
+        if seconds < WORTH * fastest:
+            chosen, best, fastest = item, count, seconds
     values = {"per_device_train_batch_size": best} if given_rows == AUTO else {}
     values |= chosen
-    why = f"{stage.name}: auto chose {as_flags(values)}, planned at {gigabytes(its_plan.peak)}"
+    peak = plan(chosen, best).peak
+    why = f"{stage.name}: auto chose {as_flags(values)}, planned at {gigabytes(peak)}"
     if limit is not None:
         why += f" of {gigabytes(limit)}"
-    refused = _refused(plan, settings, chosen, best, rows, enough)
-    return with_settings(stage, per_device_train_batch_size=best, **chosen), why + refused
+    if chosen != settings[0]:
+        why += f"; with {as_flags(settings[0])} {_rows(fitting[0])}"
+    elif best < rows[-1]:
+        why += f"; {best + 1} rows would take {gigabytes(plan(chosen, best + 1).peak)}"
+    elif len(rows) > 1:
+        why += "; it is the whole step at once"
+    return with_settings(stage, per_device_train_batch_size=best, **chosen), why
 
 
-def _refused(
-    plan: Callable[[dict[str, Any], int], Plan],
-    settings: list[dict[str, Any]],
-    chosen: dict[str, Any],
-    best: int,
-    rows: list[int],
-    enough: int,
-) -> str:
-    """The end of a sentence: the faster or larger choice that would not fit."""
-    before = settings.index(chosen) - 1
-    if before >= 0:
-        peak = plan(settings[before], enough).peak
-        return f"; {as_flags(settings[before])} would take {gigabytes(peak)}"
-    if best < rows[-1]:
-        return f"; {best + 1} rows would take {gigabytes(plan(chosen, best + 1).peak)}"
-    return "; it is the whole step at once" if len(rows) > 1 else ""
+def _rows(count: int | None) -> str:
+    if count is None:
+        return "not one row fits"
+    return "1 row fits" if count == 1 else f"{count} rows fit"
 
 
 def as_flags(changes: dict[str, Any]) -> str:
@@ -222,11 +253,6 @@ def require_fit(
 # --- a run's plan ---
 
 
-def _rate(plan: Plan) -> float:
-    """FLOP/s that a step is assumed to reach on one device."""
-    return UTILISATION * matmul_rate(plan.device, plan.precision)
-
-
 def plan_run(
     recipe: Recipe,
     memory: int | None = None,
@@ -247,7 +273,8 @@ def plan_run(
         RecipeError, ModelError: as the stages themselves would.
     """
     stages = {}
-    for name, stage in recipe.stages.items():
+    for name, given in recipe.stages.items():
+        stage = with_horizon(recipe, given)
         device, limit = None if memory is None else "cuda", memory
         if memory is not None and stage.memory_limit is not None:
             limit = min(memory, stage.memory_limit_bytes)
@@ -261,7 +288,7 @@ def plan_run(
             + (
                 time_step(recipe, stage)
                 if time_step is not None
-                else plan.flops_per_step / plan.processes / _rate(plan)
+                else estimated_seconds(plan, stage.lora is not None)
             ),
             "timed": time_step is not None,
             "auto": why,

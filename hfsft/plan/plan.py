@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from transformers import AttentionInterface, AutoConfig
 
@@ -29,8 +30,10 @@ from hfsft.plan.step_memory import (
 from hfsft.recipe.checks import check_tokens_per_step
 from hfsft.recipe.schema import Recipe, Stage
 
-# assumed, not measured: CUDA context, kernels, cuBLAS workspaces and fragmentation
-CUDA_OVERHEAD = 600 * 2**20
+# measured on an H100, torch 2.11, CUDA 13.0: the context and loaded kernels, outside torch's
+# allocator, and two workspaces of cuBLAS, for the forward and the backward thread, within it
+CUDA_CONTEXT = 760 * 2**20
+CUDA_OVERHEAD = CUDA_CONTEXT + 64 * 2**20
 
 
 # measured: resident memory after importing torch, transformers, trl, peft, bitsandbytes
@@ -41,6 +44,11 @@ RTX_4060 = 30e12  # dense bf16 FLOP/s
 
 
 UTILISATION = 0.35  # assumed: the share of that rate which a training step reaches
+
+
+# measured on an H100 with d8 and the shape of SmolLM2-135M: seconds in which forward and backward
+# of a layer launch their 190 kernels, whatever the micro-batch
+LAYER_LAUNCH = 5e-3
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,7 @@ class Plan:
     length: int  # tokens per row
     optim: str
     checkpointing: bool
+    layers: int
     parameters: int
     trained_parameters: int
     weights: int
@@ -132,6 +141,7 @@ def plan_stage(
         length=step.length,
         optim=settings.get("optim", "adamw_torch_fused"),
         checkpointing=uses_checkpointing(stage),
+        layers=step.config.get_text_config().num_hidden_layers,
         parameters=parameters,
         trained_parameters=trained,
         **highest,
@@ -157,7 +167,7 @@ def limit_of(stage: Stage, device: str) -> int | None:
     """`memory_limit`, or the device's memory if less; None for a card that is not here."""
     own = [stage.memory_limit_bytes] if stage.memory_limit is not None else []
     if device == "cpu":
-        own.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        own.append(psutil.virtual_memory().total)
     elif torch.cuda.is_available():
         own.append(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
     return min(own, default=None)
@@ -268,6 +278,20 @@ def _token_flops(step: TracedStep) -> int:
     return 2 * forward + 2 * min(trained, parameters - looked_up) + 3 * attention + recomputed
 
 
+def estimated_seconds(plan: Plan, lora: bool = False) -> float:
+    """Seconds of a process' share of a step of full rows: arithmetic, or kernel launches if more.
+
+    A recomputed layer launches half as many kernels again, and one with an adapter too.
+    """
+    rate = UTILISATION * matmul_rate(plan.device, plan.precision)
+    arithmetic = plan.flops_per_step / plan.processes / rate
+    if plan.device != "cuda":
+        return arithmetic
+    micro_batches = -(-plan.tokens_per_step // (plan.rows * plan.length * plan.processes))
+    launches = LAYER_LAUNCH * plan.layers * micro_batches
+    return max(arithmetic, launches * (1.5 if plan.checkpointing else 1) * (1.5 if lora else 1))
+
+
 @cache
 def matmul_rate(device: str, precision: str) -> float:
     """FLOP/s of a large matmul, measured; an RTX 4060's for a card that is not here."""
@@ -278,11 +302,13 @@ def matmul_rate(device: str, precision: str) -> float:
     matrix = torch.ones(size, size, dtype=dtype, device=device)
     matrix @ matrix  # the first one initialises the library
     count, began, seconds = 0, time.perf_counter(), 0.0
+    each = 20 if device == "cuda" else 1  # a product takes 0.2 ms there, about as long as a wait
     while seconds < 0.2:
-        matrix @ matrix
+        for _ in range(each):
+            matrix @ matrix
         if device == "cuda":
             torch.cuda.synchronize()
-        count, seconds = count + 1, time.perf_counter() - began
+        count, seconds = count + each, time.perf_counter() - began
     return count * 2 * size**3 / seconds
 
 
@@ -307,7 +333,7 @@ def _disk(stage: Stage, update: dict[str, int], parameters: int, trained: int) -
 
 def _notes(step: TracedStep) -> Iterator[str]:
     if step.cuda:
-        yield f"{gigabytes(CUDA_OVERHEAD)} of runtime overhead are assumed, not measured"
+        yield f"{gigabytes(CUDA_OVERHEAD)} of runtime overhead were measured on an H100"
         if not torch.cuda.is_available():
             yield "no CUDA GPU on this machine: times assume an RTX 4060 at 30 TFLOP/s"
     if spread().processes > 1:

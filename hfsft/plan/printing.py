@@ -63,12 +63,35 @@ def print_plan(planned: dict[str, Any]) -> None:
         console.print("Times are measured from a few micro-batches on this device.")
     else:
         console.print(
-            f"Times are estimated from FLOPs at {UTILISATION:.0%} of the measured matmul rate; "
-            "--time measures a few micro-batches."
+            f"Times are estimated from FLOPs at {UTILISATION:.0%} of the measured matmul rate, on "
+            "a GPU also from kernel launches; --time measures a few micro-batches."
         )
     console.print(f"The run takes up to {gigabytes(planned['disk'])} on disk.")
     for note in dict.fromkeys(note for data in stages.values() for note in data["notes"]):
         console.print(f"Note: {note}.", style="dim")
+
+
+def print_largest(found: list[dict[str, Any]]) -> None:
+    """Print what `largest_models` returns."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold")
+    for title in ("method", "parameters", "layers x width", "peak", "settings"):
+        table.add_column(title, justify="left" if title in ("method", "settings") else "right")
+    for item in found:
+        sizes = ("none fits", "", "")
+        if item["parameters"] is not None:
+            shape = f"{item['layers']} x {item['width']:,}"
+            sizes = (f"{item['parameters'] / 1e9:.2f} B", shape, gigabytes(item["peak"]))
+        table.add_row(item["method"], *sizes, item["settings"])
+    console.print(table)
+    console.print(
+        "Models of SmolLM2-1.7B's proportions with a vocabulary of 49,152, one row at a time, with "
+        "activation checkpointing; estimated from traced steps, not run."
+    )
 
 
 def _minutes(data: dict[str, Any]) -> str:

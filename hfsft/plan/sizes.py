@@ -5,6 +5,10 @@ from typing import Any
 
 from torch import nn
 
+from hfsft.model.muon import split_parameters
+from hfsft.model.optimizer import state_bytes
+from hfsft.recipe.schema import MUON
+
 
 def checkpoint_bytes(model: Any, optimizer: Any) -> int:
     """Bytes of a checkpoint: the weights it saves and the optimizer's states as they are.
@@ -15,13 +19,21 @@ def checkpoint_bytes(model: Any, optimizer: Any) -> int:
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     saved = trained if hasattr(model, "peft_config") else list(model.parameters())
-    states = _tensors(optimizer.state_dict()["state"])
-    return sum(tensor.numel() * tensor.element_size() for tensor in [*saved, *states])
+    return tensors_bytes([*saved, optimizer.state_dict()["state"]])
+
+
+def tensors_bytes(held: Any) -> int:
+    """Bytes of all tensors in nested data."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(held))
 
 
 def _tensors(held: Any) -> list[Any]:
-    if isinstance(held, dict):
-        return [tensor for value in held.values() for tensor in _tensors(value)]
+    """All tensors in nested data; of torchao's low-bit states those that they are made of."""
+    if hasattr(held, "tensor_attrs"):
+        return [getattr(held, name) for name in held.tensor_attrs]
+    if isinstance(held, (dict, list)):
+        values = held.values() if isinstance(held, dict) else held
+        return [tensor for value in values for tensor in _tensors(value)]
     return [held] if hasattr(held, "element_size") else []
 
 
@@ -36,8 +48,12 @@ def optimizer_bytes(model: nn.Module, optim: str) -> int:
 
     Args:
         model: those of its parameters that require gradients have states.
-        optim: transformers' name; an unknown one is assumed to have two 32-bit states.
+        optim: `muon` or transformers' name; an unknown one is assumed to have two 32-bit states.
     """
+    known = state_bytes(model, optim)
+    if known is not None:
+        return sum(known.values())
+    matrices = {id(weight) for weight in split_parameters(model)[0]} if optim == MUON else ()
     count = next((count for part, count in STATES.items() if part in optim), 2)
     embeddings = {
         id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
@@ -57,7 +73,7 @@ def optimizer_bytes(model: nn.Module, optim: str) -> int:
         elif optim == "adafactor":
             total += 4 * size
         else:
-            total += ceil(count * size * width)
+            total += ceil((1 if id(weight) in matrices else count) * size * width)
     return total
 
 

@@ -13,20 +13,27 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from accelerate import PartialState
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM, modeling_utils
 
 from hfsft.model.attention import DOCUMENTS, document_attention, packed_attention, varlen_attention
 from hfsft.model.head import CHUNK_BYTES, fuse_head
 from hfsft.model.loading import plain_model, with_lora
+from hfsft.model.muon import muon_adamw
+from hfsft.model.optimizer import optimizer_settings, state_bytes
 from hfsft.recipe.key import AUTO
-from hfsft.recipe.schema import Stage
+from hfsft.recipe.schema import MUON, Stage
 
 KINDS = ("weights", "gradients", "optimizer", "activations", "attention", "head")
+
+
+ON_HOST = "on host"  # the kind of what `offload` keeps in main memory, which is not counted
 
 
 DEPTHS = (2, 3)  # layers that are traced; more are extrapolated
@@ -69,7 +76,7 @@ class _LiveBytes(TorchDispatchMode):
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
-        if key in self.owners:
+        if key in self.owners or self.kind == ON_HOST:
             return
         size = -(-storage.nbytes() // self.unit) * self.unit
         self.owners[key] = self.kind, size
@@ -99,6 +106,19 @@ class _LiveBytes(TorchDispatchMode):
         self.owners[key] = kind, size
         self.live[old] -= size
         self.live[kind] += size
+
+
+class _SavedOnHost(torch.autograd.graph.saved_tensors_hooks):
+    """A stand-in for torch's `save_on_cpu`: what it saves is in main memory until it is used."""
+
+    def __init__(self, live: _LiveBytes):
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            before, live.kind = live.kind, ON_HOST
+            copied = torch.empty_like(tensor)
+            live.kind = before
+            return copied
+
+        super().__init__(pack, torch.empty_like)
 
 
 class _Ends(list):
@@ -142,7 +162,8 @@ def _trace(step: TracedStep, layers: int) -> Peaks:
     live = _LiveBytes(512 if step.cuda else 1)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     AttentionInterface.register(PLANNED, _attention(step, live))
-    with isolated():
+    on_host = patch.object(modeling_utils, "save_on_cpu", lambda **_: _SavedOnHost(live))
+    with isolated(), on_host if step.cuda else contextlib.nullcontext():
         model, fused, saved = empty_model(step, layers)
         with fake, live:
             _allocate(model)
@@ -154,7 +175,7 @@ def _trace(step: TracedStep, layers: int) -> Peaks:
                 parameter.grad = torch.zeros_like(parameter)
             live.kind = "optimizer"
             torch.nn.utils.clip_grad_norm_(trained, stage.trainer.get("max_grad_norm") or 1.0)
-            states = _first_update(optimizer, trained)
+            states = _first_update(step, optimizer, model)
             if not step.accumulates:
                 _drop_gradients(trained)
             for parameter in trained:
@@ -231,10 +252,10 @@ def model_of(step: TracedStep, layers: int, attention: str | None) -> tuple[Any,
         attn_implementation=attention,
         trust_remote_code=stage.trust_remote_code,
     )
-    if uses_checkpointing(stage):
-        model.activation_checkpointing_enable(
-            stage.trainer.get("activation_checkpointing_kwargs") or None
-        )
+    if uses_checkpointing(stage):  # as Trainer does
+        kwargs = dict(stage.trainer.get("activation_checkpointing_kwargs") or {})
+        own = {key: kwargs.pop(key) for key in ("every_n_layers", "offload") if key in kwargs}
+        model.activation_checkpointing_enable(kwargs or None, **own)
     return model, fuse_head(model, stage.trainer.get("loss_type") == "dft")
 
 
@@ -295,15 +316,18 @@ def make_optimizer(step: TracedStep, model: Any) -> torch.optim.Optimizer | None
     """The stage's optimizer, or None for one that cannot be built from its settings alone."""
     from transformers import Trainer, TrainingArguments
 
-    keys = ("optim", "optim_args", "optim_target_modules")
-    settings = {key: step.stage.trainer[key] for key in keys if key in step.stage.trainer}
-    args = TrainingArguments(output_dir="", use_cpu=True, **settings)
+    settings = optimizer_settings(step.stage)
+    # TrainingArguments makes Accelerate's state anew, which must stay on the stage's device
+    on_cpu = PartialState().device.type == "cpu"
+    args = TrainingArguments(output_dir="", use_cpu=on_cpu, **settings)
+    if step.stage.trainer.get("optim") == MUON:
+        return muon_adamw(model, step.stage, args)
     parameters = [p for p in model.parameters() if p.requires_grad]
     try:
         kind, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
         if step.cuda and "fused" not in kwargs and "foreach" in inspect.signature(kind).parameters:
             kwargs["foreach"] = True  # torch's default on a GPU
-        optimizer = kind(parameters, **kwargs)
+        optimizer = kind(kwargs.pop("params", parameters), **kwargs)
     except (ValueError, TypeError, ImportError, RuntimeError):
         return None
     if kwargs.get("optim_bits") == 8:
@@ -314,11 +338,16 @@ def make_optimizer(step: TracedStep, model: Any) -> torch.optim.Optimizer | None
     return optimizer
 
 
-def _first_update(optimizer: Any, trained: list[torch.nn.Parameter]) -> list[torch.Tensor]:
+def _first_update(step: TracedStep, optimizer: Any, model: Any) -> list[torch.Tensor]:
     """Allocate the optimizer's states by a first update; Adam's two where it cannot be traced."""
+    # torchao compiles its update, and APOLLO draws random numbers: neither can be traced
+    known = state_bytes(model, str(step.stage.trainer.get("optim")))
+    if known is not None:
+        return [torch.zeros(size, dtype=torch.uint8) for size in known.values()]
     try:
         optimizer.step()
     except Exception:  # any of 40 optimizers, or None, on fake tensors
+        trained = [p for p in model.parameters() if p.requires_grad]
         return [torch.zeros(2, *parameter.shape) for parameter in trained]
     return []
 
@@ -412,10 +441,13 @@ def _line(low: Peaks, high: Peaks, share: float) -> Peaks:
 
 def peaks_of(step: TracedStep) -> Peaks:
     """The peaks of a step, extrapolated over the number of layers."""
-    if step.layers <= DEPTHS[1]:
+    kwargs = step.stage.trainer.get("activation_checkpointing_kwargs") or {}
+    every = kwargs.get("every_n_layers", 1)  # memory grows by so many layers at a time
+    few, more = (every * layers for layers in DEPTHS)
+    if step.layers <= more:
         return _peaks_of_rows(step, step.layers)
-    low, high = (_peaks_of_rows(step, layers) for layers in DEPTHS)
-    return _line(low, high, (step.layers - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0]))
+    low, high = (_peaks_of_rows(step, layers) for layers in (few, more))
+    return _line(low, high, (step.layers - few) / (more - few))
 
 
 def _peaks_of_rows(step: TracedStep, layers: int) -> Peaks:

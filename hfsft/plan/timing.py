@@ -5,8 +5,9 @@ from collections.abc import Callable
 
 import torch
 
-from hfsft.data.packing import StepCollator, model_inputs
+from hfsft.data.packing import StepCollator, model_inputs, on_device
 from hfsft.errors import RecipeError
+from hfsft.model.activation import square_in_half
 from hfsft.model.attention import packed_attention
 from hfsft.model.loading import with_lora
 from hfsft.plan.plan import examples_per_rank, planned_step
@@ -37,6 +38,7 @@ def seconds_per_step(recipe: Recipe, stage: Stage) -> float:
     with device:
         model, fused = model_of(step, step.layers, step.attention)
     half = getattr(torch, step.half) if step.half else None
+    square_in_half(model)
     model.set_attn_implementation(packed_attention(model, device, half is not None, step.length))
     if stage.lora is not None:
         model = with_lora(model, stage)
@@ -49,10 +51,7 @@ def seconds_per_step(recipe: Recipe, stage: Stage) -> float:
     vocabulary = step.config.get_text_config().vocab_size
     rows = torch.randint(0, vocabulary, (step.rows, step.length)).tolist()
     batch = StepCollator(0, step.length)([{"input_ids": ids} for ids in rows])
-    inputs = {
-        name: value.to(device) if torch.is_tensor(value) else value
-        for name, value in (model_inputs(batch) if fused else batch).items()
-    }
+    inputs = on_device(model_inputs(batch) if fused else batch, device)
 
     def micro_batch() -> None:
         with torch.autocast(device.type, half, enabled=half is not None):

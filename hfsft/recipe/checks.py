@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hfsft.errors import RecipeError, nearest, quoted
-from hfsft.recipe.key import AUTO, STAGES
+from hfsft.recipe.key import AUTO, STAGES, Key
 from hfsft.recipe.names import (
     ALIASES,
     FLAGS,
@@ -16,12 +16,14 @@ from hfsft.recipe.names import (
     REFUSED_LORA,
     RENAMED,
 )
-from hfsft.recipe.schema import Source, size_in_bytes
+from hfsft.recipe.schema import MUON, PER_PARAMETER, Replay, Source, size_in_bytes
 from hfsft.recipe.sections import (
     MODEL,
+    MUON_SETTINGS,
     TOP,
     lora_section,
     model_section,
+    replay_fields,
     source_fields,
     stage_fields,
 )
@@ -89,8 +91,11 @@ def refuse_unknown(node: Node, section: str, known: Collection[str]) -> None:
         if key in REFUSED_LORA and section.endswith(".lora"):
             raise RecipeError(f"{child.where}: {full} cannot be set: {MANAGED}")
         place = f" in {section}" if section else ""
+        # a flag without a section may have been meant for the top, or as one of `FLAGS`
+        is_flag = section in STAGES and child.where == f"--{key}"
+        meant = [*known, *TOP, *FLAGS] if is_flag else known
         raise RecipeError(
-            f"{child.where}: unknown key {quoted(key)}{place}{_hint(key, section, known)}"
+            f"{child.where}: unknown key {quoted(key)}{place}{_hint(key, section, meant)}"
         )
 
 
@@ -208,6 +213,7 @@ def check_stage(stage: str, node: Node) -> Section:
     if "data" not in section.settings:
         raise RecipeError(f"{node.where}: {stage}: needs data, such as [{{path: identity}}]")
     section.settings["data"] = check_data(node.value["data"], f"{stage}.data")
+    check_replay(section)
     check_eval_steps(section)
     check_renamed(section)
     check_row_length(section)
@@ -215,6 +221,8 @@ def check_stage(stage: str, node: Node) -> Section:
     check_memory_limit(section)
     check_auto_batch_size(section)
     check_lora(section)
+    check_muon(section)
+    check_update_after_the_step(section)
     check_step_divides_into_rows(section)
     check_steps_or_epochs(section)
     check_start(section)
@@ -231,21 +239,32 @@ def check_data(node: Node, section: str) -> list[Source]:
     for index, item in enumerate(node.value):
         if isinstance(item.value, str):  # `data: [identity]`
             item = Node({"path": item}, item.where)
-        place = f"{section}.{index}"
-        checked = check_section(item, place, source_fields())
-        if "path" not in checked:
-            raise RecipeError(f"{item.where}: {place}: a source needs a path")
-        for column in checked.get("columns", ()):
-            child = item.value["columns"].value[column]
-            checked["columns"][column] = child.value = check_value(
-                f"{place}.columns.{column}", child, Field("str")
-            )
-        source = Source(**checked)
-        problem = _source_problem(source, section.partition(".")[0])
-        if problem:
-            raise RecipeError(f"{item.where}: {place}: {problem}")
-        sources.append(source)
+        sources.append(_check_source(item, f"{section}.{index}", Source, source_fields()))
     return sources
+
+
+def check_replay(section: Section) -> None:
+    """`replay` is a source with a share."""
+    if section.settings.get("replay") is not None:
+        node, place = section.node.value["replay"], f"{section.stage}.replay"
+        section.settings["replay"] = _check_source(node, place, Replay, replay_fields())
+
+
+def _check_source(node: Node, place: str, kind: type[Source], known: dict[str, Key]) -> Source:
+    """Check one source; `kind` is what to make of it."""
+    checked = check_section(node, place, known)
+    if "path" not in checked:
+        raise RecipeError(f"{node.where}: {place}: a source needs a path")
+    for column in checked.get("columns", ()):
+        child = node.value["columns"].value[column]
+        checked["columns"][column] = child.value = check_value(
+            f"{place}.columns.{column}", child, Field("str")
+        )
+    source = kind(**checked)
+    problem = _source_problem(source, place.partition(".")[0])
+    if problem:
+        raise RecipeError(f"{node.where}: {place}: {problem}")
+    return source
 
 
 def _source_problem(source: Source, stage: str) -> str | None:
@@ -330,16 +349,45 @@ def check_lora(section: Section) -> None:
         )
 
 
+def check_muon(section: Section) -> None:
+    """`muon` holds the settings of `optim: muon`, which trains whole matrices."""
+    settings = section.settings
+    if settings.get("muon") is not None:
+        known = check_section(section.node.value["muon"], f"{section.stage}.muon", MUON_SETTINGS)
+        settings["muon"] = known
+        if settings["optim"] != MUON:
+            raise section.error("muon", f"is for optim: muon, and optim is {settings['optim']}")
+    if settings["optim"] == MUON and settings.get("lora") is not None:
+        raise section.error("optim", "muon trains whole matrices; use adamw_torch_fused with lora")
+
+
+def check_update_after_the_step(section: Section) -> None:
+    """Refuse optimizers that update weights in the backward pass, before the step is summed up."""
+    optim = section.settings["optim"]
+    if optim.endswith("layerwise") or optim in ("lomo", "adalomo"):
+        raise section.error(
+            "optim",
+            f"{optim} updates weights in the backward pass of each micro-batch, not once a step",
+        )
+
+
 def check_step_divides_into_rows(section: Section) -> None:
-    """`tokens_per_step` must be a multiple of a row's tokens."""
+    """`tokens_per_step` must be a multiple of a row's tokens; `auto` is for base."""
     tokens, length = section.settings.get("tokens_per_step"), section.settings.get("max_length")
-    if tokens and length:
+    if tokens == AUTO and section.stage != "base":
+        raise section.error("tokens_per_step", "auto is for base, whose model is built to a size")
+    if tokens and tokens != AUTO and length:
         check_tokens_per_step(section.stage, tokens, length, 1, section.where("tokens_per_step"))
 
 
 def check_steps_or_epochs(section: Section) -> None:
-    """`max_steps` or `num_train_epochs` sets the length; a default `max_steps` yields to epochs."""
+    """`max_steps` or `num_train_epochs` sets the length; a default `max_steps` yields to epochs.
+
+    In base, tokens per parameter may set it instead.
+    """
     node, settings = section.node, section.settings
+    if check_tokens_per_parameter(section):
+        return
     if settings.get("max_steps") is None and "num_train_epochs" not in settings:
         raise RecipeError(
             f"{section.where('max_steps')}: {section.stage}: needs max_steps (or num_train_epochs)"
@@ -352,6 +400,23 @@ def check_steps_or_epochs(section: Section) -> None:
             f"max_steps is given as well ({section.where('max_steps')}); choose one",
         )
     del settings["max_steps"], node.value["max_steps"]
+
+
+def check_tokens_per_parameter(section: Section) -> bool:
+    """Whether tokens per parameter set the length: alone, and of steps whose size is known."""
+    settings = section.settings
+    given = [key for key in PER_PARAMETER if settings.get(key) is not None]
+    if not given:
+        return False
+    others = [key for key in ("max_steps", "num_train_epochs") if settings.get(key) is not None]
+    if len(given + others) > 1:
+        other = (given + others)[1]
+        raise section.error(
+            given[0], f"{other} is given as well ({section.where(other)}); choose one"
+        )
+    if not settings.get("tokens_per_step"):
+        raise section.error(given[0], "needs tokens_per_step: a number or auto")
+    return True
 
 
 def check_start(section: Section) -> None:
@@ -382,7 +447,7 @@ def check_base(section: Section, model: dict[str, Any], tokenizer: dict[str, Any
     if tokenizer.get("train") and "vocab_size" not in model and "vocab_size" not in tokenizer:
         raise RecipeError(f"{place}: base: a tokenizer to train needs model: {{vocab_size: 65536}}")
     tokens, length = section.settings.get("tokens_per_step"), model.get("max_position_embeddings")
-    if tokens and length and not section.settings.get("max_length"):
+    if tokens and tokens != AUTO and length and not section.settings.get("max_length"):
         check_tokens_per_step("base", tokens, length, 1, section.where("tokens_per_step"))
 
 

@@ -18,6 +18,7 @@ UNSET = object()
 # may a key differ between the run that was interrupted and the one that resumes it?
 FIXED = "no"
 FREE = "yes"
+SAME = "yes, if it is the same model"  # its files are compared, wherever they lie
 ROUNDED = "yes, to rounding"  # a step's sum is grouped differently: its last digits may change
 
 # the documentation lists no more choices than this; there are 41 optimizers
@@ -46,6 +47,7 @@ class Key(Field):
     high: float | None = None
     share: bool = False  # below 1 a share, from 1 on a whole number
     auto: bool = False  # `auto` lets the stage's plan choose the value
+    added: tuple[str, ...] = ()  # choices beside upstream's
     null: bool = True  # False: null in `annotation` stands for "not this stage's", and is refused
     on_resume: str = FIXED
 
@@ -84,7 +86,8 @@ class Key(Field):
         """This key with upstream's type and choices, unless it declares its own."""
         if self.annotation:
             return self
-        return replace(self, annotation=upstream.annotation, choices=upstream.choices)
+        choices = upstream.choices + self.added
+        return replace(self, annotation=upstream.annotation, choices=choices)
 
     def default_in(self, stage: str) -> Any:
         """The value in a stage whose recipe does not set the key; `UNSET` if there is none."""
@@ -93,7 +96,9 @@ class Key(Field):
     def takes(self) -> str:
         """What the key takes, for the documentation: "a whole number, 1 to 1,024"."""
         if len(self.choices) > MOST_CHOICES:
-            text = "one of transformers' choices"
+            text = " or ".join(
+                ["one of transformers' choices", *(f"`{one}`" for one in self.added)]
+            )
         elif self.choices:
             words = [f"`{choice}`" for choice in self.choices]
             text = ", ".join(words + ["null"] * ("None" in self.kinds))
@@ -118,7 +123,7 @@ def _short(bound: float) -> str:
 
 
 def key(help: str, *, default: Any = UNSET, choices: tuple[str, ...] = (), **rest: Any) -> Any:
-    """A dataclass field that is a key of a recipe; its annotation is the key's type.
+    """A dataclass field that is a key of a recipe; its type is the key's, unless `rest` has one.
 
     Args:
         help: one line of documentation.
@@ -140,7 +145,8 @@ def declared_keys(declared: type) -> dict[str, Key]:
     found = {}
     for item in fields(declared):
         if (one := item.metadata.get("key")) is not None:
-            found[item.name] = replace(one, annotation=_annotation(item.type, one.null))
+            annotation = one.annotation or _annotation(item.type, one.null)
+            found[item.name] = replace(one, annotation=annotation)
     return found
 
 

@@ -23,6 +23,7 @@ from hfsft.recipe.checks import (
     check_stage,
     check_tokenizer,
     check_value,
+    is_default,
     near,
     refuse_unknown,
 )
@@ -31,6 +32,7 @@ from hfsft.recipe.names import ALIASES, FLAGS, REFUSED
 from hfsft.recipe.schema import Recipe, Stage
 from hfsft.recipe.sections import (
     EXTENDS,
+    GENERATION,
     TOKENIZER,
     TOP,
     stage_defaults,
@@ -52,7 +54,9 @@ def find_recipe(given: str) -> Path:
     if isfile(path):
         return path
     if isdir(path):
-        raise RecipeError(f"{given} is a folder; give a recipe file, such as recipes/demo.yaml")
+        own = next((run for run in (path, path.parent) if isfile(run / "recipe.yaml")), None)
+        such = "such as recipes/demo.yaml" if own is None else f"for this run {own / 'recipe.yaml'}"
+        raise RecipeError(f"{given} is a folder; give a recipe file, {such}")
     built_in = _built_in(given)
     if built_in is not None:
         return built_in
@@ -262,7 +266,7 @@ def load_recipe(given: str = "", *argv: str, stage: str | None = None) -> Recipe
     folder = Path(top["output_dir"]) / top["name"]
     for section in sections:
         _find_start(section, folder, original)
-    own_keys = ("name", "output_dir", "seed", "sample_prompts")
+    own_keys = ("name", "output_dir", "seed", "sample_prompts", "generation")
     return Recipe(
         path=given,
         **{key: top[key] for key in own_keys},
@@ -317,6 +321,7 @@ def _check_top(tree: Node) -> tuple[dict[str, Any], dict[str, Any], dict[str, An
     tokenizer = check_section(tree.value["tokenizer"], "tokenizer", TOKENIZER)
     check_tokenizer(tree.value["tokenizer"], model, tokenizer)
     check_sample_prompts(tree.value["sample_prompts"])
+    top["generation"] = check_section(tree.value["generation"], "generation", GENERATION)
     return top, model, tokenizer
 
 
@@ -327,6 +332,7 @@ def _check_stages(tree: Node, model: dict[str, Any], tokenizer: dict[str, Any]) 
     for name in STAGES:
         if name not in tree.value:
             continue
+        _start_from_base_without_mid(name, tree)
         section = check_stage(name, tree.value[name])
         if name == "base":
             check_base(section, model, tokenizer)
@@ -335,6 +341,13 @@ def _check_stages(tree: Node, model: dict[str, Any], tokenizer: dict[str, Any]) 
             check_context(section, model)
         sections.append(section)
     return sections
+
+
+def _start_from_base_without_mid(name: str, tree: Node) -> None:
+    """Let sft start from base by default where the recipe has a base and no mid."""
+    start = tree.value[name].value.get("model_name_or_path") if name == "sft" else None
+    if start is not None and is_default(start) and "base" in tree.value and "mid" not in tree.value:
+        start.value = start.raw = "base"
 
 
 def _find_start(section: Section, folder: Path, original: Path) -> None:
@@ -366,6 +379,7 @@ def _make_stage(
         folder=folder / section.stage,
         seed=top["seed"],
         sample_prompts=top["sample_prompts"],
+        generation=top["generation"],
         trainer={key: value for key, value in settings.items() if key not in own_keys},
         trust_remote_code=flags["trust_remote_code"],
         quiet=flags["quiet"],

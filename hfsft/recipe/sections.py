@@ -10,7 +10,7 @@ from typing import Any
 
 from hfsft.recipe.key import FIXED, FREE, ROUNDED, STAGES, UNSET, Key, declared_keys, overlaid
 from hfsft.recipe.names import REFUSED, RENAMED
-from hfsft.recipe.schema import ATTENTION, Source, Stage
+from hfsft.recipe.schema import ATTENTION, DEFAULT_PRE_TOKENIZER, MUON, Replay, Source, Stage
 from hfsft.recipe.upstream import Field, lora_fields, model_fields, trainer_fields
 
 # of a mapping: whether it may change on resume depends on the key inside it
@@ -40,6 +40,12 @@ TOP = {
         default=["Who are you?", "What is the capital of France?", "Why is the sky blue?"],
         on_resume=FREE,
     ),
+    "generation": Key(
+        "dict | None",
+        help="how the finished models want to be sampled: see below",
+        default={},
+        on_resume=FREE,
+    ),
     "base": Key("dict | None", help="the base stage: see below", on_resume=BY_KEY),
     "mid": Key("dict | None", help="the mid stage: see below", on_resume=BY_KEY),
     "sft": Key("dict | None", help="the sft stage: see below", on_resume=BY_KEY),
@@ -55,6 +61,19 @@ MODEL = {
     "model_type": Key("str", help="instead of depth: any of transformers', with its config's keys"),
     "attn_implementation": Key(
         "str | None", ATTENTION, help="null: transformers' choice, sdpa", default=None
+    ),
+}
+
+
+# of a NanoChat model that `depth` shapes
+DEPTH = {
+    "final_logit_softcapping": Key(
+        "float | None",
+        help="logits become x * tanh(logits / x), as in nanochat, whose x is 15; null: "
+        "unchanged, as every reader of an exported model computes them",
+        default=None,
+        above=0,
+        high=10**6,
     ),
 }
 
@@ -79,8 +98,46 @@ TOKENIZER = {
     "chat_template": Key(
         "str", help="`nanochat`, `chatml` or a Jinja file; without it the tokenizer's own"
     ),
+    "pre_tokenizer": Key(
+        "str",
+        ("qwen2", "llama-bpe", "nanochat"),
+        help="how a trained tokenizer splits text into words: as Qwen2's (each digit alone) or "
+        "Llama 3's (up to three), which llama.cpp knows, or nanochat's (up to two), which it does "
+        "not",
+        default=DEFAULT_PRE_TOKENIZER,
+    ),
     "max_chars": Key(
         "int", help="characters of text to train on", default=200_000_000, low=1, high=2**40
+    ),
+}
+
+
+# of transformers.GenerationConfig. The end tokens are the tokenizer's
+GENERATION = {
+    "do_sample": Key(
+        "bool",
+        help="sample; if false, pipelines and `transformers serve` are greedy at any temperature",
+        default=True,
+    ),
+    "temperature": Key("float", help="divides the logits", default=0.6, above=0, high=100),
+    "top_k": Key(
+        "int",
+        help="sample from this many of the most probable tokens",
+        default=50,
+        low=0,
+        high=2**20,
+    ),
+    "top_p": Key(
+        "float", help="sample from the tokens that share this probability", above=0, high=1
+    ),
+    "min_p": Key("float", help="least probability, as a share of the top-1 token's", low=0, high=1),
+    "repetition_penalty": Key("float", help="above 1 discourages repetition", above=0, high=100),
+    "no_repeat_ngram_size": Key("int", help="no n-gram of this size twice", low=0, high=2**16),
+    "max_new_tokens": Key(
+        "int",
+        help="tokens of an answer at most; without it half of the context, at most 1,024",
+        low=1,
+        high=2**24,
     ),
 }
 
@@ -89,6 +146,46 @@ LORA = {
     "r": Key(help="the adapter's rank", low=1, high=2**16),
     "lora_alpha": Key(help="the adapter is scaled by lora_alpha / r", low=1, high=2**16),
     "lora_dropout": Key(help="dropout of the adapter's input", low=0, high=1),
+}
+
+
+# `optim: muon`; AdamW trains what is no matrix of a block, with `learning_rate`, `adam_beta1`, ...
+MUON_SETTINGS = {
+    "learning_rate": Key("float", help="of the blocks' matrices", default=0.02, above=0, high=1000),
+    "embedding_learning_rate": Key(
+        "float | None",
+        help="of an untied token embedding; null: the stage's `learning_rate`",
+        default=None,
+        above=0,
+        high=1000,
+    ),
+    "scale_by_width": Key(
+        "bool",
+        help="multiply AdamW's learning rates by (hidden_size / 768)^-0.5, as nanochat does",
+        default=False,
+    ),
+    "weight_decay": Key(
+        "float | None",
+        help="of the blocks' matrices; null: the stage's `weight_decay`",
+        default=None,
+        low=0,
+        high=1000,
+    ),
+    "momentum": Key("float", help="after its warm-up", default=0.95, low=0, high=0.999999),
+    "momentum_start": Key(
+        "float", help="the momentum of the first update", default=0.85, low=0, high=0.999999
+    ),
+    "momentum_warmup_steps": Key(
+        "int", help="updates until the momentum is reached", default=300, low=0, high=2**31
+    ),
+    "adjust_lr_fn": Key(
+        "str",
+        ("original", "match_rms_adamw"),
+        help="torch's: `original` multiplies a matrix's learning rate by "
+        "max(1, rows / columns)^0.5, `match_rms_adamw` by 0.2 * max(rows, columns)^0.5, for "
+        "learning rates of AdamW's size",
+        default="original",
+    ),
 }
 
 
@@ -126,9 +223,10 @@ UPSTREAM = {
     ),
     "weight_decay": Key(help="of the optimizer", defaults={"base": 0.1}, low=0, high=1000),
     "optim": Key(
-        help="the optimizer",
+        help="the optimizer; `muon`: Muon for the blocks' matrices, AdamW for the rest",
         defaults={"base": "adamw_torch_fused", "mid": "adamw_torch_fused", "sft": "adamw_bnb_8bit"},
         auto=True,
+        added=(MUON,),
     ),
     "adam_beta1": Key(help="decay of AdamW's first moment", low=0, high=0.999999),
     "adam_beta2": Key(help="decay of AdamW's second moment", low=0, high=0.999999),
@@ -236,9 +334,17 @@ def source_fields() -> dict[str, Key]:
     return declared_keys(Source)
 
 
+def replay_fields() -> dict[str, Key]:
+    """Every key of a `replay` section; how often its rows are seen follows from its share."""
+    left_out = ("repeat", "weight", "streaming")
+    return {name: one for name, one in declared_keys(Replay).items() if name not in left_out}
+
+
 def model_section(model_type: str | None) -> dict[str, Field]:
     """Every key of the `model` section; without a `model_type`, those of a NanoChat model."""
-    return overlaid(model_fields(model_type), MODEL_CONFIG) | MODEL if model_type else dict(MODEL)
+    if not model_type:
+        return MODEL | DEPTH
+    return overlaid(model_fields(model_type), MODEL_CONFIG) | MODEL
 
 
 def lora_section() -> dict[str, Field]:

@@ -8,7 +8,6 @@ of the turns before it.
 import json
 import os
 import re
-import resource
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -18,6 +17,11 @@ from typing import Any
 import numpy as np
 
 from hfsft.errors import ModelError, first_line
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 Messages = list[dict[str, Any]]
 
@@ -54,7 +58,7 @@ def bounded(name: str, make: Callable[[], Any], ceiling: int | None = None) -> A
     """Call a function that renders a chat template, within `SECONDS` and `MEMORY`.
 
     Jinja's sandbox protects files and code, but not against `{{ 'a' * 500000000 }}`. Outside of the
-    main thread neither bound applies, and without /proc (macOS) the bound on memory does not.
+    main thread and on Windows neither bound applies; without /proc (macOS) that on memory does not.
 
     Args:
         name: the model or tokenizer whose template it is, for the error.
@@ -67,7 +71,7 @@ def bounded(name: str, make: Callable[[], Any], ceiling: int | None = None) -> A
     Raises:
         ModelError: if it takes more.
     """
-    if threading.current_thread() is not threading.main_thread():
+    if resource is None or threading.current_thread() is not threading.main_thread():
         return make()
     _take_signal()
     try:
@@ -116,6 +120,8 @@ def _take_signal() -> None:
 
 def memory_ceiling() -> int:
     """The address space in bytes that a rendering may use: what the process holds, and `MEMORY`."""
+    if resource is None:
+        return 0  # `bounded` sets no bound
     try:
         file = os.open("/proc/self/statm", os.O_RDONLY)
     except OSError:
@@ -129,12 +135,13 @@ def memory_ceiling() -> int:
 # --- rendering ---
 
 
-def prompt_text(messages: Messages, tokenizer: Any) -> str:
+def prompt_text(messages: Messages, tokenizer: Any, **settings: Any) -> str:
     """Render a conversation as the prompt for the assistant's next turn.
 
     Args:
         messages: in OpenAI's form, the last one the user's.
         tokenizer: any with a chat template.
+        settings: further ones of `apply_chat_template`, such as `tools`.
 
     Raises:
         ModelError: if the template exceeds a bound or refuses the messages.
@@ -143,7 +150,7 @@ def prompt_text(messages: Messages, tokenizer: Any) -> str:
         return bounded(
             tokenizer.name_or_path,
             lambda: tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=False
+                messages, add_generation_prompt=True, tokenize=False, **settings
             ),
         )
     except ModelError:
@@ -327,9 +334,44 @@ def encode(
     Raises:
         TemplateError: with the reason.
     """
-    written = json.dumps(messages, ensure_ascii=False)
+    stand_ins = _stand_ins(messages, tokenizer)
+    text, spans = render(_protected(messages, stand_ins), tokenizer, assistant_only)
+    edges = [edge for span in spans for edge in span]
+    ids, starts = _encoded(text, stand_ins, tokenizer)
+    return ids, (np.searchsorted(edges, starts, side="right") % 2 == 1).tolist()
+
+
+def encode_prompt(messages: Messages, tokenizer: Any, tools: list[Any] | None = None) -> list[int]:
+    """Encode a conversation as the prompt for the assistant's next turn.
+
+    A special token written inside a message or a tool is encoded as plain text.
+
+    Args:
+        messages: in OpenAI's form, with plain text contents.
+        tokenizer: any with a chat template, hfsft's own included.
+        tools: in OpenAI's form, for templates that render them.
+
+    Returns:
+        Token ids.
+
+    Raises:
+        ModelError: if the template exceeds a bound or refuses the messages.
+    """
+    stand_ins = _stand_ins([messages, tools], tokenizer)
+    given = {} if tools is None else {"tools": _protected(tools, stand_ins)}
+    text = prompt_text(_protected(messages, stand_ins), tokenizer, **given)
+    return _encoded(text, stand_ins, tokenizer)[0]
+
+
+def _stand_ins(texts: Any, tokenizer: Any) -> dict[str, str]:
+    """Each special token → a character that stands for it where it is written inside `texts`."""
+    written = json.dumps(texts, ensure_ascii=False)
     free = (chr(code) for code in range(SENTINELS, 0xFFFFE) if chr(code) not in written)
-    stand_ins = dict(zip(special_tokens(tokenizer), free, strict=False))
+    return dict(zip(special_tokens(tokenizer), free, strict=False))
+
+
+def _protected(value: Any, stand_ins: dict[str, str]) -> Any:
+    """A value in which stand-ins replace the special tokens of every text, at any depth."""
     inside = re.compile("|".join(map(re.escape, stand_ins)) or r"(?!)")
 
     def protected(value: Any) -> Any:
@@ -339,10 +381,13 @@ def encode(
             return {protected(key): protected(held) for key, held in value.items()}
         return [protected(held) for held in value] if isinstance(value, list) else value
 
-    text, spans = render([protected(m) for m in messages], tokenizer, assistant_only)
-    edges = [edge for span in spans for edge in span]
+    return protected(value)
+
+
+def _encoded(text: str, stand_ins: dict[str, str], tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Token ids of a rendering, and for each the position of its first character."""
     ids: list[int] = []
-    starts: list[int] = []  # the position of each token's first character
+    starts: list[int] = []
     literals = {stand_in: token for token, stand_in in stand_ins.items()}
     start = 0
     for segment in re.split(f"([{''.join(literals)}])" if literals else r"(?!)", text):
@@ -356,4 +401,4 @@ def encode(
         ids += encoded["input_ids"]
         starts += [start + begin * (not literal) for begin, _ in encoded["offset_mapping"]]
         start += len(segment)
-    return ids, (np.searchsorted(edges, starts, side="right") % 2 == 1).tolist()
+    return ids, starts

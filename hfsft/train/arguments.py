@@ -13,9 +13,10 @@ from trl import SFTConfig
 from hfsft.data.stream import TextStream
 from hfsft.errors import RecipeError
 from hfsft.model.loading import bf16_is_native
+from hfsft.model.optimizer import INSTALL, missing_package, optimizer_settings
 from hfsft.recipe.checks import check_tokens_per_step
-from hfsft.recipe.schema import Stage
-from hfsft.train.schedule import scheduler_settings
+from hfsft.recipe.schema import MUON, Stage
+from hfsft.train.schedule import scaled_notice, scheduler_settings, warmup_steps
 
 
 def trains_on_cpu(stage: Stage) -> bool:
@@ -29,7 +30,8 @@ def precision() -> dict[str, bool]:
 
     Returns:
         `bf16` and `fp16` for `TrainingArguments`: bfloat16 where it is native, float16 on older
-        GPUs, neither on a CPU, where bfloat16 matmul was measured 70 times slower than float32.
+        GPUs; neither on Apple's GPUs (not run by us), nor on a CPU, where bfloat16 matmul was
+        measured 70 times slower than float32.
     """
     chosen = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if chosen not in ("bf16", "fp16"):
@@ -54,6 +56,7 @@ def arguments(stage: Stage, train: Any, examples: int) -> TrainingArguments:
         RecipeError: if upstream refuses the settings.
     """
     settings = dict(stage.trainer)
+    settings.pop("torch_compile", None)  # layer by layer: see `compile_layers`
     config_class = TrainingArguments
     if stage.name == "sft":
         config_class = SFTConfig
@@ -66,6 +69,8 @@ def arguments(stage: Stage, train: Any, examples: int) -> TrainingArguments:
         settings |= precision()
     else:
         settings |= {key: bool(settings.get(key)) for key in ("bf16", "fp16")}
+    _check_optimizer(stage)
+    settings |= optimizer_settings(stage)
     on_cpu = PartialState().device.type == "cpu"
     use_cpu = on_cpu
     if PartialState().distributed_type == DistributedType.DEEPSPEED and on_cpu:
@@ -102,7 +107,33 @@ def arguments(stage: Stage, train: Any, examples: int) -> TrainingArguments:
     else:
         made.max_steps = max(1, math.ceil(len(train) * made.num_train_epochs / examples))
     made.lr_scheduler_kwargs = scheduler_settings(stage, made.max_steps)
+    notice = scaled_notice(stage, made.max_steps)
+    if notice:
+        made.warmup_steps = warmup_steps(stage, made.max_steps)
+        if PartialState().is_main_process and not stage.quiet:
+            print(notice)
     return made
+
+
+def _check_optimizer(stage: Stage) -> None:
+    """Refuse an optimizer that is not installed, or that needs more of a matrix than a shard."""
+    optim = str(stage.trainer.get("optim"))
+    if PartialState().device.type == "mps" and ("8bit" in optim or "paged" in optim):
+        # by bitsandbytes' source: its mps backend registers no optimizer; not run by us
+        raise RecipeError(
+            f"{stage.name}.optim: {optim} does not run on Apple's GPUs; use --optim adamw_torch"
+        )
+    package = missing_package(optim)
+    if package is not None:
+        raise RecipeError(f"{stage.name}.optim: {optim} needs {package}: {INSTALL[package]}")
+    if optim != MUON and not optim.startswith("apollo"):
+        return
+    for plugin in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{plugin}", "false").lower() == "true":
+            raise RecipeError(
+                f"{stage.name}.optim: {optim} needs whole matrices on each device, and {plugin} "
+                "shards them; use accelerate_configs/multi_gpu.yaml, or another optimizer"
+            )
 
 
 def rows_per_step(stage: Stage, length: int) -> int:

@@ -86,14 +86,24 @@ def peak_memory(device: torch.device) -> dict[str, Any]:
             # what the plan without its overhead is compared to
             "peak_allocated_bytes": torch.cuda.max_memory_allocated(),
         }
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024  # kilobytes on Linux, bytes on macOS
     return {
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+        "peak_memory_bytes": _peak_resident(),
         "peak_memory_of": "process",
         "peak_allocated_bytes": None,
     }
+
+
+def _peak_resident() -> int:
+    """The most bytes of main memory that this process has held."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        memory = psutil.Process().memory_info()
+        return getattr(memory, "peak_wset", memory.rss)
+    unit = 1 if sys.platform == "darwin" else 1024  # kilobytes on Linux, bytes on macOS
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def joules(device: torch.device) -> float | None:

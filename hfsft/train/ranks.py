@@ -21,6 +21,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import psutil
 from accelerate import PartialState
 from torch.distributed import DistError, distributed_c10d
 
@@ -233,7 +234,7 @@ class Watchdog:
             how = f"is dead, silent for {self.silent[rank]} s"
         elif state in ("T", "t"):
             how = f"was stopped, silent for {self.silent[rank]} s, and is now killed"
-            os.kill(identity["pid"], signal.SIGKILL)  # it would keep the folder's lock
+            psutil.Process(identity["pid"]).kill()  # it would keep the folder's lock
         who = f"rank {rank} (process {identity['pid']} on {identity['host']})"
         prints_itself = message.startswith(LEFT) and state is not None
         self._finish(status, "" if prints_itself else f"{who} {how}")

@@ -18,7 +18,7 @@ from hfsft.errors import RecipeError
 from hfsft.hub.push import check_push
 from hfsft.process_group import from_main
 from hfsft.recipe.key import AUTO
-from hfsft.recipe.schema import Recipe, Stage
+from hfsft.recipe.schema import PER_PARAMETER, Recipe, Stage
 from hfsft.run.disk import require_writable
 from hfsft.run.manifest import checkpoints
 from hfsft.run.record import (
@@ -53,6 +53,7 @@ def open_stage(recipe: Recipe, stage: Stage) -> Stage | None:
     set_up_device(stage)
     set_up_libraries(stage)
     agree_on_run(recipe, stage)
+    stage = with_known_steps(recipe, stage)
     if not open_folder(recipe, stage):
         return None
     receive_start(recipe, stage)
@@ -96,8 +97,12 @@ def set_up_device(stage: Stage) -> None:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
         torch.set_num_threads(max(1, (cores or 1) // here))
     elif stage.memory_limit is not None and state.device.type == "cuda":
+        from hfsft.plan.plan import CUDA_CONTEXT
+
         total = torch.cuda.get_device_properties(state.device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, stage.memory_limit_bytes / total))
+        # the context is on the card too, but not torch's to limit
+        share = (stage.memory_limit_bytes - CUDA_CONTEXT) / total
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, share)))
     transformers.set_seed(stage.seed)
 
 
@@ -149,6 +154,21 @@ def prepare_wandb(stage: Stage) -> None:
         os.environ["WANDB_MODE"] = "offline"
         if PartialState().is_main_process and not stage.quiet:
             print("W&B has no API key (`wandb login`): logging offline; `wandb sync` uploads later")
+
+
+# --- steps ---
+
+
+def with_known_steps(recipe: Recipe, stage: Stage) -> Stage:
+    """A stage whose steps and their size are numbers; says what follows from the model's size."""
+    if stage.tokens_per_step != AUTO and not any(getattr(stage, key) for key in PER_PARAMETER):
+        return stage
+    from hfsft.plan.horizon import with_horizon
+
+    stage = with_horizon(recipe, stage)
+    if PartialState().is_main_process and not stage.quiet:
+        print(f"{stage.name}: {stage.max_steps:,} steps of {stage.tokens_per_step:,} tokens")
+    return stage
 
 
 # --- folder ---
@@ -206,7 +226,7 @@ def resume_or_extend(recipe: Recipe, stage: Stage) -> dict[str, Any] | None:
         if only_longer(stage, changed):
             extend(recipe, stage, record)
         elif changed:
-            raise other_settings(stage, f"stopped at {found[0].name}", changed)
+            raise other_settings(stage, f"stopped at {found[0].name}", changed, record["settings"])
         line = resume_notice(stage, record["settings"], settings)
         if line and PartialState().is_main_process and not stage.quiet:
             print(line)

@@ -19,12 +19,21 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from hfsft.data.order import RunOrder, deal, run_order
-from hfsft.data.packing import PackedConversations, StepCollator, micro_batches, model_inputs
+from hfsft.data.packing import (
+    PackedConversations,
+    StepCollator,
+    micro_batches,
+    model_inputs,
+    on_device,
+)
 from hfsft.data.stream import TextStream
 from hfsft.errors import CheckpointError, MemoryShortage, RecipeError, TrainingError
+from hfsft.model.activation import square_in_half
 from hfsft.model.attention import packed_attention
+from hfsft.model.compiling import compile_layers
 from hfsft.model.head import fuse_head
 from hfsft.model.loading import plain_model
+from hfsft.model.optimizer import own_optimizer
 from hfsft.process_group import meet
 from hfsft.recipe.schema import Stage
 from hfsft.run.manifest import newest_valid
@@ -106,7 +115,8 @@ class PackedStep:
             args.ddp_find_unused_parameters = False  # transformers' default walks the graph
         collator = StepCollator(kwargs["processing_class"].pad_token_id, length)
         try:
-            super().__init__(data_collator=collator, **kwargs)
+            own = own_optimizer(stage, args)
+            super().__init__(data_collator=collator, optimizer_cls_and_kwargs=own, **kwargs)
         except (ValueError, ImportError, RuntimeError) as error:
             raise RecipeError(f"{stage.name}: {' '.join(str(error).split())}") from None
         if self.accelerator.ddp_handler is not None:
@@ -119,6 +129,8 @@ class PackedStep:
         self.bad_steps = 0  # in a row
         self.grad_norm: Any = None  # of the step, after clipping
         self._choose_implementation()
+        if stage.trainer.get("torch_compile"):
+            compile_layers(plain_model(self.model))
         self._add_own_callbacks()
 
     def _add_own_callbacks(self) -> None:
@@ -149,6 +161,7 @@ class PackedStep:
     def _choose_implementation(self) -> None:
         """Use the fastest attention and loss that reproduce the model's own loss on a sample."""
         model = plain_model(self.model)
+        square_in_half(model)
         self.own_attention = own = model.config._attn_implementation
         self.half = self.args.bf16 or self.args.fp16 or model.dtype != torch.float32
         fast = packed_attention(model, self.args.device, self.half, self.data_collator.max_length)
@@ -187,8 +200,8 @@ class PackedStep:
         model.eval()
         examples = [{"input_ids": ids, "labels": ids} for ids in documents]
         step = StepCollator(0, sum(map(len, documents)))(examples)
-        inputs = self._prepare_inputs(model_inputs(step) if fused else step)
-        with self.compute_loss_context_manager():
+        inputs = on_device(model_inputs(step) if fused else step, self.args.device)
+        with self.accelerator.autocast():  # Accelerate wraps the model in it only later
             if fused:
                 return model(**inputs)[0].item()
             loss = model(**inputs, use_cache=False).loss
@@ -275,6 +288,7 @@ class PackedStep:
             try:
                 with nullcontext() if synchronised else self.accelerator.no_sync(model):
                     inputs = model_inputs(part) if self.fused else part
+                    inputs = on_device(inputs, self.args.device)
                     total += super().training_step(model, inputs, num_items)
             except RuntimeError as error:
                 if not should_reduce_batch_size(error):

@@ -17,7 +17,6 @@ PRIVATE_API = {
         "_get_train_sampler": "one seeded order over the whole run, epochs included",
         "_get_num_items_in_batch": "trained tokens of a step, before it is cut into micro-batches",
         "_get_grad_norm": "the clipped norm, which no callback is given",
-        "_prepare_inputs": "moves validation's and the sample's inputs to the device",
         "_tr_loss": "the loss summed for the next log line, kept in a checkpoint",
         "_globalstep_last_logged": "the step of the last log line, kept in a checkpoint",
         "_save_checkpoint": "written to a partial folder, hashed into a manifest, then renamed",
@@ -33,6 +32,9 @@ PRIVATE_API = {
     },
     "transformers.PreTrainedConfig": {
         "_attn_implementation": "the attention a model came with, to return to it",
+    },
+    "transformers.modeling_utils": {
+        "save_on_cpu": "counted as main memory in a plan, with `offload: true`",
     },
     "torch.distributed.distributed_c10d": {
         "_get_default_store": "the launcher's store, through which ranks watch each other",

@@ -14,7 +14,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from hfsft.data.packing import micro_batches, model_inputs
+from hfsft.data.packing import micro_batches, model_inputs, on_device
 from hfsft.data.stream import TextStream
 from hfsft.model.loading import plain_model
 from hfsft.plan.sizes import steps_of
@@ -30,6 +30,7 @@ from hfsft.train.held_out import (
     documents_within,
     evaluations,
     greedy_answers,
+    losses_of,
     validation_metrics,
 )
 from hfsft.train.step import StepAbandoned
@@ -40,28 +41,41 @@ EVAL_EXAMPLES = 64  # held-out examples that are packed together
 class ValidatingStep(ResumableStep):
     """A trainer that validates over tokens, not batches, and stops early if the recipe says so."""
 
-    def __init__(self, stage: Stage, examples: int, length: int | None, **kwargs: Any):
-        """Set the trainer up; arguments as `PackedStep`."""
+    def __init__(
+        self,
+        stage: Stage,
+        examples: int,
+        length: int | None,
+        general: Any = None,
+        **kwargs: Any,
+    ):
+        """Set the trainer up; arguments as `PackedStep`, and what `load_general` returns."""
         super().__init__(stage, examples, length, **kwargs)
+        self.general: HeldOut | None = None
         if stage.validates and self.eval_dataset is not None:
-            self._hold_out(HeldOut(self.eval_dataset))
+            unit = "rows" if stage.name == "base" else "conversations"
+            share = 1.0 if general is None else 0.5
+            self.eval_dataset = self._within_budget(HeldOut(self.eval_dataset), share, unit)
+            if general is not None:
+                unit = "general conversations and passages"
+                self.general = self._within_budget(HeldOut(general), share, unit)
         self.add_callback(StopAtPlateau(self))
         if not stage.quiet:
             self.add_callback(self.console)  # the last: it prints what the others have computed
 
     # --- what is validated, and when ---
 
-    def _hold_out(self, held_out: HeldOut) -> None:
-        """Validate on as much of the held-out set as `eval_budget` allows."""
+    def _within_budget(self, held_out: HeldOut, share: float, unit: str) -> HeldOut:
+        """As much of a held-out set as a share of `eval_budget` allows."""
         budget, args = self.stage.eval_budget, self.args
-        count = documents_within(budget, held_out, self.stage, args, self._training_tokens())
-        self.eval_dataset = held_out.sample(count, self.stage.seed)
+        allowed = budget if budget >= 1 else share * budget
+        count = documents_within(allowed, held_out, self.stage, args, self._training_tokens())
         if count < len(held_out):
-            unit = "rows" if self.stage.name == "base" else "conversations"
             self.say(
                 f"{self.stage.name}: each of {evaluations(args)} validations takes {count:,} of "
                 f"{len(held_out):,} held-out {unit}: eval_budget is {budget:.0%} of the time"
             )
+        return held_out.sample(count, self.stage.seed)
 
     def _training_tokens(self) -> int:
         """Tokens of the whole stage; the rows of base and mid count as full."""
@@ -77,6 +91,14 @@ class ValidatingStep(ResumableStep):
         if self.stage.validates:
             count = self.resumed_from["validated_on"]
             self.eval_dataset = self.eval_dataset.sample(count, self.stage.seed)
+            if self.general is not None:
+                count = self.resumed_from["general_on"]
+                self.general = self.general.sample(count, self.stage.seed)
+
+    def _resume_state(self, sums: list[tuple[float, float, int]]) -> dict[str, Any]:
+        """The same as before, and how many general documents are validated on."""
+        state = super()._resume_state(sums)
+        return state if self.general is None else state | {"general_on": len(self.general)}
 
     def validation_is_due(self, step: int) -> bool:
         """Whether a run was interrupted at this step before its validation was logged."""
@@ -118,9 +140,10 @@ class ValidatingStep(ResumableStep):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader:
         """This rank's share of the held-out examples, every n-th of them, packed."""
-        share = range(self.args.process_index, len(self.eval_dataset), self.args.world_size)
+        held_out = self.eval_dataset if eval_dataset is None else eval_dataset
+        share = range(self.args.process_index, len(held_out), self.args.world_size)
         return torch.utils.data.DataLoader(
-            torch.utils.data.Subset(self.eval_dataset, share),
+            torch.utils.data.Subset(held_out, share),
             batch_size=EVAL_EXAMPLES,
             collate_fn=self.data_collator,
             generator=torch.Generator(),  # it draws a seed, which must not come from dropout's
@@ -136,23 +159,11 @@ class ValidatingStep(ResumableStep):
         loss of each document goes to `validation.jsonl`.
         """
         held_out = self.eval_dataset
-        # of each document: loss, predicted tokens, top-1 predictions, loss without special tokens
-        totals = torch.zeros((4, len(held_out)), dtype=torch.float64)
-        self.model.eval()
-        for part in self._eval_parts(dataloader):
-            self._add_losses(totals, part)
-            self.control = self.callback_handler.on_prediction_step(
-                self.args, self.state, self.control
-            )
-            if self.stop_signal.received and not self.is_sharded():
-                break
-        if self.stop_signal.any_rank_signalled():
-            raise StepAbandoned  # validation is redone when the run resumes
-        totals = self.accelerator.reduce(totals.to(self.args.device)).cpu()
-        losses, tokens = totals[0].tolist(), totals[1].long().tolist()
-        self.metrics_log.validation.append(
-            {"step": self.state.global_step, "losses": losses, "tokens": tokens}
-        )
+        totals = self._document_losses(dataloader, len(held_out))
+        line = {"step": self.state.global_step, **losses_of(totals)}
+        if self.general is not None:
+            line["general"] = self._general_losses(self.general)
+        self.metrics_log.validation.append(line)
         self.metrics_log.advice = self._advise()
         text_bytes = None
         if self.stage.name != "sft":
@@ -163,6 +174,28 @@ class ValidatingStep(ResumableStep):
             metrics=validation_metrics(metric_key_prefix, held_out, totals, text_bytes),
             num_samples=len(held_out),
         )
+
+    def _general_losses(self, general: HeldOut) -> dict[str, dict[str, list[float]]]:
+        """The losses of the general conversations and of the general text."""
+        totals = self._document_losses(self.get_eval_dataloader(general), len(general))
+        return {name: losses_of(totals[:, own]) for name, own in general.by_source().items()}
+
+    def _document_losses(self, dataloader: Any, documents: int) -> torch.Tensor:
+        """Over all ranks, float64 [4, documents]: the totals that `validation_metrics` takes."""
+        totals = torch.zeros((4, documents), dtype=torch.float64)
+        self.model.eval()
+        for part in self._eval_parts(dataloader):
+            self._add_losses(totals, part)
+            self.control = self.callback_handler.on_prediction_step(
+                self.args, self.state, self.control
+            )
+            if self.stop_signal.received and not self.is_sharded():
+                break
+        if self.stop_signal.any_rank_signalled():
+            raise StepAbandoned  # validation is redone when the run resumes
+        if self.args.world_size > 1:
+            totals = self.accelerator.reduce(totals.to(self.args.device)).cpu()
+        return totals
 
     def _eval_parts(self, dataloader: Any) -> Iterator[dict[str, torch.Tensor]]:
         rows = self.args.per_device_eval_batch_size
@@ -199,14 +232,14 @@ class ValidatingStep(ResumableStep):
         targets = inputs["targets"]
         with self.compute_loss_context_manager():
             if self.fused:
-                losses, correct = self.model(**self._prepare_inputs(inputs), each=True)
+                losses, correct = self.model(**on_device(inputs, self.args.device), each=True)
             else:
                 step = {name: part[name] for name in ("input_ids", "position_ids")}
-                output = self.model(**self._prepare_inputs(step), use_cache=False)
+                output = self.model(**on_device(step, self.args.device), use_cache=False)
                 logits = output.logits.flatten(0, 1)[inputs["target_positions"]].float().cpu()
                 losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
                 correct = logits.argmax(1) == targets
-        return targets, losses.double().cpu(), correct.cpu()
+        return targets, losses.cpu().double(), correct.cpu()  # MPS has no float64
 
     # --- advice on training longer ---
 

@@ -46,7 +46,7 @@ def test_document_attention_is_that_of_a_block_mask(heads, kv_heads):
         torch.testing.assert_close(mine, theirs)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="varlen_attn needs a CUDA GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2)])
 def test_varlen_attention_is_that_of_a_block_mask(heads, kv_heads):
     tensors, ends = packed(heads, kv_heads, torch.bfloat16, "cuda")

@@ -1,7 +1,7 @@
 """What is refused in a recipe, and the message that names the place and the fix."""
 
 import pytest
-from recipe_texts import BASE, MID, SFT, message
+from recipe_texts import BASE, MID, SFT, load, message
 
 UNKNOWN = [
     ("sfft:\n  data: [identity]\n", "r.yaml:1: unknown key 'sfft'; did you mean 'sft'?"),
@@ -36,6 +36,16 @@ UNKNOWN = [
         SFT + "restart: true\n",
         "r.yaml:4: unknown key 'restart'; it is a command-line flag (--restart",
     ),
+    (
+        SFT + "  replay: {path: small_talk, shares: 1}\n",
+        "r.yaml:4: unknown key 'shares' in sft.replay; did you mean 'share'?",
+    ),
+    (SFT + "  replay: {share: 0.2}\n", "r.yaml:4: sft.replay: a source needs a path"),
+    (
+        SFT + "  replay: {path: small_talk, share: 1}\n",
+        "r.yaml:4: sft.replay.share: 1 is not possible: it must be at most 0.9",
+    ),
+    (SFT + "  replay: {path: small_talk, weight: 2}\n", "r.yaml:4: unknown key 'weight' in sft"),
     (SFT + "  lora: {rank: 8}\n", "r.yaml:4: unknown key 'rank' in sft.lora; did you mean 'r'?"),
     (SFT + "model: {dept: 8}\n", "r.yaml:4: unknown key 'dept' in model; did you mean 'depth'?"),
     (
@@ -52,11 +62,12 @@ UNKNOWN = [
     ),
     (
         '"\\e[31m\\n": 3\n',
-        r"r.yaml:1: unknown key '\x1b[31m\n'; known keys are base, mid, model, name",
+        r"r.yaml:1: unknown key '\x1b[31m\n'; known keys are base, generation, mid, model, name",
     ),
     (
         "5: 3\n",
-        "r.yaml:1: unknown key '5'; known keys are base, mid, model, name, output_dir, sample_p",
+        "r.yaml:1: unknown key '5'; known keys are base, generation, mid, model, name, output_dir, "
+        "sample_p",
     ),
 ]
 WRONG_TYPES = [
@@ -128,7 +139,7 @@ IMPOSSIBLE = [
     ),
     (
         SFT + "  optim: adamw\n",
-        "sft.optim: 'adamw' is not one of its 41 choices; did you mean 'adamw_",
+        "sft.optim: 'adamw' is not one of its 42 choices; did you mean 'adamw_",
     ),
     (SFT + "  loss_type: dpo\n", "r.yaml:4: sft.loss_type: 'dpo' is not one of nll, dft"),
     (SFT + "  attn_implementation: flash\n", "; did you mean 'flash_attention_2'?"),
@@ -302,6 +313,7 @@ BROKEN_BASE = [
         "r.yaml:6: base.tokens_per_step: 1,000 is no multiple of 64",
     ),
     (BASE + "  lora: {r: 4}\n", "r.yaml:6: unknown key 'lora' in base; it belongs in mid or sft"),
+    (BASE + "  replay: {path: x}\n", "r.yaml:6: unknown key 'replay' in base; it belongs in mid"),
     (
         BASE + MID + "  model_name_or_path: sft\n",
         "r.yaml:9: mid.model_name_or_path: mid cannot start",
@@ -326,3 +338,44 @@ BROKEN_BASE = [
 )
 def test_broken_base_or_mid(text, expected):
     assert expected in message(text, stage=None)
+
+
+def test_sft_starts_from_base_where_there_is_no_mid():
+    sft = "sft:\n  data: [identity]\n  max_length: 64\n"
+    assert load(BASE + sft).sft.model_name_or_path == "runs/r/base"
+    assert load(BASE + MID + "  max_length: 64\n" + sft).sft.model_name_or_path == "runs/r/mid"
+    assert load(sft).sft.model_name_or_path == "runs/r/mid"  # of an earlier run of that name
+    named = sft + "  model_name_or_path: elsewhere\n"
+    assert load(BASE + named).sft.model_name_or_path == "elsewhere"
+
+
+def test_muon_and_its_settings():
+    muon = load(BASE + "  optim: muon\n  muon: {momentum: 0.9}\n", stage="base").base
+    assert muon.trainer["optim"] == "muon" and muon.muon == {"momentum": 0.9}
+    said = message(BASE + "  muon: {momentum: 0.9}\n", stage="base")
+    assert "base.muon: is for optim: muon, and optim is adamw_torch_fused" in said
+    said = message(BASE + "  optim: muon\n  muon: {momentun: 0.9}\n", stage="base")
+    assert "did you mean 'momentum'" in said
+    said = message(SFT + "  optim: muon\n  lora: {r: 4}\n")
+    assert "sft.optim: muon trains whole matrices" in said
+
+
+@pytest.mark.parametrize("optim", ["lomo", "adalomo", "apollo_adamw_layerwise"])
+def test_an_update_within_the_backward_pass_is_refused(optim):
+    assert "in the backward pass of each micro-batch" in message(SFT + f"  optim: {optim}\n")
+
+
+def test_tokens_per_parameter_set_the_steps_alone():
+    base = BASE.replace("max_steps: 3", "tokens_per_parameter: 20")
+    assert "needs tokens_per_step" in message(base, stage="base")
+    base += "  tokens_per_step: auto\n"
+    stage = load(base, stage="base").base
+    assert (stage.tokens_per_parameter, stage.tokens_per_step, stage.max_steps) == (
+        20.0,
+        "auto",
+        None,
+    )
+    assert "max_steps is given as well" in message(base + "  max_steps: 3\n", stage="base")
+    both = base + "  tokens_per_scaling_parameter: 12\n"
+    assert "tokens_per_scaling_parameter is given as well" in message(both, stage="base")
+    assert "auto is for base" in message(MID + "  tokens_per_step: auto\n", stage="mid")

@@ -1,0 +1,101 @@
+"""What only a CUDA GPU can show; `make test-gpu`."""
+
+import json
+
+import pytest
+import torch
+from accelerate import PartialState
+from torch.profiler import ProfilerActivity, profile, schedule
+from transformers import TrainerCallback
+from transformers.activations import ReLUSquaredActivation
+
+from hfsft.doctor import step_checks
+from hfsft.doctor.examine import examine
+from hfsft.doctor.findings import FAILED
+from hfsft.doctor.stage_checks import train_tiny, write_recipe
+from hfsft.model.activation import SquaredReLU
+from hfsft.plan.plan import plan_stage
+from hfsft.recipe.loading import load_recipe
+from hfsft.train.trainer import SFTStageTrainer
+
+QUIET = ("--save_strategy", "no", "--logging_steps", "100")  # no other reason to wait
+pytestmark = pytest.mark.gpu
+
+
+def test_every_check_of_doctor_passes():
+    found = examine()
+    assert [check for check in found["checks"] if check["status"] == FAILED] == []
+    assert len(found["checks"]) == 12
+
+
+def test_a_stage_trains_on_the_card_and_as_planned(tmp_path):
+    write_recipe(tmp_path)
+    argv = [str(tmp_path / "recipe.yaml")]
+    recipe = load_recipe(*argv, stage="sft")
+    plan = plan_stage(recipe, recipe.sft)
+    assert PartialState().device.type == "cuda"  # planning once moved it to the CPU
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    train_tiny(tmp_path, "planned")
+    record = json.loads((tmp_path / "runs/planned/sft/stage.json").read_text())
+    assert record["device"] == torch.cuda.get_device_name()
+    # cuBLAS allocates two workspaces of its own, of up to 32 MiB each, for forward and backward
+    measured = record["peak_allocated_bytes"] - before
+    assert plan.peak - plan.overhead <= measured + 2**20
+    assert measured <= plan.peak - plan.overhead + 70 * 2**20
+
+
+def test_relu_squared_has_the_bits_of_autocast_in_less_memory():
+    torch.manual_seed(0)
+    hidden = torch.randn(4096, 1024, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(1024, 1024, device="cuda")
+    results = []
+    for module in (ReLUSquaredActivation(), SquaredReLU()):
+        given = hidden.clone().requires_grad_()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with torch.autocast("cuda", torch.bfloat16):
+            out = module(given) @ weight
+        kept = torch.cuda.memory_allocated() - before
+        out.float().square().sum().backward()
+        results.append((out.detach(), given.grad, kept))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+    assert results[1][2] < results[0][2]
+
+
+def test_a_step_waits_for_the_card_once(tmp_path, monkeypatch):
+    """Copies from the card: the finite check, the log line, and the count of the step's tokens."""
+    write_recipe(tmp_path)
+    record = profile(
+        activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA],
+        schedule=schedule(wait=2, warmup=1, active=2, repeat=1),
+    )
+
+    class Profiled(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            record.step()
+
+    made = SFTStageTrainer.__init__
+
+    def with_profiler(self, *args, **kwargs):
+        made(self, *args, **kwargs)
+        self.add_callback(Profiled())
+
+    monkeypatch.setattr(SFTStageTrainer, "__init__", with_profiler)
+    with record:
+        train_tiny(tmp_path, "profiled", "--max_steps", "6", *QUIET)
+    waits = {
+        event.key: event.count / 2
+        for event in record.key_averages()
+        if event.key in ("cudaStreamSynchronize", "cudaEventSynchronize")
+    }
+    assert sum(waits.values()) <= 4, waits
+
+
+def test_compiled_layers_make_at_most_three_graphs():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    assert "agree" in step_checks.compiled_layers()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
