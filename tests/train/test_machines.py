@@ -1,6 +1,5 @@
 """Other numbers of processes, several machines, a long preparation: real launches, with gloo."""
 
-import json
 import os
 import re
 import signal
@@ -11,8 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from faults import RECIPE
-from test_sharding import difference
+from faults import RECIPE, difference, losses
 
 from hfsft import base, sft
 
@@ -72,12 +70,6 @@ def start(folder: Path, stage: str, name: str, *options: str) -> subprocess.Pope
 def ended(run: subprocess.Popen) -> tuple[int, str, str]:
     said, errors = run.communicate(timeout=600)
     return run.returncode, said, errors
-
-
-def losses(stage: Path) -> dict:
-    lines = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
-    wanted = ("loss", "eval_loss")
-    return {(line["step"], key): line[key] for line in lines for key in wanted if key in line}
 
 
 def test_stopped_and_resumed_under_other_numbers_of_processes(folder):

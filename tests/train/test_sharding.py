@@ -10,10 +10,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 import yaml
-from faults import RECIPE
-from safetensors.torch import load_file
+from faults import RECIPE, difference, losses
 
 from hfsft import base, mid, sft
 
@@ -92,23 +90,6 @@ def launch(folder: Path, config: str, name: str, run: str, env: dict) -> subproc
     )
 
 
-def logged(stage: Path) -> dict:
-    lines = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
-    wanted = ("loss", "eval_loss")
-    return {(line["step"], key): line[key] for line in lines for key in wanted if key in line}
-
-
-def difference(one: Path, other: Path) -> float:
-    """The largest relative L2 difference of a weight tensor."""
-    ours, theirs = (load_file(path / "model.safetensors") for path in (one, other))
-    assert ours.keys() == theirs.keys()
-    return max(
-        float(torch.linalg.norm(ours[name].double() - theirs[name].double()))
-        / max(float(torch.linalg.norm(ours[name].double())), 1e-30)
-        for name in ours
-    )
-
-
 @pytest.mark.parametrize("name", STAGES)
 @pytest.mark.parametrize("config", ["fsdp2", "zero2"])
 def test_two_ranks_train_as_one_process(folder, request, config, name):
@@ -121,7 +102,7 @@ def test_two_ranks_train_as_one_process(folder, request, config, name):
     stage = "sft" if name == "lora" else name
     one, two = (folder / "runs" / made / stage for made in (f"one-{name}", f"{config}-{name}"))
     assert difference(one, two) <= 5e-6
-    assert logged(two) == pytest.approx(logged(one), abs=5e-6)
+    assert losses(two) == pytest.approx(losses(one), abs=5e-6)
     made, expected = ({path.name for path in found.iterdir()} for found in (two, one))
     assert made == expected  # a plain model, and nothing of a sharded one
     manifest = json.loads(next((two / "checkpoints").glob("*-6/manifest.json")).read_text())
@@ -147,7 +128,7 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(folder, request, config, 
     found = folder / "runs" / f"killed-{config}-{name}" / "sft"
     for file in ("model.safetensors", *(["adapter/adapter_model.safetensors"] * (name == "lora"))):
         assert (found / file).read_bytes() == (whole / file).read_bytes()
-    assert logged(found) == logged(whole)
+    assert losses(found) == losses(whole)
 
 
 def test_another_layout_is_refused_in_two_lines(folder):
