@@ -74,6 +74,7 @@ class Cluster:
             **os.environ,
             "SLURM_CONF": str(here / "slurm.conf"),
             "ACCELERATE_USE_CPU": "true",
+            "MASTER_ADDR": "127.0.0.1",  # the nodes have no names of their own
             "OMP_NUM_THREADS": "1",
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         }
