@@ -126,67 +126,34 @@ def run(
         print_summary(summary)
 
 
-def _stage(
-    name: str, context: typer.Context, recipe: str, where: tuple[Any, ...], quiet: bool
-) -> None:
-    from hfsft.recipe.loading import load_recipe
+def _add_stage(name: str, teaches: str) -> None:
+    """Add the command of one stage."""
 
-    arguments = [*context.args, *(["--quiet"] if quiet else [])]
-    load_recipe(recipe, *arguments, stage=name)
-    from hfsft.launch import Processes, launch_stage
+    @app.command(name, help=f"Train the {name} stage: {teaches}.", context_settings=OVERRIDES)
+    def train(
+        context: typer.Context,
+        recipe: RecipeArgument,
+        config_file: ConfigOption = None,
+        num_processes: NumProcessesOption = None,
+        num_machines: NumMachinesOption = None,
+        machine_rank: MachineRankOption = None,
+        main_process_ip: MainProcessIpOption = None,
+        main_process_port: MainProcessPortOption = None,
+        quiet: QuietOption = False,
+    ) -> None:
+        from hfsft.recipe.loading import load_recipe
 
-    launch_stage(name, recipe, arguments, Processes(*where))
+        arguments = [*context.args, *(["--quiet"] if quiet else [])]
+        load_recipe(recipe, *arguments, stage=name)
+        from hfsft.launch import Processes, launch_stage
 
-
-@app.command(context_settings=OVERRIDES)
-def base(
-    context: typer.Context,
-    recipe: RecipeArgument,
-    config_file: ConfigOption = None,
-    num_processes: NumProcessesOption = None,
-    num_machines: NumMachinesOption = None,
-    machine_rank: MachineRankOption = None,
-    main_process_ip: MainProcessIpOption = None,
-    main_process_port: MainProcessPortOption = None,
-    quiet: QuietOption = False,
-) -> None:
-    """Train the base stage: language, from raw text."""
-    where = (num_machines, machine_rank, main_process_ip, main_process_port)
-    _stage("base", context, recipe, (config_file, num_processes, *where), quiet)
+        where = (num_machines, machine_rank, main_process_ip, main_process_port)
+        launch_stage(name, recipe, arguments, Processes(config_file, num_processes, *where))
 
 
-@app.command(context_settings=OVERRIDES)
-def mid(
-    context: typer.Context,
-    recipe: RecipeArgument,
-    config_file: ConfigOption = None,
-    num_processes: NumProcessesOption = None,
-    num_machines: NumMachinesOption = None,
-    machine_rank: MachineRankOption = None,
-    main_process_ip: MainProcessIpOption = None,
-    main_process_port: MainProcessPortOption = None,
-    quiet: QuietOption = False,
-) -> None:
-    """Train the mid stage: the conversation format and tasks."""
-    where = (num_machines, machine_rank, main_process_ip, main_process_port)
-    _stage("mid", context, recipe, (config_file, num_processes, *where), quiet)
-
-
-@app.command(context_settings=OVERRIDES)
-def sft(
-    context: typer.Context,
-    recipe: RecipeArgument,
-    config_file: ConfigOption = None,
-    num_processes: NumProcessesOption = None,
-    num_machines: NumMachinesOption = None,
-    machine_rank: MachineRankOption = None,
-    main_process_ip: MainProcessIpOption = None,
-    main_process_port: MainProcessPortOption = None,
-    quiet: QuietOption = False,
-) -> None:
-    """Train the SFT stage: the assistant's style, from conversations."""
-    where = (num_machines, machine_rank, main_process_ip, main_process_port)
-    _stage("sft", context, recipe, (config_file, num_processes, *where), quiet)
+_add_stage("base", "language, from raw text")
+_add_stage("mid", "the conversation format and tasks")
+_add_stage("sft", "the assistant's style, from conversations")
 
 
 @app.command(context_settings=OVERRIDES)

@@ -24,7 +24,8 @@ def print_plan(planned: dict[str, Any]) -> None:
         table.add_row(label, *(shown(data) for data in stages.values()), **style)
 
     row("device", lambda data: f"{data['device']}, {data['precision']}")
-    if any(data["processes"] > 1 for data in stages.values()):
+    several = any(data["processes"] > 1 for data in stages.values())
+    if several:
         row("processes", lambda data: f"{data['processes']}, {data['layout']}")
     row("micro-batch", lambda data: f"{data['rows']} x {data['length']:,}")
     row("optimizer", lambda data: data["optim"])
@@ -42,7 +43,7 @@ def print_plan(planned: dict[str, Any]) -> None:
     row("steps", lambda data: f"{data['steps']:,}" if data["steps"] else "by epoch")
     row("tokens/step, at most", lambda data: f"{data['tokens_per_step']:,}")
     row("seconds/step, at most", lambda data: f"{data['seconds_per_step']:.3g}")
-    if any(data["processes"] > 1 for data in stages.values()):
+    if several:
         row("of these sending gradients", lambda data: f"{data['seconds_sent']:.3g}")
     row("tokens/s", lambda data: f"{data['tokens_per_step'] / data['seconds_per_step']:,.0f}")
     row("minutes, at most", _minutes)

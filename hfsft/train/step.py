@@ -81,6 +81,16 @@ class DealtSampler(torch.utils.data.Sampler):
                 yield from (start + i for hand in deal(lengths, self.ranks) for i in hand)
 
 
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Derive a step's random numbers, dropout's, from the run's seed, the step and the rank.
+
+    A checkpoint then resumes the same under any number of processes: none has a random state that
+    the others lack.
+    """
+    digest = hashlib.blake2b(f"{seed}:{step}:{rank}".encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(digest) % 2**63)
+
+
 class StepAbandoned(Exception):
     """Training stopped between two updates: a step or validation was abandoned, or none is left."""
 
@@ -102,17 +112,7 @@ class PackedStep:
         """
         meet("loads its data and model", stage.quiet)  # no collective yet: they have a time-out
         args = kwargs["args"]
-        if examples % args.world_size:
-            raise RecipeError(
-                f"{stage.name}: {examples} examples per step are not divisible by "
-                f"{args.world_size} devices"
-            )
-        if isinstance(kwargs["train_dataset"], TextStream):
-            # it reads ahead in a thread of its own, and must know its position for a checkpoint
-            args.dataloader_num_workers = 0
-            args.dataloader_prefetch_factor, args.dataloader_persistent_workers = None, False
-        if args.ddp_find_unused_parameters is None and not _has_experts(kwargs["model"]):
-            args.ddp_find_unused_parameters = False  # transformers' default walks the graph
+        _fit_arguments(args, stage, examples, kwargs["train_dataset"], kwargs["model"])
         collator = StepCollator(kwargs["processing_class"].pad_token_id, length)
         try:
             own = own_optimizer(stage, args)
@@ -241,7 +241,7 @@ class PackedStep:
         Raises:
             MemoryShortage: if a single document does not fit.
         """
-        self._seed_step()
+        seed_step(self.args.seed, self.state.global_step, self.args.process_index)
         cuda = torch.cuda.is_available()
         random_state = torch.get_rng_state(), torch.cuda.get_rng_state() if cuda else None
         counted = self.correct.clone(), self.predicted
@@ -256,16 +256,6 @@ class PackedStep:
             self._shrink_micro_batches(inputs)
         self.step_loss = loss
         return loss
-
-    def _seed_step(self) -> None:
-        """Derive the step's random numbers, dropout's, from seed, step and rank.
-
-        A checkpoint then resumes the same under any number of processes: none has a random state
-        that the others lack.
-        """
-        key = f"{self.args.seed}:{self.state.global_step}:{self.args.process_index}"
-        seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest())
-        torch.manual_seed(seed % 2**63)
 
     def _accumulate(
         self, model: Any, step: dict[str, torch.Tensor], num_items: torch.Tensor
@@ -412,6 +402,21 @@ class SkipBadUpdates(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         """Check the step's loss and gradient."""
         self.trainer.skip_bad_update()
+
+
+def _fit_arguments(args: Any, stage: Stage, examples: int, dataset: Any, model: Any) -> None:
+    """Fit a trainer's arguments to the step, the data and the model, in place."""
+    if examples % args.world_size:
+        raise RecipeError(
+            f"{stage.name}: {examples} examples per step are not divisible by "
+            f"{args.world_size} devices"
+        )
+    if isinstance(dataset, TextStream):
+        # it reads ahead in a thread of its own, and must know its position for a checkpoint
+        args.dataloader_num_workers = 0
+        args.dataloader_prefetch_factor, args.dataloader_persistent_workers = None, False
+    if args.ddp_find_unused_parameters is None and not _has_experts(model):
+        args.ddp_find_unused_parameters = False  # transformers' default walks the graph
 
 
 def _has_experts(model: Any) -> bool:
