@@ -37,6 +37,26 @@ ConfigOption = Annotated[
         help="An Accelerate config; by default your own, or else one process.",
     ),
 ]
+NumProcessesOption = Annotated[
+    int | None,
+    typer.Option(
+        "--num_processes", metavar="N", min=1, help="Processes on all machines, one a GPU."
+    ),
+]
+NumMachinesOption = Annotated[
+    int | None, typer.Option("--num_machines", metavar="N", min=1, help="Machines of the run.")
+]
+MachineRankOption = Annotated[
+    int | None,
+    typer.Option("--machine_rank", metavar="N", min=0, help="Which of several machines this is."),
+]
+MainProcessIpOption = Annotated[
+    str | None,
+    typer.Option("--main_process_ip", metavar="IP", help="Of machine 0, where there are several."),
+]
+MainProcessPortOption = Annotated[
+    int | None, typer.Option("--main_process_port", metavar="PORT", help="Free on machine 0.")
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
@@ -61,6 +81,11 @@ def run(
     context: typer.Context,
     recipe: RecipeArgument,
     config_file: ConfigOption = None,
+    num_processes: NumProcessesOption = None,
+    num_machines: NumMachinesOption = None,
+    machine_rank: MachineRankOption = None,
+    main_process_ip: MainProcessIpOption = None,
+    main_process_port: MainProcessPortOption = None,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -72,17 +97,23 @@ def run(
     checked = load_recipe(recipe, *arguments)
     if not checked.stages:
         raise RecipeError(f"{recipe} has no stage; add a base, mid or sft section")
-    from hfsft.launch import launch_stage
+    from hfsft.launch import Processes, launch_stage
     from hfsft.run.record import finished_line, is_finished, mend_record
 
+    where = (num_machines, machine_rank, main_process_ip, main_process_port)
+    processes = Processes(config_file, num_processes, *where)
+    alone = processes.machines() == 1
     for name, stage in checked.stages.items():
-        if not checked.restart and (line := mend_record(stage.folder)) and not quiet:
+        if alone and not checked.restart and (line := mend_record(stage.folder)) and not quiet:
             say(line)
-        if not checked.restart and is_finished(checked, stage):
+        # of several machines one alone may see what is finished: its ranks tell the others
+        if alone and not checked.restart and is_finished(checked, stage):
             if not quiet:
                 say(finished_line(stage))
         else:
-            launch_stage(name, recipe, arguments, config_file)
+            launch_stage(name, recipe, arguments, processes)
+    if not processes.is_main_machine():
+        return  # machine 0 grades, and writes the report
     from hfsft.report.summary import print_summary, run_summary
 
     summary = run_summary(checked)
@@ -95,49 +126,34 @@ def run(
         print_summary(summary)
 
 
-def _stage(
-    name: str, context: typer.Context, recipe: str, config_file: str | None, quiet: bool
-) -> None:
-    from hfsft.recipe.loading import load_recipe
+def _add_stage(name: str, teaches: str) -> None:
+    """Add the command of one stage."""
 
-    arguments = [*context.args, *(["--quiet"] if quiet else [])]
-    load_recipe(recipe, *arguments, stage=name)
-    from hfsft.launch import launch_stage
+    @app.command(name, help=f"Train the {name} stage: {teaches}.", context_settings=OVERRIDES)
+    def train(
+        context: typer.Context,
+        recipe: RecipeArgument,
+        config_file: ConfigOption = None,
+        num_processes: NumProcessesOption = None,
+        num_machines: NumMachinesOption = None,
+        machine_rank: MachineRankOption = None,
+        main_process_ip: MainProcessIpOption = None,
+        main_process_port: MainProcessPortOption = None,
+        quiet: QuietOption = False,
+    ) -> None:
+        from hfsft.recipe.loading import load_recipe
 
-    launch_stage(name, recipe, arguments, config_file)
+        arguments = [*context.args, *(["--quiet"] if quiet else [])]
+        load_recipe(recipe, *arguments, stage=name)
+        from hfsft.launch import Processes, launch_stage
 
-
-@app.command(context_settings=OVERRIDES)
-def base(
-    context: typer.Context,
-    recipe: RecipeArgument,
-    config_file: ConfigOption = None,
-    quiet: QuietOption = False,
-) -> None:
-    """Train the base stage: language, from raw text."""
-    _stage("base", context, recipe, config_file, quiet)
-
-
-@app.command(context_settings=OVERRIDES)
-def mid(
-    context: typer.Context,
-    recipe: RecipeArgument,
-    config_file: ConfigOption = None,
-    quiet: QuietOption = False,
-) -> None:
-    """Train the mid stage: the conversation format and tasks."""
-    _stage("mid", context, recipe, config_file, quiet)
+        where = (num_machines, machine_rank, main_process_ip, main_process_port)
+        launch_stage(name, recipe, arguments, Processes(config_file, num_processes, *where))
 
 
-@app.command(context_settings=OVERRIDES)
-def sft(
-    context: typer.Context,
-    recipe: RecipeArgument,
-    config_file: ConfigOption = None,
-    quiet: QuietOption = False,
-) -> None:
-    """Train the SFT stage: the assistant's style, from conversations."""
-    _stage("sft", context, recipe, config_file, quiet)
+_add_stage("base", "language, from raw text")
+_add_stage("mid", "the conversation format and tasks")
+_add_stage("sft", "the assistant's style, from conversations")
 
 
 @app.command(context_settings=OVERRIDES)
@@ -173,6 +189,8 @@ def plan(
         str | None,
         typer.Option("--memory", metavar="SIZE", help="Plan for a CUDA card of this size: 8GB."),
     ] = None,
+    config_file: ConfigOption = None,
+    num_processes: NumProcessesOption = None,
     timed: Annotated[
         bool, typer.Option("--time", help="Time a few micro-batches of each stage on this device.")
     ] = False,
@@ -191,11 +209,14 @@ def plan(
     if largest:
         _print_largest(checked, size, as_json)
         return
+    from hfsft.launch import Processes, planned_spread
     from hfsft.plan.choosing import plan_run
     from hfsft.plan.printing import print_plan
+    from hfsft.plan.spread import planned_for
     from hfsft.plan.timing import seconds_per_step
 
-    planned = plan_run(checked, size, seconds_per_step if timed else None)
+    with planned_for(planned_spread(Processes(config_file, num_processes))):
+        planned = plan_run(checked, size, seconds_per_step if timed else None)
     if as_json:
         say_json(planned, indent=1)
     else:

@@ -26,6 +26,7 @@ from hfsft.data.replay import general_rows, replayed
 from hfsft.data.rows import Row, check_source, count_duplicates
 from hfsft.data.sources import SOURCE_COLUMN
 from hfsft.errors import DataError
+from hfsft.process_group import first_of_machine_first
 from hfsft.recipe.schema import Stage
 from hfsft.run.disk import writing_to
 
@@ -177,7 +178,7 @@ def mix_conversations(stage: Stage, tokenizer: Any, refuse: bool = False) -> Mix
     Raises:
         DataError: if a source cannot be read, or holding out leaves nothing to train on.
     """
-    with PartialState().main_process_first():
+    with first_of_machine_first("prepares the data", stage.quiet):
         sources = [check_source(source, stage) for source in stage.sources]
         own, general = sources[: len(stage.data)], []
         if stage.replay:

@@ -25,6 +25,9 @@ def print_plan(planned: dict[str, Any]) -> None:
         table.add_row(label, *(shown(data) for data in stages.values()), **style)
 
     row("device", lambda data: f"{data['device']}, {data['precision']}")
+    several = any(data["processes"] > 1 for data in stages.values())
+    if several:
+        row("processes", lambda data: f"{data['processes']}, {data['layout']}")
     row("micro-batch", lambda data: f"{data['rows']} x {data['length']:,}")
     row("optimizer", lambda data: data["optim"])
     row("checkpointing", lambda data: "yes" if data["checkpointing"] else "no", end_section=True)
@@ -41,6 +44,8 @@ def print_plan(planned: dict[str, Any]) -> None:
     row("steps", lambda data: f"{data['steps']:,}" if data["steps"] else "by epoch")
     row("tokens/step, at most", lambda data: f"{data['tokens_per_step']:,}")
     row("seconds/step, at most", lambda data: f"{data['seconds_per_step']:.3g}")
+    if several:
+        row("of these sending gradients", lambda data: f"{data['seconds_sent']:.3g}")
     row("tokens/s", lambda data: f"{data['tokens_per_step'] / data['seconds_per_step']:,.0f}")
     row("minutes, at most", _minutes)
     row("disk", lambda data: f"{data['disk'] / 1e9:.2f}")

@@ -14,10 +14,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from accelerate import PartialState
-
 from hfsft.errors import ModelError, RecipeError
 from hfsft.hub.client import NOT_LOADED, require_model, why_not_loaded
+from hfsft.process_group import is_first_of_machine, is_main, is_shared, meet
 from hfsft.recipe.schema import DEFAULT_PRE_TOKENIZER, Recipe, Stage
 from hfsft.run.disk import writing_to
 from hfsft.tokens.foreign_templates import TemplateError
@@ -355,12 +354,13 @@ def base_tokenizer(recipe: Recipe, texts: Iterable[str], resuming: bool) -> Any:
     """
     folder = recipe.folder / "tokenizer"
     if recipe.tokenizer.get("train"):
-        state = PartialState()
-        if state.is_main_process and not resuming:
+        # a machine that does not see rank 0's folder trains the same one for itself
+        trains = is_first_of_machine() if not is_shared(recipe.folder) else is_main()
+        if trains and not resuming:
             trained = new_tokenizer(recipe, texts)
             with writing_to(folder):
                 trained.save_pretrained(folder)
-        state.wait_for_everyone()
+        meet("trains the tokenizer", recipe.base.quiet)
         return load_tokenizer(str(folder))
     return new_tokenizer(recipe, texts)
 

@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 
 from hfsft.errors import Interrupted, first_line
 from hfsft.process import unignored
+from hfsft.process_group import from_main
 from hfsft.run.files import read_json_lines, write_text_atomically
 from hfsft.terminal import Terminal
 from hfsft.train.advice import Advice
@@ -152,6 +153,11 @@ class MetricsCallback(TrainerCallback):
         validated = step if self.has_validation(step) else step - 1
         self.validation.keep(validated)
         self.samples.keep(validated)
+
+    def share_lines(self) -> None:
+        """Give every rank rank 0's lines: another machine may not see the files."""
+        for log in (self.metrics, self.validation, self.samples):
+            log.lines = from_main(lambda log=log: log.lines)
 
     @property
     def logs(self) -> tuple[StepLog, StepLog, StepLog]:

@@ -5,9 +5,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-
 from hfsft.errors import CheckpointError, RecipeError
+from hfsft.process_group import from_main
 from hfsft.recipe.schema import Recipe, Stage
 from hfsft.run.files import remove
 from hfsft.run.manifest import checkpoints, newest_valid, step_of, verify
@@ -30,12 +29,12 @@ def extend(recipe: Recipe, stage: Stage, record: dict[str, Any]) -> None:
     Raises:
         RecipeError: if no checkpoint can be resumed from, with the reason.
     """
-    state = PartialState()
-    checkpoint = checkpoint_to_extend(stage, record)
-    state.wait_for_everyone()
-    if checkpoint is not None:
-        lock_stage(stage).release()  # a collective
-    if checkpoint is not None and state.is_main_process:
+    checkpoint = from_main(lambda: checkpoint_to_extend(stage, record))
+    if checkpoint is None:
+        return
+    lock_stage(stage).release()  # a collective
+
+    def begin() -> None:
         # the record of a stage that was killed has no steps
         reached = record.get("steps", step_of(checkpoints(stage.checkpoints)[0]))
         aside = begin_from(recipe, stage, record, checkpoint)
@@ -44,7 +43,8 @@ def extend(recipe: Recipe, stage: Stage, record: dict[str, Any]) -> None:
                 f"{stage.name}: resuming from step {step_of(checkpoint)}, up to {stage.max_steps}; "
                 f"what was trained to step {reached} is now in {aside}"
             )
-    state.wait_for_everyone()
+
+    from_main(begin)
 
 
 def checkpoint_to_extend(stage: Stage, record: dict[str, Any]) -> Path | None:
