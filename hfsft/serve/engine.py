@@ -249,9 +249,12 @@ class Engine:
                     self._join(joining)
                 if self.running:
                     self._advance(self.batch.step([answer.tokens[-1] for answer in self.running]))
-            except Exception as error:  # out of memory, or a bug
-                if not isinstance(error, torch.OutOfMemoryError):
-                    traceback.print_exc(file=sys.stderr)
+            except torch.OutOfMemoryError:
+                message = "hfsft: out of GPU memory; a smaller --max_batch needs less"
+                print(message, file=sys.stderr, flush=True)
+                self._fail([*self.running, *joining])
+            except Exception:  # a bug; the next answers are not affected
+                traceback.print_exc(file=sys.stderr)
                 self._fail([*self.running, *joining])
             self._hand_over()
 
