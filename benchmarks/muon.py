@@ -154,6 +154,7 @@ def main() -> None:
     print("seed  AdamW's loss  Muon's at the same tokens  Muon's tokens to AdamW's loss")
     for seed, goal, curve, needed in found:
         share = "not reached" if needed is None else f"{needed / steps:.0%}"
+        share = f"at most {share}" if needed == curve[0][0] else share
         print(f"{seed:4}  {goal:12.4f}  {curve[-1][1]:25.4f}  {share:>29}")
     if all(needed is not None for *_, needed in found):
         shares = [needed / steps for *_, needed in found]

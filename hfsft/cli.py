@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 
 from hfsft import __version__
+from hfsft.documents.command import make_data
 from hfsft.errors import printable
 from hfsft.process import run_main
 
@@ -161,6 +162,9 @@ def data(
         print_preview(seen)
 
 
+app.command("make-data")(make_data)
+
+
 @app.command(context_settings=OVERRIDES)
 def plan(
     context: typer.Context,
@@ -267,17 +271,60 @@ def push(
     private: Annotated[
         bool | None, typer.Option("--private", help="Make a new repository private.")
     ] = None,
+    gguf: Annotated[
+        bool, typer.Option("--gguf", help="Also push the GGUF files of hfsft export.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Push a finished model to the Hub, or resume a push; uploaded files are not sent again."""
     from hfsft.hub.push import push_run
 
-    pushes = push_run(folder, repo, revision, private)
+    pushes = push_run(folder, repo, revision, private, gguf)
     if as_json:
         print(json.dumps([{"folder": str(push.folder), "url": push.url} for push in pushes]))
     else:
         for push in pushes:
             print(push)
+
+
+@app.command()
+def export(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="A run's or a model's folder, or a Hub id."),
+    ],
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to",
+            metavar="FORMAT",
+            help="gguf: for llama.cpp. ollama: the same and a Modelfile. qwen3: a folder for vLLM, "
+            "SGLang, MLX and CTranslate2, of a nanochat model.",
+        ),
+    ],
+    types: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--type",
+            metavar="TYPE,...",
+            help="f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0; by default q8_0 and f16. Of qwen3 "
+            "f32 (the default) or bf16.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder to write to; by default gguf/ or qwen3/ in MODEL."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Export a model for llama.cpp, Ollama, vLLM and others, proved against the original."""
+    from hfsft.export.export import export_model
+
+    kinds = [kind for given in types or () for kind in given.split(",") if kind]
+    say = (lambda line: None) if as_json else (lambda line: print(printable(line), flush=True))
+    proofs = export_model(model, to, kinds, out, say)
+    if as_json:
+        print(json.dumps(proofs, ensure_ascii=False, indent=1))
 
 
 @app.command("eval")
@@ -318,6 +365,9 @@ def evaluate_models(
         bool,
         typer.Option("--allow_code", help="Let humaneval run programs the model writes."),
     ] = False,
+    show: Annotated[
+        int, typer.Option("--show", min=0, help="Print this many wrong answers of each task.")
+    ] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Evaluate models on benchmarks; answers that are already on disk are reused."""
@@ -330,6 +380,7 @@ def evaluate_models(
         data or [],
         out,
         as_json,
+        show,
         rows=rows,
         seed=seed,
         batch_size=batch_size,

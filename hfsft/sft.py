@@ -16,6 +16,7 @@ def main(*argv: str) -> None:
 
     # torch, transformers and trl take 4 s to import: a mistake in the recipe is reported before
     from hfsft.data.mixture import load_conversations
+    from hfsft.data.replay import load_general
     from hfsft.model.loading import load_model
     from hfsft.tokens.tokenizer import stage_tokenizer
     from hfsft.train.arguments import arguments
@@ -36,6 +37,7 @@ def main(*argv: str) -> None:
         args=arguments(stage, train, stage.examples_per_step),
         train_dataset=train,
         eval_dataset=held_out,
+        general=load_general(stage, tokenizer),
         processing_class=tokenizer,
     )
     train_and_save(trainer, recipe, stage)

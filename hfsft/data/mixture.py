@@ -22,6 +22,7 @@ from hfsft.data.audit import (
 from hfsft.data.encoded import EncodedConversations
 from hfsft.data.order import Origins, RunOrder, choose_held_out, copies, packing_order, run_order
 from hfsft.data.packing import PackedConversations
+from hfsft.data.replay import general_rows, replayed
 from hfsft.data.rows import Row, check_source, count_duplicates
 from hfsft.data.sources import SOURCE_COLUMN
 from hfsft.errors import DataError
@@ -165,9 +166,12 @@ def mix_conversations(stage: Stage, tokenizer: Any, refuse: bool = False) -> Mix
         DataError: if a source cannot be read, or holding out leaves nothing to train on.
     """
     with PartialState().main_process_first():
-        sources = [check_source(source, stage) for source in stage.data]
+        sources = [check_source(source, stage) for source in stage.sources]
+        own, general = sources[: len(stage.data)], []
+        if stage.replay:
+            general = [(len(own), row) for row in general_rows(sources[-1], stage)]
         count_duplicates(sources, stage)
-        rows = [(index, row) for index, source in enumerate(sources) for row in source.kept]
+        rows = [(index, row) for index, source in enumerate(own) for row in source.kept]
         encoded = EncodedConversations(stage, tokenizer, sources)
         audits = map(encoded.audit, range(len(sources)))
         if not rows or (refuse and any(_refuses(stage, audit) for audit in audits)):
@@ -175,20 +179,25 @@ def mix_conversations(stage: Stage, tokenizer: Any, refuse: bool = False) -> Mix
         if encoded.all_rows:
             encoded.encode(rows)
         held_rows = _hold_out(encoded, rows)
-        epoch = _epoch(encoded, held_rows)
+        encoded.encode(general)
+        apart = held_rows + general
+        encoded.hold_out([item for index, row in apart for item in encoded.items[index][row]])
+        epoch = _epoch(encoded, apart)
         if not epoch and held_rows:
             raise DataError(
                 f"{stage.name}: held_out: {stage.held_out} leaves no conversation to train on"
             )
+        if encoded.all_rows:
+            encoded.encode(epoch)  # what is replayed
         if stage.name == "sft":
             examples = _run_examples(encoded, epoch)
         else:
             examples = [item for row in epoch for item in encoded.conversations(row)]
-    audit, rejected = _audit(encoded, epoch, examples, held_rows)
+    audit, rejected = _audit(encoded, epoch, examples, apart)
     if not examples:
         return Mixture(None, None, audit, rejected)
     conversations = encoded.dataset()
-    names = [str(source) for source in stage.data]
+    names = [str(source) for source in stage.sources]
     origins = Origins(names, encoded.source_of, encoded.row_of, examples)
     if stage.name == "sft":
         train = RunOrder(conversations, examples, audit["train"])
@@ -200,7 +209,7 @@ def mix_conversations(stage: Stage, tokenizer: Any, refuse: bool = False) -> Mix
 
 
 def _hold_out(encoded: EncodedConversations, rows: list[Row]) -> list[Row]:
-    """Choose, encode and set apart the rows to hold out; refused ones are replaced by others."""
+    """Choose and encode the rows to hold out; refused ones are replaced by others."""
     stage = encoded.stage
     first: dict[str, Row] = {}  # of each distinct content
     for index, row in rows:
@@ -215,18 +224,19 @@ def _hold_out(encoded: EncodedConversations, rows: list[Row]) -> list[Row]:
         held += [(index, row) for index, row in candidates if encoded.items[index][row]]
         missing = count - len(held)
         wanted, spare = spare[:missing], spare[missing:]
-    held.sort()
-    encoded.hold_out([item for index, row in held for item in encoded.items[index][row]])
-    return held
+    return sorted(held)
 
 
 def _epoch(encoded: EncodedConversations, held_rows: list[Row]) -> list[Row]:
-    """The rows of one epoch, copies included and held-out content excluded."""
+    """The rows of one epoch: copies and replayed rows included, held-out content excluded."""
     held_digests = {encoded.sources[index].digests[row] for index, row in held_rows}
-    epoch: list[Row] = []
+    stage, epoch = encoded.stage, []
     for index, source in enumerate(encoded.sources):
-        rows = [row for row in source.kept if source.digests[row] not in held_digests]
-        epoch += [(index, row) for row in copies(rows, source.source, encoded.stage.seed)]
+        rows = [(index, row) for row in source.kept if source.digests[row] not in held_digests]
+        if source.source is stage.replay:
+            epoch += replayed(rows, len(epoch), stage)
+        else:
+            epoch += copies(rows, source.source, stage.seed)
     return epoch
 
 
@@ -258,7 +268,7 @@ def _held_out_set(
 ) -> datasets.Dataset:
     """The held-out conversations, each with its source's name."""
     held = [(index, item) for index, row in held_rows for item in encoded.items[index][row]]
-    names = [str(encoded.stage.data[index]) for index, _ in held]
+    names = [str(encoded.sources[index].source) for index, _ in held]
     return conversations.select([item for _, item in held]).add_column(SOURCE_COLUMN, names)
 
 

@@ -16,7 +16,9 @@ Their phrases and words are in `builtin/`: `identity.yaml`, `small_talk.yaml`, `
 
 A row depends only on the task, the split, the seed and its index, so the first 100 rows are the
 same whether 100 or 1000 are generated. A hash assigns each word and each pair of numbers to
-"train" or "test", independently of the seed; both spelling tasks hold out the same words.
+"train" or "test", independently of the seed; both spelling tasks hold out the same words. A graded
+task's test rows never repeat a word or a pair, so that each is independent evidence; there are
+`pool_size` of them. Train rows do repeat.
 """
 
 import gzip
@@ -96,6 +98,29 @@ def _words(split: str) -> tuple[str, ...]:
     return tuple(word for word in words if _is_held_out(f"word {word}") == (split == "test"))
 
 
+@cache
+def pool_size(name: str, split: str) -> int | None:
+    """How many words or pairs of numbers a split of a graded task has; None: it is not graded."""
+    if name == "arithmetic":
+        keys = (f"pair {a} {b}" for b in range(100) for a in range(b + 1))
+        return sum(_is_held_out(key) == (split == "test") for key in keys)
+    return len(_words(split)) if name in ("simple_spelling", "spelling_bee") else None
+
+
+def _unused(used: set | None, draw: Callable[[], Any], key: Callable[[Any], Any]) -> Any:
+    """Draw until the key is none of `used`, and add it; None: the first draw."""
+    drawn = draw()
+    while used is not None and key(drawn) in used:
+        drawn = draw()
+    if used is not None:
+        used.add(key(drawn))
+    return drawn
+
+
+def _word(rng: Random, split: str, used: set | None) -> str:
+    return _unused(used, lambda: _pick(rng, _words(split)), str)
+
+
 def _exchange(question: str, answer: str) -> list[Message]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
@@ -108,22 +133,22 @@ def _as_typed(rng: Random, question: str) -> str:
 # --- spelling ---
 
 
-def simple_spelling(rng: Random, split: str) -> list[Message]:
+def simple_spelling(rng: Random, split: str, used: set | None = None) -> list[Message]:
     """Spell one word, as in nanochat's SimpleSpelling: `apple` becomes `apple:a,p,p,l,e`."""
-    word = _pick(rng, _words(split))
+    word = _word(rng, split, used)
     return _exchange(f"Spell the word: {word}", f"{word}:{','.join(word)}")
 
 
 QUOTES = ("", "", "'", '"')
 
 
-def spelling_bee(rng: Random, split: str) -> list[Message]:
+def spelling_bee(rng: Random, split: str, used: set | None = None) -> list[Message]:
     """Count a letter in a word, spelling the word with a running count.
 
     The answer repeats the letter and the word on lines of their own; each further line holds one
     letter of the word and the count so far, so a tiny model only has to look one line back.
     """
-    word = _pick(rng, _words(split))
+    word = _word(rng, split, used)
     if rng.random() < 0.15:
         letter = _pick(rng, [x for x in "abcdefghijklmnopqrstuvwxyz" if x not in word])
     else:
@@ -145,14 +170,19 @@ def spelling_bee(rng: Random, split: str) -> list[Message]:
 # --- arithmetic ---
 
 
-def arithmetic(rng: Random, split: str) -> list[Message]:
-    """Add or subtract two numbers from 0 to 99, small ones half of the time; never below zero."""
-    while True:  # until a pair of this split comes up
+def _pair(rng: Random, split: str) -> tuple[int, int]:
+    """Two numbers from 0 to 99 whose pair belongs to a split, small ones half of the time."""
+    while True:
         limit = _pick(rng, (10, 20, 100, 100))
         a, b = int(rng.random() * limit), int(rng.random() * limit)
         # one key for both orders and both signs: 5 + 7 does not test a model that has seen 7 + 5
         if _is_held_out(f"pair {min(a, b)} {max(a, b)}") == (split == "test"):
-            break
+            return a, b
+
+
+def arithmetic(rng: Random, split: str, used: set | None = None) -> list[Message]:
+    """Add or subtract two numbers from 0 to 99, small ones half of the time; never below zero."""
+    a, b = _unused(used, lambda: _pair(rng, split), frozenset)
     if rng.random() < 0.5:
         questions, sign, result = phrases("arithmetic")["plus"], "+", a + b
     else:
@@ -227,7 +257,7 @@ def _normalized(text: str) -> str:
     return text.lower().rstrip("?.!")
 
 
-TASKS: dict[str, Callable[[Random, str], list[Message]]] = {
+TASKS: dict[str, Callable[..., list[Message]]] = {
     "identity": identity,
     "simple_spelling": simple_spelling,
     "spelling_bee": spelling_bee,
@@ -259,22 +289,29 @@ def task_rows(
 
     Args:
         name: a key of `TASKS`.
-        rows: how many, without an upper bound; None: the task's number in `DEFAULT_ROWS`.
+        rows: how many; None: the task's number in `DEFAULT_ROWS`, or all if there are fewer. Only
+            the test rows of a graded task have an upper bound, its `pool_size`.
         split: "train" or "test"; in graded tasks they share no word and no pair of numbers.
         seed: different seeds give different rows.
 
     Raises:
-        ValueError: if there is no such task or split, or `rows` is negative.
+        ValueError: if there is no such task or split, or `rows` is negative or above the bound.
     """
     _check_name("task", name, TASKS)
     _check_name("split", split, SPLITS)
+    pool = pool_size(name, split) if split == "test" else None
     if rows is None:
-        rows = DEFAULT_ROWS[name]
+        rows = min(DEFAULT_ROWS[name], pool or DEFAULT_ROWS[name])
     if rows < 0:
         raise ValueError(f"rows must not be negative, not {rows}")
+    if pool is not None and rows > pool:
+        subjects = "pairs of numbers" if name == "arithmetic" else "words"
+        raise ValueError(f"there are only {pool} held-out {subjects}, fewer than {rows} rows")
+    unique = [] if pool is None else [set()]
     make = TASKS[name]
     return [
-        {"messages": make(Random(f"{name}:{split}:{seed}:{row}"), split)} for row in range(rows)
+        {"messages": make(Random(f"{name}:{split}:{seed}:{row}"), split, *unique)}
+        for row in range(rows)
     ]
 
 

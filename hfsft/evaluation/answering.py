@@ -26,7 +26,7 @@ from hfsft.model.head import fuse_head
 from hfsft.model.loading import bf16_is_native, load_plain_model
 from hfsft.recipe.schema import Stage
 from hfsft.tokens.encoding import IGNORED
-from hfsft.tokens.foreign_templates import bounded, prompt_text, special_tokens
+from hfsft.tokens.foreign_templates import encode_prompt, special_tokens
 
 # these delimit a calculator call and its result, as in karpathy/nanochat
 TOOL_TOKENS = ("<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>")
@@ -35,11 +35,12 @@ TOOL_TOKENS = ("<|python_start|>", "<|python_end|>", "<|output_start|>", "<|outp
 NANOCHAT_BOS = "<|bos|>"  # starts every training document of a nanochat model
 
 
-def load_for_answers(model: str) -> Any:
+def load_for_answers(model: str, exact: bool = False) -> Any:
     """Load a model for inference: in bfloat16 on a GPU that supports it natively, else float32.
 
     Args:
         model: a folder or a Hub id.
+        exact: in float32 on the CPU, whatever there is.
 
     Raises:
         ModelError: if it cannot be loaded.
@@ -47,8 +48,9 @@ def load_for_answers(model: str) -> Any:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     bare = Stage(name="", folder=Path(), seed=0, data=[], held_out=0)
-    loaded = load_plain_model(model, bare, dtype=answer_dtype()).eval()
-    return loaded.to("cuda") if torch.cuda.is_available() else loaded
+    dtype = "float32" if exact else answer_dtype()
+    loaded = load_plain_model(model, bare, dtype=dtype).eval()
+    return loaded.to("cuda") if torch.cuda.is_available() and not exact else loaded
 
 
 def answer_dtype() -> str:
@@ -141,7 +143,8 @@ def generate_greedily(
         What `generate` returns: token ids [prompts, tokens] with the prompts in front, or an
         object if the settings say so.
     """
-    # a new config: the model's own may sample or penalize repetition
+    # `generate` fills in what is not set here from the model's own, which may penalize repetition
+    own, model.generation_config = model.generation_config, GenerationConfig()
     config = GenerationConfig(
         do_sample=False,
         use_cache=True,
@@ -149,13 +152,16 @@ def generate_greedily(
         eos_token_id=eos_token_id,
         **settings,
     )
-    return model.generate(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        generation_config=config,
-        logits_processor=LogitsProcessorList(processors),
-        tokenizer=tokenizer,
-    )
+    try:
+        return model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            generation_config=config,
+            logits_processor=LogitsProcessorList(processors),
+            tokenizer=tokenizer,
+        )
+    finally:
+        model.generation_config = own
 
 
 class Evaluator:
@@ -205,8 +211,10 @@ class Evaluator:
 
     # --- prompts ---
 
-    def prompt_text(self, prompt: str, plain: str | None = None, answer: str | None = None) -> str:
-        """A prompt as the model sees it, with special tokens as text.
+    def prompt_ids(
+        self, prompt: str, plain: str | None = None, answer: str | None = None
+    ) -> list[int]:
+        """A prompt as token ids, encoded as in training: special tokens inside it are plain text.
 
         Args:
             prompt: the user's message.
@@ -214,41 +222,42 @@ class Evaluator:
                 `Question: ... Answer:`.
             answer: appended as the model would write it.
         """
-        if not self.is_chat:
-            text = f"Question: {prompt}\nAnswer:" if plain is None else plain
-            return text if answer is None else f"{text} {answer}"
-        messages = [{"role": "user", "content": prompt}]
-        if answer is None:
-            return prompt_text(messages, self.tokenizer)
-        messages.append({"role": "assistant", "content": answer})
-        return bounded(
-            self.folder, lambda: self.tokenizer.apply_chat_template(messages, tokenize=False)
-        )
-
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of texts as `prompt_text` gives them."""
-        # a chat template contains the BOS token
-        encoded = self.tokenizer(texts, add_special_tokens=not self.is_chat)["input_ids"]
-        if not self.is_chat and self.tokenizer.bos_token == NANOCHAT_BOS:
-            bos = self.tokenizer.bos_token_id
-            encoded = [ids if ids[:1] == [bos] else [bos, *ids] for ids in encoded]
-        return encoded
+        if self.is_chat:
+            messages = [{"role": "user", "content": prompt}]
+            if answer is not None:
+                messages.append({"role": "assistant", "content": answer})
+            return encode_prompt(messages, self.tokenizer)
+        text = f"Question: {prompt}\nAnswer:" if plain is None else plain
+        text = text if answer is None else f"{text} {answer}"
+        ids = self.tokenizer(text, split_special_tokens=True)["input_ids"]
+        bos = self.tokenizer.bos_token_id
+        is_missing = self.tokenizer.bos_token == NANOCHAT_BOS and ids[:1] != [bos]
+        return [bos, *ids] if is_missing else ids
 
     def answer_budget(self, prompts: list[list[int]], max_new_tokens: int) -> int:
         """How many of `max_new_tokens` fit into the model's context after each of the prompts.
 
-        At least half of the context, or `max_new_tokens` if that is less: a longer prompt is
-        truncated on the left.
+        At least half of the context, or `max_new_tokens` if that is less: see `fitted`.
         """
         if self.positions is None:
             return max_new_tokens
         longest = max(map(len, prompts), default=0)
         return min(max_new_tokens, max(self.positions - longest, self.positions // 2))
 
+    def fitted(self, ids: list[int], budget: int) -> list[int]:
+        """A prompt with its middle cut out where it leaves fewer than `budget` positions.
+
+        Its beginning, with the BOS token, the user's mark and any system message, and its end,
+        with the assistant's mark, stay.
+        """
+        room = len(ids) if self.positions is None else self.positions - budget
+        if len(ids) <= room:
+            return ids
+        return ids[: room // 2] + ids[len(ids) - (room - room // 2) :]
+
     def _inputs(self, prompts: list[list[int]], budget: int) -> dict[str, torch.Tensor]:
-        """Prompts padded on the left, truncated on the left to leave `budget` positions."""
-        longest = None if self.positions is None else self.positions - budget
-        kept = [ids if longest is None else ids[-longest:] for ids in prompts]
+        """Prompts padded on the left, cut to leave `budget` positions."""
+        kept = [self.fitted(ids, budget) for ids in prompts]
         padded = self.tokenizer.pad({"input_ids": kept}, return_tensors="pt")
         return {
             name: padded[name].to(self.model.device) for name in ("input_ids", "attention_mask")
@@ -274,7 +283,7 @@ class Evaluator:
         """The answer to each prompt, as text without special tokens."""
         if not prompts:  # tokenizers fail on an empty list
             return []
-        encoded = self.encode([self.prompt_text(prompt) for prompt in prompts])
+        encoded = [self.prompt_ids(prompt) for prompt in prompts]
         budget = self.answer_budget(encoded, max_new_tokens)
         stop = () if self.is_chat else ("\nQuestion:",)
         return [
@@ -344,23 +353,23 @@ class Evaluator:
         logits = output.logits[0].float()  # [prompts, vocabulary]
         return [int(logits[row, tokens].argmax()) for row, tokens in enumerate(choices)]
 
-    def split_choices(self, texts: list[str]) -> tuple[list[int], list[int]]:
-        """Split texts that differ only in their answer into a common prompt and answer tokens.
+    def split_choices(self, prompt: str, choices: Sequence[str]) -> tuple[list[int], list[int]]:
+        """Encode a prompt of which each choice is an answer: a common prompt and answer tokens.
 
-        The texts are encoded with their answers, so that each answer is the token it is in
-        training, with a leading space or without.
+        It is encoded with its answers, so that each answer is the token it is in training, with a
+        leading space or without.
 
         Returns:
-            Token ids of the common prefix, and the token that follows it in each text.
+            Token ids of the common prefix, and the token that follows it for each choice.
 
         Raises:
             DataError: if two answers have the same token.
         """
-        encoded = self.encode(texts)
+        encoded = [self.prompt_ids(prompt, answer=choice) for choice in choices]
         common = os.path.commonprefix(encoded)  # noqa: RUF071 - of lists of token ids
         tokens = [ids[len(common)] for ids in encoded if len(ids) > len(common)]
-        if len(set(tokens)) < len(texts):
-            raise DataError(f"the tokenizer does not tell the choices apart: {texts[0][-200:]!r}")
+        if len(set(tokens)) < len(choices):
+            raise DataError(f"the tokenizer does not tell the choices apart: {prompt[-200:]!r}")
         return common, tokens
 
     @torch.no_grad()

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hfsft.evaluation.kept import row_results
-from hfsft.noise import Z95, mcnemar, ratio_error
+from hfsft.noise import Z95, mcnemar, paired_interval, ratio_error
 
 Rows = dict[str, dict[str, Any]]  # a row's digest → its result, as `row_results` returns them
 
@@ -72,14 +72,14 @@ def difference(
 
 
 def _paired_accuracies(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
-    """McNemar's exact test (1947), with Wald's interval of a paired difference."""
+    """McNemar's exact test, with an interval that agrees with it."""
     won = sum(b["right"] and not a["right"] for a, b in pairs)
     lost = sum(a["right"] and not b["right"] for a, b in pairs)
     count = len(pairs)
     value = (won - lost) / count
-    half = Z95 * math.sqrt(max(won + lost - (won - lost) ** 2 / count, 0)) / count
+    low, high = paired_interval(won, lost, count)
     p = mcnemar(won, lost)
-    return _interval(value, value - half, value + half, within_noise=p >= 0.05, p=p)
+    return _interval(value, low, high, within_noise=p >= 0.05, p=p)
 
 
 def _separate_accuracies(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:

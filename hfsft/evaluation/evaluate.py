@@ -31,6 +31,7 @@ from hfsft.evaluation.kept import (
     write_results,
 )
 from hfsft.evaluation.tasks import (
+    CHAT_TASKS,
     GENERATED,
     LM_EVAL,
     Question,
@@ -45,13 +46,14 @@ from hfsft.run.files import read_json_lines
 
 GRADED = tuple(GENERATED)  # the built-in tasks whose answers are graded
 
-VERSION = 1  # increase when the same rows are prompted or graded differently
+VERSION = 2  # increase when the same rows are prompted or graded differently
 
 BATCH_SIZE = 16  # prompts per batch
 
 DOWNLOADED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
 
-Progress = Callable[[str, int, int], None]  # task, rows done, rows in total
+# task, rows done, rows in total; None: not known
+Progress = Callable[[str, int, int | None], None]
 
 
 def evaluate(
@@ -80,14 +82,15 @@ def evaluate(
 
     Returns:
         The content of eval.json: the figures of these tasks, and of earlier ones with the same
-        weights and seed. `centred` is (accuracy - chance) / (1 - chance), whose mean over
-        nanochat's tasks is its ChatCORE.
+        weights and seed. `centred` is (accuracy - chance) / (1 - chance); `chatcore` is nanochat's
+        figure, by its rules, once its five tasks have been run.
 
     Raises:
         HfsftError: for anything the user can fix.
     """
     data = data or {}
-    check_names([*(tasks or ()), *data], allow_code)
+    check_names(tasks or [], allow_code)
+    check_names(list(data), allow_code=True)
     tasks = tasks or default_tasks(model, allow_code)
     if progress is None:  # hide the progress bars of downloads as well
         disable_progress_bars()
@@ -102,9 +105,12 @@ def evaluate(
         if name in loaded:
             figures = _run_task(loaded[name], evaluator, results["fingerprint"], out, progress)
         else:
-            figures = _run_lm_eval(name, evaluator, results, out, rows, progress is None)
+            if progress:
+                progress(name, 0, None)
+            figures = _run_lm_eval(name, evaluator, results, out, rows)
         results["seconds"] += time.perf_counter() - began
         results["tasks"][name] = figures
+        results["chatcore"] = chatcore(results["tasks"])
         write_results(results, out)
     return results
 
@@ -153,6 +159,7 @@ class Item:
     choices: Sequence[int] = ()  # the token of each choice
     question: Question | None = None  # None: a held-out document
     document: dict[str, list[int]] | None = None
+    is_cut: bool = False  # the prompt did not fit into the model's context
 
 
 def _run_task(
@@ -183,7 +190,8 @@ def _run_task(
     if task.kind == "loss":
         return loss_figures(results)
     chances = [1 / len(item.choices) if item.choices else 0.0 for item in items]
-    return accuracy_figures(task.kind, [result["right"] for result in results], chances)
+    figures = accuracy_figures(task.kind, results, chances)
+    return figures | {"cut": sum(item.is_cut for item in items), "pool": task.pool}
 
 
 def _encoded(task: Task, evaluator: Evaluator) -> tuple[list[Item], int]:
@@ -193,21 +201,15 @@ def _encoded(task: Task, evaluator: Evaluator) -> tuple[list[Item], int]:
             Item(_document_digest(row), row["input_ids"], document=row) for row in task.documents
         ], 0
     if task.kind == "categorical":
-        prompts = [
-            evaluator.split_choices(
-                [evaluator.prompt_text(question.prompt, answer=c) for c in question.choices]
-            )
-            for question in task.questions
-        ]
+        prompts = [evaluator.split_choices(q.prompt, q.choices) for q in task.questions]
         budget = 1
     else:
-        texts = [evaluator.prompt_text(q.prompt, q.plain) for q in task.questions]
-        prompts = [(ids, []) for ids in evaluator.encode(texts)]
+        prompts = [(evaluator.prompt_ids(q.prompt, q.plain), []) for q in task.questions]
         budget = evaluator.answer_budget([ids for ids, _ in prompts], task.max_new_tokens)
-    items = [
-        Item(question.digest, ids, choices, question)
-        for question, (ids, choices) in zip(task.questions, prompts, strict=True)
-    ]
+    items = []
+    for question, (ids, choices) in zip(task.questions, prompts, strict=True):
+        kept = evaluator.fitted(ids, budget)
+        items.append(Item(question.digest, kept, choices, question, is_cut=len(kept) < len(ids)))
     return items, budget
 
 
@@ -221,12 +223,23 @@ def _run_batch(
     if task.kind == "categorical":
         chosen = evaluator.choose(prompts, [item.choices for item in batch])
         answers = [q.choices[index] for q, index in zip(questions, chosen, strict=True)]
-        right = [answer == q.answer for q, answer in zip(questions, answers, strict=True)]
     else:
         stop = () if evaluator.is_chat else task.plain_stop
         answers = evaluator.complete(prompts, budget, stop)
-        right = [q.is_right(answer) for q, answer in zip(questions, answers, strict=True)]
-    return [{"right": ok, "answer": answer} for ok, answer in zip(right, answers, strict=True)]
+    return [_graded(q, answer) for q, answer in zip(questions, answers, strict=True)]
+
+
+def _graded(question: Question, answer: str) -> dict[str, Any]:
+    """An answer with what it answers and its grades, as it is kept."""
+    right = answer == question.answer if question.choices else question.is_right(answer)
+    by_nanochat = question.nanochat_is_right
+    return {
+        "right": right,
+        "nanochat_right": by_nanochat(answer) if by_nanochat else right,
+        "answer": answer,
+        "expected": question.answer,
+        "question": question.prompt,
+    }
 
 
 def _run_lm_eval(
@@ -235,7 +248,6 @@ def _run_lm_eval(
     results: dict[str, Any],
     out: Path,
     rows: int | None,
-    quiet: bool,
 ) -> dict[str, Any]:
     """Have lm-eval run one of its tasks, unless it has done so before, and return its figures."""
     seed = results["seed"]
@@ -243,12 +255,15 @@ def _run_lm_eval(
     path = rows_file(out, name)
     found = _labelled(path, label)
     if not found or len(found) < found[0]["of"]:
-        found = ask_lm_eval(evaluator, name.removeprefix(LM_EVAL), rows, seed, quiet)
+        found = ask_lm_eval(evaluator, name.removeprefix(LM_EVAL), rows, seed)
         found = [label | {"of": len(found)} | row for row in found]
         append_lines(path, found)
     chances = [1 / row["choices"] if row["choices"] else 0.0 for row in found]
     kind = "categorical" if all(chances) else "generative"
-    return accuracy_figures(kind, [row["right"] for row in found], chances)
+    figures = accuracy_figures(kind, found, chances)
+    names = [name for name in found[0]["metrics"] if all(name in row["metrics"] for row in found)]
+    means = {name: _mean([row["metrics"][name] for row in found]) for name in names}
+    return figures | {"metrics": means}
 
 
 # --- which kept results may be reused ---
@@ -274,29 +289,52 @@ def _document_digest(row: dict[str, list[int]]) -> str:
 # --- figures ---
 
 
-def accuracy_figures(kind: str, right: list[bool], chances: list[float]) -> dict[str, Any]:
+def accuracy_figures(
+    kind: str, results: list[dict[str, Any]], chances: list[float]
+) -> dict[str, Any]:
     """The figures of a task with right and wrong answers.
 
     Args:
         kind: categorical or generative.
-        right: of each row.
+        results: of each row `right`, and `nanochat_right` unless lm-eval graded it.
         chances: of each row, the probability of a right answer at random.
 
     Returns:
         `low` and `high` bound the accuracy's 95% interval (Wilson 1927).
     """
-    accuracy, chance = sum(right) / len(right), sum(chances) / len(chances)
-    low, high = wilson(sum(right), len(right))
+    rows, right = len(results), sum(result["right"] for result in results)
+    accuracy, chance = right / rows, _mean(chances)
+    low, high = wilson(right, rows)
+    by_nanochat = [result.get("nanochat_right") for result in results]
     return {
         "kind": kind,
-        "rows": len(right),
-        "right": sum(right),
+        "rows": rows,
+        "right": right,
+        "nanochat_right": None if None in by_nanochat else sum(by_nanochat),
         "accuracy": accuracy,
         "low": low,
         "high": high,
         "chance": chance,
         "centred": (accuracy - chance) / (1 - chance),
     }
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def chatcore(tasks: dict[str, dict[str, Any]]) -> float | None:
+    """nanochat's ChatCORE: its five tasks by its own rules; None unless all of them have been run.
+
+    Args:
+        tasks: name → figures, as in eval.json.
+    """
+    if not CHAT_TASKS.keys() <= tasks.keys():
+        return None
+    accuracies = {name: tasks[name]["nanochat_right"] / tasks[name]["rows"] for name in CHAT_TASKS}
+    return _mean(
+        [(accuracies[name] - chance) / (1 - chance) for name, chance in CHAT_TASKS.items()]
+    )
 
 
 def loss_figures(rows: list[dict[str, Any]]) -> dict[str, Any]:

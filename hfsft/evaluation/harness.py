@@ -6,6 +6,7 @@ import logging
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import yaml
 
@@ -28,7 +29,7 @@ def lm_eval_version() -> str:
 
 
 def ask_lm_eval(
-    evaluator: Evaluator, name: str, rows: int | None, seed: int, quiet: bool
+    evaluator: Evaluator, name: str, rows: int | None, seed: int
 ) -> list[dict[str, Any]]:
     """Have lm-eval run one of its tasks or groups, as configured there.
 
@@ -37,11 +38,11 @@ def ask_lm_eval(
         name: a task, a group, or the YAML file of a task.
         rows: use the first this many rows of each task; None: all.
         seed: for the few-shot examples of tasks that have some.
-        quiet: hide lm-eval's progress bars.
 
     Returns:
-        For each row `row`, `right`, `answer`, and `choices`, the number of choices (0 for a
-        generated answer). `right` is the task's first metric under its first filter.
+        For each row `row`, `right`, `answer`, `expected`, `question`, `metrics`, and `choices`, the
+        number of choices (0 for a generated answer). `metrics` are the task's, such as `acc` and
+        `acc_norm`, as far as they are numbers; `right` is the first one, under the first filter.
 
     Raises:
         HfsftError: if lm-eval lacks the task or its data, or the first metric is not 0 or 1.
@@ -55,7 +56,11 @@ def ask_lm_eval(
     own = Path(name).suffix in (".yaml", ".yml")
     try:
         task = yaml.safe_load(Path(name).read_text())["task"] if own else name
-        with contextlib.redirect_stderr(io.StringIO()) if quiet else contextlib.nullcontext():
+        with (
+            contextlib.redirect_stderr(io.StringIO()),  # its bars
+            # it asks git, whose "fatal: not a git repository" would reach the terminal
+            patch("lm_eval.evaluator.get_git_commit_hash", str),
+        ):
             found = simple_evaluate(
                 model=HFLM(
                     pretrained=evaluator.model,
@@ -84,7 +89,8 @@ def ask_lm_eval(
 def _row(name: str, task: str, sample: dict[str, Any]) -> dict[str, Any]:
     """One of lm-eval's samples as a result."""
     metric = sample["metrics"][0]
-    value = sample[metric]
+    metrics = {key: sample[key] for key in sample["metrics"]}
+    value = metrics[metric]
     if not isinstance(value, int | float) or value not in (0, 1):
         raise HfsftError(f"{name}: its first metric, {metric}, is neither 0 nor 1")
     # a multiple-choice sample has one response with a log-likelihood per choice
@@ -92,6 +98,9 @@ def _row(name: str, task: str, sample: dict[str, Any]) -> dict[str, Any]:
     return {
         "row": f"{task}:{sample['doc_hash'][:24]}",
         "right": bool(value),
+        "metrics": {key: kept for key, kept in metrics.items() if isinstance(kept, int | float)},
         "answer": "" if is_choice else str(sample["filtered_resps"][0]),
+        "expected": str(sample["target"]),
+        "question": str(sample["arguments"][0][0]),
         "choices": len(sample["filtered_resps"]) if is_choice else 0,
     }

@@ -15,13 +15,7 @@ import torch
 from hfsft import __version__
 from hfsft.errors import HfsftError
 from hfsft.run.files import read_json_lines, write_text_atomically
-
-# the files of a model folder that its answers depend on
-FINGERPRINTED = (
-    "*.safetensors",
-    *("config.json", "generation_config.json", "*token*", "vocab.*", "merges.txt", "*.jinja"),
-)
-
+from hfsft.run.identity import FINGERPRINTED
 
 # --- whose answers ---
 
@@ -91,6 +85,7 @@ def open_results(model: str, out: Path, digest: str, seed: int) -> dict[str, Any
         "seconds": earlier["seconds"] if same else 0.0,
         "tasks": earlier["tasks"] if same else {},
         "mean_centred": None,
+        "chatcore": None,
     }
 
 

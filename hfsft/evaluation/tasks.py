@@ -1,27 +1,28 @@
 """The tasks of `hfsft eval`: where rows come from, their prompts, and which answers are right.
 
-ARC, MMLU, GSM8K, HumanEval and the spelling tasks follow karpathy/nanochat's chat_eval.py, so that
-the figures are comparable: a choice is the letter with the highest logit at the position of the
-answer; other answers are generated with top-1 decoding and the calculator. Any task of EleutherAI's
-lm-eval is run by lm-eval itself, as `lm_eval:NAME`.
+ARC, MMLU, GSM8K and HumanEval follow karpathy/nanochat's chat_eval.py, so that the figures are
+comparable: a choice is the letter with the highest logit at the position of the answer; other
+answers are generated with top-1 decoding and the calculator, and graded by nanochat's rule as well
+as by ours. Any task of EleutherAI's lm-eval is run by lm-eval itself, as `lm_eval:NAME`.
 """
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
 from hfsft.data.mixture import mix_conversations
 from hfsft.data.sources import load_rows, parse_row
-from hfsft.data.tasks import grade, task_rows
+from hfsft.data.tasks import grade, pool_size, task_rows
 from hfsft.data.text import mix_text
 from hfsft.errors import DataError, HfsftError, nearest
 from hfsft.evaluation.execution import succeeds
+from hfsft.evaluation.grading import final_number, nanochat_number, nanochat_program, program
 from hfsft.recipe.loading import load_recipe
 from hfsft.recipe.schema import Recipe, Source, Stage
 from hfsft.tokens.row_formats import BadRow, from_gsm8k, to_messages
@@ -43,8 +44,8 @@ CATEGORICAL = ("arc_easy", "arc_challenge", "mmlu")
 # hfsft's built-in tasks → new tokens of an answer
 GENERATED = {"simple_spelling": 96, "spelling_bee": 256, "arithmetic": 96}
 
-# nanochat's chat tasks
-CHAT_TASKS = ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval", "spelling_bee")
+# nanochat's chat tasks → chance in its ChatCORE (scripts/chat_eval.py at 92d63d4, July 2026)
+CHAT_TASKS = {"arc_easy": 0.25, "arc_challenge": 0.25, "mmlu": 0.25, "gsm8k": 0.0, "humaneval": 0.0}
 
 HELD_OUT = "held_out"
 
@@ -55,6 +56,8 @@ NAMES = (*ON_HUB, *GENERATED, HELD_OUT)
 ANSWER_TOKENS = 512  # of an answer with reasoning or code, as in nanochat
 
 GENERATED_ROWS = 100  # of a generated task by default
+
+GYM_DRAWS = 10  # at most, for each row
 
 GYM_SEED = 10_000_000  # far from the seeds of training rows
 
@@ -73,6 +76,7 @@ class Question:
     answer: str  # the reference answer; a letter if there are choices
     choices: tuple[str, ...] = ()  # the letters to choose from
     is_right: Callable[[str], bool] | None = None  # grades a generated answer
+    nanochat_is_right: Callable[[str], bool] | None = None  # by nanochat's rule, where it differs
     plain: str | None = None  # prompt of a model that is not a chat model, if not Question: ...
 
     @property
@@ -91,6 +95,7 @@ class Task:
     questions: list[Question]
     documents: list[dict[str, list[int]]] = dataclasses.field(default_factory=list)  # kind loss
     max_new_tokens: int = 0
+    pool: int | None = None  # different words or pairs that the rows were drawn from
     plain_stop: tuple[str, ...] = QUESTION_STOP  # ends answers of a model that is not a chat model
 
 
@@ -147,9 +152,13 @@ def load_task(
     if name == HELD_OUT:
         return _held_out(model, rows, seed)
     if name in GENERATED:
-        made = task_rows(name, rows or GENERATED_ROWS, split="test", seed=seed)
+        try:
+            made = task_rows(name, rows or GENERATED_ROWS, split="test", seed=seed)
+        except ValueError as error:
+            raise DataError(f"{name}: {error}; pass a smaller --rows") from None
         questions = [_generated(name, row) for row in made]
-        return Task(name, "generative", questions, max_new_tokens=GENERATED[name])
+        pool = pool_size(name, "test")
+        return Task(name, "generative", questions, max_new_tokens=GENERATED[name], pool=pool)
     if name.startswith(GYM):
         questions = _gym(name.removeprefix(GYM), rows or GENERATED_ROWS, seed)
         return Task(name, "generative", questions, max_new_tokens=ANSWER_TOKENS)
@@ -190,32 +199,18 @@ def _choices(row: dict[str, Any]) -> Question:
 # --- numbers ---
 
 
-def final_number(text: str) -> Decimal | None:
-    r"""The final number of an answer: after `####`, else in `\boxed{}`, else the last one.
-
-    nanochat and GSM8K's authors accept only the number after the mark. For a model that was never
-    trained to write it, the last number is taken, as lm-eval's `flexible-extract` does.
-    """
-    marked = text.rpartition("####")
-    boxed = re.findall(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}", text)
-    part = marked[2] if marked[1] else boxed[-1] if boxed else text
-    numbers = re.findall(r"(?<![\d.])-?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)", part)
-    if not numbers:
-        return None
-    number = numbers[0] if marked[1] or boxed else numbers[-1]
-    try:
-        return Decimal(re.sub("[$,]", "", number))
-    except InvalidOperation:
-        return None
-
-
 def _gsm8k(row: dict[str, Any]) -> Question:
     from_gsm8k(row)  # raises BadRow
     number = final_number(row["answer"])
     if number is None:
         raise BadRow("an answer without a number")
+    # nanochat reads the reference from what follows the last calculator call
+    reference = nanochat_number(re.split("<<[^>]+>>", row["answer"])[-1])
     return Question(
-        row["question"], str(number), is_right=lambda text: final_number(text) == number
+        row["question"],
+        str(number),
+        is_right=lambda text: final_number(text) == number,
+        nanochat_is_right=lambda text: nanochat_number(text) == reference,
     )
 
 
@@ -238,21 +233,12 @@ def _human_eval(row: dict[str, Any]) -> Question:
     def is_right(text: str) -> bool:
         return succeeds(f"{program(prompt, entry, text)}\n{test}\ncheck({entry})\n")
 
-    return Question(prompt, test, is_right=is_right, plain=prompt)
+    def nanochat_is_right(text: str) -> bool:
+        return succeeds(f"{nanochat_program(prompt, text)}\n{test}\ncheck({entry})\n")
 
-
-def program(prompt: str, entry_point: str, answer: str) -> str:
-    """The program to run for an answer to one of HumanEval's prompts.
-
-    As in nanochat, the first code block, or else the entire answer, after the prompt's imports. If
-    that does not define the function, it is taken as the continuation of the prompt.
-    """
-    block = re.search(r"```(?:[Pp]ython|py)?[^\S\n]*\n(.*?)(?:\n```|\Z)", answer, re.S)
-    code = block[1] if block else answer
-    if re.search(rf"^\s*(?:async\s+)?def\s+{re.escape(entry_point)}\b", code, re.M):
-        imports = re.findall(r"^(?:import|from)\s.*", prompt, re.M)
-        return "\n".join([*imports, code])
-    return prompt + code
+    return Question(
+        prompt, test, is_right=is_right, nanochat_is_right=nanochat_is_right, plain=prompt
+    )
 
 
 # --- reasoning_gym ---
@@ -268,7 +254,16 @@ def _gym(name: str, rows: int, seed: int) -> list[Question]:
     if name not in DATASETS:
         hint = nearest(name, DATASETS) or ", such as chain_sum"
         raise DataError(f"{name} is not one of reasoning_gym's {len(DATASETS)} generators{hint}")
-    made = reasoning_gym.create_dataset(name, size=rows, seed=GYM_SEED + seed)
+    # some generators have few questions: draw more and leave out repeated ones
+    made = reasoning_gym.create_dataset(name, size=GYM_DRAWS * rows, seed=GYM_SEED + seed)
+    distinct: dict[str, dict[str, Any]] = {}
+    for item in itertools.takewhile(lambda _: len(distinct) < rows, made):
+        distinct.setdefault(item["question"], item)
+    if len(distinct) < rows:
+        raise DataError(
+            f"{GYM}{name}: only {len(distinct)} different questions in {GYM_DRAWS * rows:,} draws, "
+            f"fewer than {rows} rows; pass a smaller --rows"
+        )
 
     def question(item: dict[str, Any]) -> Question:
         # partial credit for nearly right answers does not count
@@ -277,7 +272,7 @@ def _gym(name: str, rows: int, seed: int) -> list[Question]:
 
         return Question(item["question"], str(item["answer"]), is_right=is_right)
 
-    return [question(item) for item in made]
+    return [question(item) for item in distinct.values()]
 
 
 # --- held out ---
@@ -318,22 +313,25 @@ def _held_out(model: str, rows: int | None, seed: int) -> Task:
     return Task(HELD_OUT, "loss", [], documents)
 
 
-def data_files(given: list[str]) -> dict[str, str]:
+def data_files(given: list[str], tasks: list[str]) -> dict[str, str]:
     """Parse the values of `--data`.
 
     Args:
         given: each `task=file`, or a folder of files named after tasks.
+        tasks: that are run; files of others in a folder are left alone. Empty: the default ones.
 
     Returns:
         Task → file.
 
     Raises:
-        HfsftError: if a value is neither, or a folder has no such file.
+        HfsftError: if a value is neither, a folder has no such file, or a named task is not run.
     """
     found: dict[str, str] = {}
     for value in given:
         name, equals, path = value.partition("=")
         if equals:
+            if name in NAMES and tasks and name not in tasks:
+                raise HfsftError(f"--data {value}: {name} is not among the tasks of --tasks")
             found[name] = path
             continue
         if not Path(value).is_dir():
@@ -341,9 +339,10 @@ def data_files(given: list[str]) -> dict[str, str]:
         files = {
             file.name.partition(".")[0]: str(file)
             for file in sorted(Path(value).iterdir())
-            if file.name.partition(".")[0] in ON_HUB
+            if file.name.partition(".")[0] in (set(ON_HUB) & set(tasks) if tasks else ON_HUB)
         }
         if not files:
-            raise HfsftError(f"--data {value}: no file is named after a task, like arc_easy.jsonl")
+            named = next((name for name in tasks if name in ON_HUB), "arc_easy")
+            raise HfsftError(f"--data {value}: no file is named after a task, like {named}.jsonl")
         found |= files
     return found

@@ -127,7 +127,10 @@ def require_model(start: str, revision: str | None = None) -> None:
     path = Path(start)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ModelError(f"{start} holds no model (no config.json)")
+            stages = [path / name for name in ("sft", "mid", "base")]
+            trained = next((stage for stage in stages if (stage / "config.json").is_file()), None)
+            hint = f"; did you mean {trained}?" if trained else ""
+            raise ModelError(f"{start} holds no model (no config.json){hint}")
     elif path.name in ("base", "mid", "sft") and len(path.parts) > 2:
         raise ModelError(
             f"{start} does not exist\n"

@@ -65,6 +65,11 @@ STATE = (
 )
 
 
+# the folders of `hfsft export` in a model's, which its own push leaves out
+GGUF = "gguf"
+EXPORTS = (GGUF, "qwen3", "*.partial")
+
+
 @dataclass
 class Push:
     """A folder to push to the Hub, and the outcome."""
@@ -123,7 +128,11 @@ class Target:
 
     def model(self, folder: Path) -> Push:
         """The push of a finished model."""
-        return Push(folder, self.repo_id, self.revision)
+        return Push(folder, self.repo_id, self.revision, leave_out=EXPORTS)
+
+    def gguf(self, folder: Path) -> Push:
+        """The push of a model's GGUF files to the top level, with the card that names them."""
+        return Push(folder / GGUF, self.repo_id, self.revision, leave_out=("*.partial",))
 
     def checkpoint(self, folder: Path) -> Push | None:
         """The push of a checkpoint; None if the strategy pushes none."""
@@ -308,6 +317,7 @@ def push_run(
     repo: str | None = None,
     revision: str | None = None,
     private: bool | None = None,
+    gguf: bool = False,
 ) -> list[Push]:
     """Push a run's last finished stage, a stage, or any model's folder, or resume a push.
 
@@ -316,14 +326,20 @@ def push_run(
         repo: the repository; None: the recipe's, or else the run's or folder's name.
         revision: the branch; None: the recipe's, or else main.
         private: visibility of a new repository; True refuses an existing public one.
+        gguf: also push the GGUF files that `hfsft export` wrote.
 
     Returns:
-        The pushes: the model, and without `repo` the checkpoints that the recipe asks for.
+        The pushes: the model, its GGUF files, and without `repo` the checkpoints that the recipe
+        asks for.
 
     Raises:
         HfsftError: if there is no finished model, or the push fails.
     """
-    folder = _model_folder(Path(given))
+    folder = finished_model(Path(given))
+    if gguf and not any((folder / GGUF).glob("*.gguf")):
+        raise HfsftError(
+            f"{folder} holds no GGUF file\n  Write one first: hfsft export {folder} --to gguf"
+        )
     record = read_record(folder)
     settings = record["settings"][record["stage"]] if record else {}
     own = folder.absolute().parent.name if record else folder.absolute().name
@@ -342,14 +358,20 @@ def push_run(
     open_repository(target.repo_id, private, target.branches)
     found = checkpoints(folder / "checkpoints")[::-1]
     found = found if strategy == "all_checkpoints" else found[-1:]
-    pushes = [target.model(folder), *filter(None, map(target.checkpoint, found))]
+    files = [target.gguf(folder)] if gguf else []
+    checkpoint_pushes = filter(None, map(target.checkpoint, found))
+    pushes = [target.model(folder), *files, *checkpoint_pushes]
     for push in pushes:
         push.send()
     return pushes
 
 
-def _model_folder(given: Path) -> Path:
-    """The model to push: a run's last finished stage, or else the given folder itself."""
+def finished_model(given: Path) -> Path:
+    """The model of a folder: a run's last finished stage, or else the given folder itself.
+
+    Raises:
+        HfsftError: if it holds none, or its training is not finished.
+    """
     for stage in reversed(STAGES):
         record = read_record(given / stage)
         if record is not None and record["status"] == "finished":
@@ -358,7 +380,7 @@ def _model_folder(given: Path) -> Path:
     if record is not None and record["status"] != "finished":
         raise HfsftError(
             f"{given}: training is not finished\n"
-            f"  To push a checkpoint instead: hfsft push {given}/checkpoints/checkpoint-N REPO"
+            f"  A checkpoint is a model too: {given}/checkpoints/checkpoint-N"
         )
     if not any((given / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise HfsftError(f"{given}: holds no finished stage and no model")

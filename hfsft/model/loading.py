@@ -355,3 +355,12 @@ def merged_model(adapter: Path, stage: Stage, model: Any) -> Any:
     if size != plain.get_input_embeddings().num_embeddings:
         plain.resize_token_embeddings(size)
     return PeftModel.from_pretrained(plain, str(adapter)).merge_and_unload()
+
+
+def write_rope_theta(path: Path) -> None:
+    """Repeat `rope_theta` at the top level of config.json, where older readers look for it."""
+    config = json.loads(path.read_text())
+    theta = (config.get("rope_parameters") or {}).get("rope_theta")
+    if theta is not None and "rope_theta" not in config:
+        config["rope_theta"] = theta
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -70,21 +70,33 @@ def largest_models(recipe: Recipe, memory: int) -> list[dict[str, Any]]:
 def _largest_width(
     recipe: Recipe, stage: Stage, memory: int, folder: Path
 ) -> tuple[int | None, Plan | None]:
-    """The largest width that fits, by bisection, and its plan; None twice if none does."""
+    """The largest width that fits, and its plan; None twice if none does.
+
+    The next width to plan is the one whose memory would be right if it grew with the parameters.
+    """
     best: tuple[int | None, Plan | None] = None, None
-    low, high = 0, len(WIDTHS)  # the first `low` widths fit, and none from `high` on
-    while low < high:
-        middle = (low + high) // 2
-        start = folder / str(WIDTHS[middle])
+    low, high, guess = -1, len(WIDTHS), len(WIDTHS) // 8  # fits, does not fit
+    while high - low > 1:
+        guess = min(max(guess, low + 1), high - 1)
+        width = WIDTHS[guess]
+        start = folder / str(width)
         if not start.is_dir():
-            _config(WIDTHS[middle], stage.max_length).save_pretrained(start)
+            _config(width, stage.max_length).save_pretrained(start)
         shaped = with_settings(stage, model_name_or_path=str(start))
         plan = plan_stage(recipe, shaped, memory, "cuda")
         if plan.fits:
-            low, best = middle + 1, (WIDTHS[middle], plan)
+            low, best = guess, (width, plan)
         else:
-            high = middle
+            high = guess
+        room = (memory - plan.overhead) / (plan.peak - plan.overhead)
+        goal = room * _parameters(width)
+        guess = sum(_parameters(other) <= goal for other in WIDTHS) - 1
     return best
+
+
+def _parameters(width: int) -> int:
+    """Those of `_config`, but for norms: attention takes 4 matrices, the gated MLP 3."""
+    return VOCABULARY * width + _layers(width) * (4 + 3 * MLP) * width**2
 
 
 def _layers(width: int) -> int:

@@ -59,8 +59,8 @@ def print_plan(planned: dict[str, Any]) -> None:
         console.print("Times are measured from a few micro-batches on this device.")
     else:
         console.print(
-            f"Times are estimated from FLOPs at {UTILISATION:.0%} of the measured matmul rate, on a "
-            "GPU also from kernel launches; --time measures a few micro-batches."
+            f"Times are estimated from FLOPs at {UTILISATION:.0%} of the measured matmul rate, on "
+            "a GPU also from kernel launches; --time measures a few micro-batches."
         )
     console.print(f"The run takes up to {gigabytes(planned['disk'])} on disk.")
     for note in dict.fromkeys(note for data in stages.values() for note in data["notes"]):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hfsft.errors import RecipeError, nearest, quoted
-from hfsft.recipe.key import AUTO, STAGES
+from hfsft.recipe.key import AUTO, STAGES, Key
 from hfsft.recipe.names import (
     ALIASES,
     FLAGS,
@@ -16,13 +16,14 @@ from hfsft.recipe.names import (
     REFUSED_LORA,
     RENAMED,
 )
-from hfsft.recipe.schema import MUON, PER_PARAMETER, Source, size_in_bytes
+from hfsft.recipe.schema import MUON, PER_PARAMETER, Replay, Source, size_in_bytes
 from hfsft.recipe.sections import (
     MODEL,
     MUON_SETTINGS,
     TOP,
     lora_section,
     model_section,
+    replay_fields,
     source_fields,
     stage_fields,
 )
@@ -90,8 +91,11 @@ def refuse_unknown(node: Node, section: str, known: Collection[str]) -> None:
         if key in REFUSED_LORA and section.endswith(".lora"):
             raise RecipeError(f"{child.where}: {full} cannot be set: {MANAGED}")
         place = f" in {section}" if section else ""
+        # a flag without a section may have been meant for the top, or as one of `FLAGS`
+        is_flag = section in STAGES and child.where == f"--{key}"
+        meant = [*known, *TOP, *FLAGS] if is_flag else known
         raise RecipeError(
-            f"{child.where}: unknown key {quoted(key)}{place}{_hint(key, section, known)}"
+            f"{child.where}: unknown key {quoted(key)}{place}{_hint(key, section, meant)}"
         )
 
 
@@ -209,6 +213,7 @@ def check_stage(stage: str, node: Node) -> Section:
     if "data" not in section.settings:
         raise RecipeError(f"{node.where}: {stage}: needs data, such as [{{path: identity}}]")
     section.settings["data"] = check_data(node.value["data"], f"{stage}.data")
+    check_replay(section)
     check_eval_steps(section)
     check_renamed(section)
     check_row_length(section)
@@ -234,21 +239,32 @@ def check_data(node: Node, section: str) -> list[Source]:
     for index, item in enumerate(node.value):
         if isinstance(item.value, str):  # `data: [identity]`
             item = Node({"path": item}, item.where)
-        place = f"{section}.{index}"
-        checked = check_section(item, place, source_fields())
-        if "path" not in checked:
-            raise RecipeError(f"{item.where}: {place}: a source needs a path")
-        for column in checked.get("columns", ()):
-            child = item.value["columns"].value[column]
-            checked["columns"][column] = child.value = check_value(
-                f"{place}.columns.{column}", child, Field("str")
-            )
-        source = Source(**checked)
-        problem = _source_problem(source, section.partition(".")[0])
-        if problem:
-            raise RecipeError(f"{item.where}: {place}: {problem}")
-        sources.append(source)
+        sources.append(_check_source(item, f"{section}.{index}", Source, source_fields()))
     return sources
+
+
+def check_replay(section: Section) -> None:
+    """`replay` is a source with a share."""
+    if section.settings.get("replay") is not None:
+        node, place = section.node.value["replay"], f"{section.stage}.replay"
+        section.settings["replay"] = _check_source(node, place, Replay, replay_fields())
+
+
+def _check_source(node: Node, place: str, kind: type[Source], known: dict[str, Key]) -> Source:
+    """Check one source; `kind` is what to make of it."""
+    checked = check_section(node, place, known)
+    if "path" not in checked:
+        raise RecipeError(f"{node.where}: {place}: a source needs a path")
+    for column in checked.get("columns", ()):
+        child = node.value["columns"].value[column]
+        checked["columns"][column] = child.value = check_value(
+            f"{place}.columns.{column}", child, Field("str")
+        )
+    source = kind(**checked)
+    problem = _source_problem(source, place.partition(".")[0])
+    if problem:
+        raise RecipeError(f"{node.where}: {place}: {problem}")
+    return source
 
 
 def _source_problem(source: Source, stage: str) -> str | None:

@@ -18,6 +18,7 @@ UNSET = object()
 # may a key differ between the run that was interrupted and the one that resumes it?
 FIXED = "no"
 FREE = "yes"
+SAME = "yes, if it is the same model"  # its files are compared, wherever they lie
 ROUNDED = "yes, to rounding"  # a step's sum is grouped differently: its last digits may change
 
 # the documentation lists no more choices than this; there are 41 optimizers
@@ -122,7 +123,7 @@ def _short(bound: float) -> str:
 
 
 def key(help: str, *, default: Any = UNSET, choices: tuple[str, ...] = (), **rest: Any) -> Any:
-    """A dataclass field that is a key of a recipe; its annotation is the key's type.
+    """A dataclass field that is a key of a recipe; its type is the key's, unless `rest` has one.
 
     Args:
         help: one line of documentation.
@@ -144,7 +145,8 @@ def declared_keys(declared: type) -> dict[str, Key]:
     found = {}
     for item in fields(declared):
         if (one := item.metadata.get("key")) is not None:
-            found[item.name] = replace(one, annotation=_annotation(item.type, one.null))
+            annotation = one.annotation or _annotation(item.type, one.null)
+            found[item.name] = replace(one, annotation=annotation)
     return found
 
 

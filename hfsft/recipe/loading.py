@@ -32,6 +32,7 @@ from hfsft.recipe.names import ALIASES, FLAGS, REFUSED
 from hfsft.recipe.schema import Recipe, Stage
 from hfsft.recipe.sections import (
     EXTENDS,
+    GENERATION,
     TOKENIZER,
     TOP,
     stage_defaults,
@@ -53,7 +54,9 @@ def find_recipe(given: str) -> Path:
     if isfile(path):
         return path
     if isdir(path):
-        raise RecipeError(f"{given} is a folder; give a recipe file, such as recipes/demo.yaml")
+        own = next((run for run in (path, path.parent) if isfile(run / "recipe.yaml")), None)
+        such = "such as recipes/demo.yaml" if own is None else f"for this run {own / 'recipe.yaml'}"
+        raise RecipeError(f"{given} is a folder; give a recipe file, {such}")
     built_in = _built_in(given)
     if built_in is not None:
         return built_in
@@ -263,7 +266,7 @@ def load_recipe(given: str = "", *argv: str, stage: str | None = None) -> Recipe
     folder = Path(top["output_dir"]) / top["name"]
     for section in sections:
         _find_start(section, folder, original)
-    own_keys = ("name", "output_dir", "seed", "sample_prompts")
+    own_keys = ("name", "output_dir", "seed", "sample_prompts", "generation")
     return Recipe(
         path=given,
         **{key: top[key] for key in own_keys},
@@ -318,6 +321,7 @@ def _check_top(tree: Node) -> tuple[dict[str, Any], dict[str, Any], dict[str, An
     tokenizer = check_section(tree.value["tokenizer"], "tokenizer", TOKENIZER)
     check_tokenizer(tree.value["tokenizer"], model, tokenizer)
     check_sample_prompts(tree.value["sample_prompts"])
+    top["generation"] = check_section(tree.value["generation"], "generation", GENERATION)
     return top, model, tokenizer
 
 
@@ -375,6 +379,7 @@ def _make_stage(
         folder=folder / section.stage,
         seed=top["seed"],
         sample_prompts=top["sample_prompts"],
+        generation=top["generation"],
         trainer={key: value for key, value in settings.items() if key not in own_keys},
         trust_remote_code=flags["trust_remote_code"],
         quiet=flags["quiet"],

@@ -7,9 +7,11 @@ from collections.abc import Iterable
 
 from hfsft.recipe.key import STAGES, UNSET, Key, declared_keys, overlaid
 from hfsft.recipe.names import ALIASES, FLAGS, REFUSED, REFUSED_LORA
-from hfsft.recipe.schema import Source, Stage
+from hfsft.recipe.schema import Replay, Source, Stage
 from hfsft.recipe.sections import (
+    DEPTH,
     EXTENDS,
+    GENERATION,
     LORA,
     MODEL,
     MODEL_CONFIG,
@@ -69,8 +71,10 @@ def page() -> str:
         ("`base`, `mid`, `sft`: hfsft's own keys", _stage_table(own)),
         ("`base`, `mid`, `sft`: keys of transformers and trl", _stage_table(upstream)),
         ("An item of `data`", _table(declared_keys(Source))),
-        ("`model`", _table(MODEL | {name: config[name] for name in MODEL_CONFIG})),
+        ("`replay`", _replay()),
+        ("`model`", _table(MODEL | DEPTH | {name: config[name] for name in MODEL_CONFIG})),
         ("`tokenizer`", _table(TOKENIZER)),
+        ("`generation`", _table(GENERATION)),
         ("`lora`", _table({name: lora_section()[name] for name in LORA})),
         ("`muon`", _table(MUON_SETTINGS)),
         ("Flags, on the command line only", _rows(("flag", ""), _flags())),
@@ -89,6 +93,16 @@ def _table(keys: dict[str, Key]) -> str:
             (f"`{name}`", _shown(one), one.takes(), one.on_resume, one.help)
             for name, one in keys.items()
         ),
+    )
+
+
+def _replay() -> str:
+    """The keys that `replay` has besides those of a source."""
+    others = declared_keys(Source)
+    own = {name: one for name, one in declared_keys(Replay).items() if name not in others}
+    return (
+        "Those of an item of `data` except `repeat`, `weight` and `streaming`, and:\n\n"
+        + _table(own)
     )
 
 

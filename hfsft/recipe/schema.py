@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hfsft.errors import RecipeError, quoted
-from hfsft.recipe.key import FREE, key
+from hfsft.recipe.key import FREE, SAME, key
 
 MEMORY = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]i?B)")
 
@@ -27,6 +27,10 @@ FORMATS = (
 
 
 ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
+
+
+# how a trained tokenizer splits text into words: one of `tokens.tokenizer.PRE_TOKENIZERS`
+DEFAULT_PRE_TOKENIZER = "qwen2"
 
 
 MUON = "muon"  # the optimizer that transformers has no name for
@@ -86,6 +90,28 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Replay(Source):
+    """The source of a stage's `replay`: general conversations, against forgetting."""
+
+    share: float = key(
+        "of an epoch's conversations; 0 trains on none, and only measures",
+        default=0.2,
+        low=0,
+        high=0.9,
+    )
+    held_out: int = key(
+        "conversations held out, and passages of `text`, to measure what is forgotten",
+        default=100,
+        low=2,
+        high=2**31,
+    )
+    text: str = key("general text to measure on: built-in, or a file", default="speeches")
+
+    def __str__(self) -> str:
+        return f"{super().__str__()} (replay)"
+
+
+@dataclass(frozen=True)
 class Stage:
     """One stage of a run: where it starts, what it trains on, and its trainer's settings."""
 
@@ -106,6 +132,12 @@ class Stage:
         above=0,
         high=1,
     )
+    replay: Replay | None = key(
+        "general conversations mixed in, and what is forgotten measured: see below",
+        annotation="dict | None",
+        stages=LOADING,
+        default=None,
+    )
     model_name_or_path: str | None = key(
         "the model to start from: an earlier stage of this run, a folder, or a Hub id; in a recipe "
         "with a base and no mid, sft starts from base",
@@ -113,6 +145,7 @@ class Stage:
         default=None,
         defaults={"mid": "base", "sft": "mid"},
         null=False,
+        on_resume=SAME,
     )
     revision: str | None = key(
         "a commit, branch or tag of a Hub model", stages=LOADING, default=None
@@ -257,11 +290,17 @@ class Stage:
     )
     # the rest is no key of a stage's section
     sample_prompts: list[str] = field(default_factory=list)  # answered at every validation
+    generation: dict[str, Any] = field(default_factory=dict)  # of generation_config.json
     trainer: dict[str, Any] = field(default_factory=dict)  # upstream's settings, passed through
     plan: dict[str, Any] | None = None  # `Plan.as_data()`, where a plan was made
     chosen: dict[str, Any] = field(default_factory=dict)  # the values of `auto` settings
     trust_remote_code: bool = False
     quiet: bool = False
+
+    @property
+    def sources(self) -> list[Source]:
+        """Every source that it trains on: `data`, then `replay`."""
+        return [*self.data, *([self.replay] if self.replay else [])]
 
     @property
     def checkpoints(self) -> Path:
@@ -292,6 +331,7 @@ class Recipe:
     model: dict[str, Any]
     tokenizer: dict[str, Any]
     sample_prompts: list[str]  # answered at every validation
+    generation: dict[str, Any]  # fields of the finished models' generation_config.json
     stages: dict[str, Stage]
     resolved: dict[str, Any]  # the recipe as plain data, defaults and overrides merged in
     arguments: tuple[str, ...] = ()  # the rest of the command line, as given

@@ -10,7 +10,7 @@ from typing import Any
 
 from hfsft.recipe.key import FIXED, FREE, ROUNDED, STAGES, UNSET, Key, declared_keys, overlaid
 from hfsft.recipe.names import REFUSED, RENAMED
-from hfsft.recipe.schema import ATTENTION, MUON, Source, Stage
+from hfsft.recipe.schema import ATTENTION, DEFAULT_PRE_TOKENIZER, MUON, Replay, Source, Stage
 from hfsft.recipe.upstream import Field, lora_fields, model_fields, trainer_fields
 
 # of a mapping: whether it may change on resume depends on the key inside it
@@ -40,6 +40,12 @@ TOP = {
         default=["Who are you?", "What is the capital of France?", "Why is the sky blue?"],
         on_resume=FREE,
     ),
+    "generation": Key(
+        "dict | None",
+        help="how the finished models want to be sampled: see below",
+        default={},
+        on_resume=FREE,
+    ),
     "base": Key("dict | None", help="the base stage: see below", on_resume=BY_KEY),
     "mid": Key("dict | None", help="the mid stage: see below", on_resume=BY_KEY),
     "sft": Key("dict | None", help="the sft stage: see below", on_resume=BY_KEY),
@@ -55,6 +61,19 @@ MODEL = {
     "model_type": Key("str", help="instead of depth: any of transformers', with its config's keys"),
     "attn_implementation": Key(
         "str | None", ATTENTION, help="null: transformers' choice, sdpa", default=None
+    ),
+}
+
+
+# of a NanoChat model that `depth` shapes
+DEPTH = {
+    "final_logit_softcapping": Key(
+        "float | None",
+        help="logits become x * tanh(logits / x), as in nanochat, whose x is 15; null: "
+        "unchanged, as every reader of an exported model computes them",
+        default=None,
+        above=0,
+        high=10**6,
     ),
 }
 
@@ -79,8 +98,46 @@ TOKENIZER = {
     "chat_template": Key(
         "str", help="`nanochat`, `chatml` or a Jinja file; without it the tokenizer's own"
     ),
+    "pre_tokenizer": Key(
+        "str",
+        ("qwen2", "llama-bpe", "nanochat"),
+        help="how a trained tokenizer splits text into words: as Qwen2's (each digit alone) or "
+        "Llama 3's (up to three), which llama.cpp knows, or nanochat's (up to two), which it does "
+        "not",
+        default=DEFAULT_PRE_TOKENIZER,
+    ),
     "max_chars": Key(
         "int", help="characters of text to train on", default=200_000_000, low=1, high=2**40
+    ),
+}
+
+
+# of transformers.GenerationConfig. The end tokens are the tokenizer's
+GENERATION = {
+    "do_sample": Key(
+        "bool",
+        help="sample; if false, pipelines and `transformers serve` are greedy at any temperature",
+        default=True,
+    ),
+    "temperature": Key("float", help="divides the logits", default=0.6, above=0, high=100),
+    "top_k": Key(
+        "int",
+        help="sample from this many of the most probable tokens",
+        default=50,
+        low=0,
+        high=2**20,
+    ),
+    "top_p": Key(
+        "float", help="sample from the tokens that share this probability", above=0, high=1
+    ),
+    "min_p": Key("float", help="least probability, as a share of the top-1 token's", low=0, high=1),
+    "repetition_penalty": Key("float", help="above 1 discourages repetition", above=0, high=100),
+    "no_repeat_ngram_size": Key("int", help="no n-gram of this size twice", low=0, high=2**16),
+    "max_new_tokens": Key(
+        "int",
+        help="tokens of an answer at most; without it half of the context, at most 1,024",
+        low=1,
+        high=2**24,
     ),
 }
 
@@ -277,9 +334,17 @@ def source_fields() -> dict[str, Key]:
     return declared_keys(Source)
 
 
+def replay_fields() -> dict[str, Key]:
+    """Every key of a `replay` section; how often its rows are seen follows from its share."""
+    left_out = ("repeat", "weight", "streaming")
+    return {name: one for name, one in declared_keys(Replay).items() if name not in left_out}
+
+
 def model_section(model_type: str | None) -> dict[str, Field]:
     """Every key of the `model` section; without a `model_type`, those of a NanoChat model."""
-    return overlaid(model_fields(model_type), MODEL_CONFIG) | MODEL if model_type else dict(MODEL)
+    if not model_type:
+        return MODEL | DEPTH
+    return overlaid(model_fields(model_type), MODEL_CONFIG) | MODEL
 
 
 def lora_section() -> dict[str, Field]:

@@ -99,7 +99,9 @@ class Field:
             return text
         if scalar:
             self._check_choice(raw or "null")
-        raise ValueError(f"expected {self.expected()}, got {_shown(value, raw)}")
+        shown = _shown(value, raw)
+        one = f"; a list of one is [{shown}]" if isinstance(value, str) and "list" in kinds else ""
+        raise ValueError(f"expected {self.expected()}, got {shown}{one}")
 
     def _check_item(self, item: Any) -> None:
         kinds = _item_kinds(self.annotation)

@@ -9,7 +9,7 @@ from hfsft.errors import HfsftError
 from hfsft.hub.client import without_tokens
 from hfsft.noise import Z95
 from hfsft.report.markdown import code, fenced, plain, table, write_page
-from hfsft.run.results import accuracies, read_run, validated_sources
+from hfsft.run.results import accuracies, forgetting, read_run, validated_sources
 
 GIB = 2**30
 
@@ -72,6 +72,7 @@ def report_text(run: dict[str, Any], pictures: dict[str, Path]) -> str:
         "Stages": _stages(run),
         "Missing from this report": _missing(run),
         "Loss": _losses(started),
+        "Forgetting": _forgetting(started),
         "Evaluation": _evaluation(started),
         "Sample answers": _answers(started),
         "Cost": _cost(started),
@@ -94,14 +95,17 @@ def _is_done(stage: dict[str, Any]) -> bool:
     return stage["record"]["status"] == "finished"
 
 
-# --- the three lines at the top ---
+# --- the lines at the top ---
 
 
 def summary_text(run: dict[str, Any]) -> str:
-    """Three lines: what was trained and for how long, the results, and what to do next."""
+    """What was trained and for how long, the results, what was forgotten, and what to do next."""
     started = {name: stage for name, stage in run["stages"].items() if stage}
     first, last = next(iter(started.values())), list(started.values())[-1]
     lines = {"Trained": _trained(started, first, last), "Results": _results(started)}
+    if measured := _measured(started):
+        shown = [f"{name}, {forgetting(changes)}" for name, changes in measured.items()]
+        lines["Forgetting"] = f"loss on general data, in nats per token: {'; '.join(shown)}."
     lines["Next"] = _next(run, started)
     return "\n".join(f"- **{label}:** {line}" for label, line in lines.items())
 
@@ -251,6 +255,36 @@ def _losses(started: dict[str, Any]) -> str:
             line += f" Advice: {_advice(stage)}."
         blocks.append(line)
     return "\n\n".join(blocks)
+
+
+def _measured(started: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The stages whose general loss was measured, and how it moved."""
+    return {name: stage["general"] for name, stage in started.items() if stage["general"]}
+
+
+def _forgetting(started: dict[str, Any]) -> str:
+    measured = _measured(started)
+    if not measured:
+        return ""
+    rows = [
+        [
+            f"{name}, {general}",
+            _number(one["before"]),
+            _number(one["after"]),
+            f"{one['change']:+.3f} ({one['low']:+.3f} to {one['high']:+.3f})",
+        ]
+        for name, changes in measured.items()
+        for general, one in changes.items()
+    ]
+    return "\n\n".join(
+        [
+            "Loss on general data that the stage holds out: conversations of its `replay`, and "
+            "text. A change above 0 is forgetting; its 95% interval is over documents, each "
+            "compared with itself.",
+            table(["general data", "before", "after", "change"], rows),
+            *(f"{name}: {forgetting(changes)}." for name, changes in measured.items()),
+        ]
+    )
 
 
 def _evaluation(started: dict[str, Any]) -> str:

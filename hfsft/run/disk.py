@@ -17,6 +17,8 @@ DISK_MESSAGES = re.compile(
     r"No space left|File too large|Read-only file system|Disk quota|Permission denied"
     # torch.save and safetensors on a full disk
     r"|unexpected pos|PytorchStreamWriter failed|file write failed"
+    # numpy's tofile
+    r"|\d+ requested and \d+ written"
 )
 
 

@@ -9,6 +9,7 @@ from hfsft.recipe.key import FIXED, ROUNDED
 from hfsft.recipe.schema import PER_PARAMETER, Recipe, Stage
 from hfsft.recipe.sections import on_resume
 from hfsft.run.files import write_text_atomically
+from hfsft.run.identity import model_digest
 
 # the files of a stage's folder that a resumed run appends to
 LOGS = ("metrics.jsonl", "validation.jsonl", "samples.jsonl", "bad_steps.jsonl")
@@ -18,11 +19,12 @@ def settings_of(recipe: Recipe, stage: Stage) -> dict[str, Any]:
     """The resolved settings that determine the stage's result, and the model it starts from."""
     keys = ["seed", "tokenizer", stage.name] + (["model"] if stage.name == "base" else [])
     settings = {key: recipe.resolved.get(key) for key in keys}
-    if stage.model_name_or_path is not None:
-        # an earlier stage that was retrained is a different model in the same folder
-        earlier = read_record(Path(stage.model_name_or_path))
-        started = earlier["started"] if earlier else None
-        settings["start"] = {"model": stage.model_name_or_path, "trained": started}
+    start = stage.model_name_or_path
+    if start is not None:
+        # what the model is, not where it lies: a copied run resumes, and an earlier stage that was
+        # retrained is a different model in the same folder
+        folder = Path(start)
+        settings["start"] = {"model": model_digest(folder) if folder.is_dir() else start}
     return settings
 
 
@@ -77,7 +79,7 @@ def is_finished(recipe: Recipe, stage: Stage) -> bool:
     if only_longer(stage, changed):
         return False
     if changed:
-        raise other_settings(stage, "finished", changed)
+        raise other_settings(stage, "finished", changed, record["settings"])
     return True
 
 
@@ -87,11 +89,23 @@ def only_longer(stage: Stage, changed: list[str]) -> bool:
     return bool(changed) and keys.issuperset(changed) and stage.max_steps is not None
 
 
-def other_settings(stage: Stage, done: str, changed: list[str]) -> RecipeError:
+def other_settings(
+    stage: Stage, done: str, changed: list[str], before: dict[str, Any]
+) -> RecipeError:
     """The error for a folder whose stage was `done` with settings that differ in `changed` keys."""
-    shown = ("the model it starts from" if key.startswith("start") else key for key in changed)
+
+    def shown(key: str) -> str:
+        value: Any = before
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if key.startswith("start"):
+            return "the model it starts from"
+        # what to pass to get the old stage; lists, such as data, are too long to show
+        return key if isinstance(value, list | dict) else f"{key} (was {json.dumps(value)})"
+
+    shown_keys = dict.fromkeys(map(shown, changed))
     return RecipeError(
-        f"{stage.folder} was {done} with other settings: {', '.join(dict.fromkeys(shown))}\n"
+        f"{stage.folder} was {done} with other settings: {', '.join(shown_keys)}\n"
         "  Give this run another --name, or pass --restart, which moves the old stage aside"
     )
 

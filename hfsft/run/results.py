@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from hfsft.errors import HfsftError
+from hfsft.noise import Z95, mean_change
 from hfsft.recipe.key import STAGES
 from hfsft.run.files import read_json_lines
 
@@ -48,8 +49,9 @@ def read_stage(folder: Path) -> dict[str, Any] | None:
 
     Returns:
         `record` (stage.json); `audit` (data.json) and `evaluation` (eval.json), None if missing;
-        `training`, `validation`, `advice` and `samples` as lists of log lines; and `reached`, the
-        figures at its last step, taken from the log if the stage never closed its record.
+        `training`, `validation`, `advice` and `samples` as lists of log lines; `general`, what
+        `general_changes` returns; and `reached`, the figures at its last step, taken from the log
+        if the stage never closed its record.
     """
     record = _read_json(folder / "stage.json")
     if record is None:
@@ -63,8 +65,51 @@ def read_stage(folder: Path) -> dict[str, Any] | None:
         "validation": [line for line in lines if "eval_loss" in line],
         "advice": [line for line in lines if "advice" in line],
         "samples": read_json_lines(folder / "samples.jsonl", nan_as_none=True),
+        "general": general_changes(read_json_lines(folder / "validation.jsonl")),
     }
     return stage | {"reached": _reached(record, lines, stage)}
+
+
+def general_changes(lines: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """How the losses on general text and conversations moved, where `replay` had them measured.
+
+    Args:
+        lines: of `validation.jsonl`.
+
+    Returns:
+        "general chat" and "general text" → mean loss per token `before` and `after`, in nats,
+        their `change`, and the `low` and `high` end of its 95% interval; empty before a second
+        validation.
+    """
+    measured = [line["general"] for line in lines if "general" in line]
+    found = {}
+    for name in measured[0] if len(measured) > 1 else ():
+        first, last = measured[0][name], measured[-1][name]
+        total = sum(first["tokens"])
+        change, error = mean_change(first["losses"], last["losses"], first["tokens"])
+        found[name] = {
+            "before": sum(first["losses"]) / total,
+            "after": sum(last["losses"]) / total,
+            "change": change,
+            "low": change - Z95 * error,
+            "high": change + Z95 * error,
+        }
+    return found
+
+
+def forgetting(changes: dict[str, dict[str, float]]) -> str:
+    """One line that says what a stage forgot, as far as the noise lets one tell.
+
+    Args:
+        changes: as `general_changes` returns them, not empty.
+    """
+    worse = {name: one for name, one in changes.items() if one["low"] > 0}
+    verdict = "it forgot" if worse else "no forgetting seen"
+    return f"{verdict}: " + ", ".join(
+        f"{name} {one['before']:.3f} → {one['after']:.3f} ({one['change']:+.3f}, "
+        f"{one['low']:+.3f} to {one['high']:+.3f})"
+        for name, one in (worse or changes).items()
+    )
 
 
 def _reached(

@@ -15,7 +15,7 @@ from accelerate import PartialState
 
 from hfsft.errors import ModelError, RecipeError
 from hfsft.hub.client import NOT_LOADED, require_model, why_not_loaded
-from hfsft.recipe.schema import Recipe, Stage
+from hfsft.recipe.schema import DEFAULT_PRE_TOKENIZER, Recipe, Stage
 from hfsft.run.disk import writing_to
 from hfsft.tokens.foreign_templates import TemplateError, end_of_turn
 
@@ -34,11 +34,25 @@ SPECIAL_TOKENS = (
     "<|pad|>",
 )
 
-# GPT-4's split (openai/tiktoken, cl100k_base) with numbers of one or two digits, as in nanochat
-SPLIT = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"
-    r"|\s*[\r\n]|\s+(?!\S)|\s+"
-)
+# The regex of each pre-tokenizer that a tokenizer can be trained with. llama.cpp has the regexes of
+# the first two compiled in, under these names; it reads no other, nor the third.
+PRE_TOKENIZERS = {
+    # Qwen2's (Qwen/Qwen2-0.5B, tokenizer.json): every digit is a token
+    "qwen2": (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
+    # Llama 3's (meta-llama/Meta-Llama-3-8B, tokenizer.json): numbers in groups of three digits
+    "llama-bpe": (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
+    # GPT-4's (openai/tiktoken, cl100k_base) with numbers of one or two digits, as in nanochat
+    "nanochat": (
+        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"
+        r"|\s*[\r\n]|\s+(?!\S)|\s+"
+    ),
+}
 
 
 @cache
@@ -51,12 +65,15 @@ def template(name: str) -> str:
 # --- trained ---
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
-    """Train a byte-level BPE tokenizer with nanochat's split and special tokens.
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, pre_tokenizer: str = DEFAULT_PRE_TOKENIZER
+) -> Any:
+    """Train a byte-level BPE tokenizer with nanochat's special tokens.
 
     Args:
         texts: documents.
         vocab_size: tokens, including the ten special ones and the 256 bytes.
+        pre_tokenizer: one of `PRE_TOKENIZERS`.
 
     Returns:
         A `PreTrainedTokenizerFast` with the nanochat chat template.
@@ -67,10 +84,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.BPE(byte_fallback=False))
+    # as Llama 3's and llama.cpp's llama-bpe: a word that is a token is not built by merges
+    whole_words = pre_tokenizer == "llama-bpe"
+    tokenizer = Tokenizer(models.BPE(byte_fallback=False, ignore_merges=whole_words))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
+            pre_tokenizers.Split(Regex(PRE_TOKENIZERS[pre_tokenizer]), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -262,7 +281,8 @@ def new_tokenizer(recipe: Recipe, texts: Iterable[str]) -> Any:
         )
     limit = settings.get("max_chars", 200_000_000)  # counting the words of so many takes some 8 GB
     vocab_size = settings.get("vocab_size") or recipe.model["vocab_size"]
-    return train_tokenizer(_take_chars(texts, limit), vocab_size)
+    pre_tokenizer = settings.get("pre_tokenizer", DEFAULT_PRE_TOKENIZER)
+    return train_tokenizer(_take_chars(texts, limit), vocab_size, pre_tokenizer)
 
 
 def stage_tokenizer(recipe: Recipe, stage: Stage) -> Any:

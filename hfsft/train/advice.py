@@ -16,6 +16,9 @@ RATE = 0.8  # the coverage that the intervals aim at
 WORTH = 0.01  # a smaller gain, as a share of the loss, is not worth more steps
 
 
+VAGUE = 0.4  # a wider interval, as a share of its middle, tells too little
+
+
 FURTHEST = 4  # times the steps done: beyond, real runs left the intervals too often
 
 
@@ -51,6 +54,9 @@ FAR_MISFIT = 0.1  # the same for early points, as a share of their height above 
 
 
 DRIFT = 0.35  # log-standard deviation of a projected change
+
+
+LATE = 0.5  # the same, one-sided, of a run twice as long or longer: it gained more than projected
 
 
 EPOCHS = 4  # repeated up to so often, data is nearly as good as new (Muennighoff et al. 2023)
@@ -211,7 +217,11 @@ def _recommendation(
     named = aim
     if aim == planned and longer:
         named = min(2 * planned, longer[-1])
-    says = f"; {named} steps would give {projected[named][0]:.3f}-{projected[named][1]:.3f}"
+    low, high = projected[named]
+    if high - low > VAGUE * (low + high) / 2:
+        says = f"; cannot tell what {named} steps would give ({low:.3f}-{high:.3f})"
+    else:
+        says = f"; {named} steps would give {low:.3f}-{high:.3f}"
     if seconds_per_step is not None and named > planned:
         says += f" for {_shown_time((named - planned) * seconds_per_step)} more"
     if plateau:
@@ -326,15 +336,17 @@ def _ends(
         return None
     random = np.random.default_rng(1)
     picks = random.choice(weights.size, PICKS, p=weights.ravel() / weights.sum())
-    drift, own, worn = random.standard_normal((3, PICKS))
+    drift, own, worn, late = random.standard_normal((4, PICKS))
     own *= noise[~is_train][-1] * math.sqrt(excess)  # another run has as much noise as this one
     ends = {}
     for total in [planned, *longer]:
         at_end = columns(*_course(np.array([total]), total, decay * total / planned), 0.0)
         change = (draws * at_end).sum(axis=-1).ravel()[picks] - last.loss
+        scale = DRIFT * drift + LATE * np.abs(late) * min(1.0, math.log2(total / planned))
         doublings = math.log2(total / max(EPOCHS * (epoch_steps or total), last.step))
         worse = np.clip(worn, 0, None) * WEAR * last.loss * max(0.0, doublings)  # never a gain
-        end = last.loss + change * np.exp(DRIFT * drift) + own + worse
+        # as a factor, since the losses of real runs fall ever more slowly and never reach 0
+        end = last.loss * np.exp(change / last.loss * np.exp(scale)) + own + worse
         ends[total] = np.maximum(end, 0.0)  # no loss is below 0
     if last.step >= planned:
         ends[planned] = np.full(PICKS, last.loss)

@@ -14,7 +14,7 @@ from hfsft.model.loading import bf16_is_native
 from hfsft.model.optimizer import INSTALL, missing_package, optimizer_settings
 from hfsft.recipe.checks import check_tokens_per_step
 from hfsft.recipe.schema import MUON, Stage
-from hfsft.train.schedule import scheduler_settings
+from hfsft.train.schedule import scaled_notice, scheduler_settings, warmup_steps
 
 
 def precision() -> dict[str, bool]:
@@ -91,6 +91,11 @@ def arguments(stage: Stage, train: Any, examples: int) -> TrainingArguments:
     else:
         made.max_steps = max(1, math.ceil(len(train) * made.num_train_epochs / examples))
     made.lr_scheduler_kwargs = scheduler_settings(stage, made.max_steps)
+    notice = scaled_notice(stage, made.max_steps)
+    if notice:
+        made.warmup_steps = warmup_steps(stage, made.max_steps)
+        if PartialState().is_main_process and not stage.quiet:
+            print(notice)
     return made
 
 

@@ -106,8 +106,8 @@ class StepLog:
 class MetricsCallback(TrainerCallback):
     """Writes every logged number to `metrics.jsonl`, and owns the files of validation.
 
-    `validation.jsonl` has the loss of each held-out document, `samples.jsonl` the answers to the
-    sample prompts.
+    `validation.jsonl` has the loss of each held-out document, also of those that `replay` holds
+    out, `samples.jsonl` the answers to the sample prompts.
     """
 
     # totals of the trainers, which each line's own `tokens` and `seconds` replace

@@ -32,7 +32,7 @@ def model_card(stage: Stage, record: dict[str, Any]) -> str:
         record: its `stage.json`.
     """
     start, lineage = _lineage(record)
-    datasets = [source.path for source in stage.data if _is_on_hub(source.path)]
+    datasets = [source.path for source in stage.sources if _is_on_hub(source.path)]
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -104,11 +104,11 @@ def _data_rows(stage: Stage) -> str:
     audit = stage.folder / "data.json"
     audited = json.loads(audit.read_text())["sources"] if audit.is_file() else []
     kept = {source["source"]: f"{source['kept']:,}" for source in audited}
-    licences = {source.path: _licence(source.path) for source in stage.data}
+    licences = {source.path: _licence(source.path) for source in stage.sources}
     rows = [
         f"| {_source(source)} | {kept.get(str(source), 'streamed')} | "
         f"{_cell(licences[source.path])} |"
-        for source in stage.data
+        for source in stage.sources
     ]
     return "\n".join(dict.fromkeys(rows))
 

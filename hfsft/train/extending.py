@@ -78,10 +78,11 @@ def checkpoint_to_extend(stage: Stage, record: dict[str, Any]) -> Path | None:
             f"with lr_scheduler_type {schedule}, another max_steps changes the learning rate of "
             "every step"
         )
+    advice = f"lr_scheduler_type: {STABLE} keeps a checkpoint to resume from; for now give"
     raise RecipeError(
         f"{stage.folder} was started with max_steps {before} and cannot resume to {now}: {why}\n"
-        f"  lr_scheduler_type: {STABLE} keeps a checkpoint to resume from; for now give this run "
-        "another --name, or pass --restart, which moves the old stage aside"
+        f"  {'Give' if schedule == STABLE else advice} this run another --name, or pass --restart, "
+        "which moves the old stage aside"
     )
 
 

@@ -1,6 +1,5 @@
 """Train a stage and leave a complete model folder: the model first, everything else after it."""
 
-import json
 import shutil
 import signal
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 from hfsft.errors import Interrupted
 from hfsft.hub.push import report_pushes
-from hfsft.model.loading import merged_model, name_base
+from hfsft.model.loading import merged_model, name_base, write_rope_theta
 from hfsft.plan.sizes import SMALL_FILES, checkpoint_size, model_size, most_checkpoints
 from hfsft.process import Stopped
 from hfsft.recipe.schema import Recipe, Stage
@@ -16,8 +15,10 @@ from hfsft.run.disk import require_room, shown, writing_to
 from hfsft.run.files import write_text_atomically
 from hfsft.run.manifest import PARTIAL, clear
 from hfsft.run.record import write_record
+from hfsft.run.results import forgetting, general_changes
 from hfsft.train.card import model_card
 from hfsft.train.folder import lock_stage
+from hfsft.train.generation import write_generation_config
 from hfsft.train.resuming import optional, train_with_record
 
 
@@ -65,7 +66,8 @@ def _save_stage(trainer: Any, stage: Stage, record: dict[str, Any]) -> None:
     _save_model(trainer, stage, partial)
     if not is_main:
         return
-    _write_rope_theta(partial / "config.json")
+    write_rope_theta(partial / "config.json")
+    write_generation_config(partial, stage, trainer.model.config, trainer.processing_class)
     _move_into(stage.folder, partial)
     optional(
         trainer,
@@ -74,6 +76,8 @@ def _save_stage(trainer: Any, stage: Stage, record: dict[str, Any]) -> None:
     )
     write_record(stage.folder, record)
     trainer.say(_summary(stage, record, trainer.state.global_step))
+    if changes := general_changes(trainer.metrics_log.validation.lines):
+        trainer.say(f"{stage.name}: {forgetting(changes)}")
 
 
 def _save_model(trainer: Any, stage: Stage, folder: Path) -> None:
@@ -94,15 +98,6 @@ def _save_model(trainer: Any, stage: Stage, folder: Path) -> None:
         model.save_pretrained(folder)
         trainer.processing_class.save_pretrained(folder)
     trainer.accelerator.wait_for_everyone()
-
-
-def _write_rope_theta(path: Path) -> None:
-    """Repeat `rope_theta` at the top level of config.json, where older readers look for it."""
-    config = json.loads(path.read_text())
-    theta = (config.get("rope_parameters") or {}).get("rope_theta")
-    if theta is not None and "rope_theta" not in config:
-        config["rope_theta"] = theta
-        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _move_into(folder: Path, partial: Path) -> None:

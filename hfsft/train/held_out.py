@@ -148,6 +148,15 @@ def validation_metrics(
     return {name: float(value) for name, value in metrics.items()}
 
 
+def losses_of(totals: torch.Tensor) -> dict[str, list[float]]:
+    """A line of `validation.jsonl`: each document's summed loss in nats, and predicted tokens.
+
+    Args:
+        totals: as `validation_metrics` takes them.
+    """
+    return {"losses": totals[0].tolist(), "tokens": totals[1].long().tolist()}
+
+
 def greedy_answers(
     model: Any, tokenizer: Any, texts: list[str], max_new_tokens: int = ANSWER_TOKENS
 ) -> list[str]:

@@ -187,7 +187,7 @@ def resume_or_extend(recipe: Recipe, stage: Stage) -> dict[str, Any] | None:
         if only_longer(stage, changed):
             extend(recipe, stage, record)
         elif changed:
-            raise other_settings(stage, f"stopped at {found[0].name}", changed)
+            raise other_settings(stage, f"stopped at {found[0].name}", changed, record["settings"])
         line = resume_notice(stage, record["settings"], settings)
         if line and PartialState().is_main_process and not stage.quiet:
             print(line)

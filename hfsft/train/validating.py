@@ -29,6 +29,7 @@ from hfsft.train.held_out import (
     documents_within,
     evaluations,
     greedy_answers,
+    losses_of,
     validation_metrics,
 )
 from hfsft.train.step import StepAbandoned
@@ -39,28 +40,41 @@ EVAL_EXAMPLES = 64  # held-out examples that are packed together
 class ValidatingStep(ResumableStep):
     """A trainer that validates over tokens, not batches, and stops early if the recipe says so."""
 
-    def __init__(self, stage: Stage, examples: int, length: int | None, **kwargs: Any):
-        """Set the trainer up; arguments as `PackedStep`."""
+    def __init__(
+        self,
+        stage: Stage,
+        examples: int,
+        length: int | None,
+        general: Any = None,
+        **kwargs: Any,
+    ):
+        """Set the trainer up; arguments as `PackedStep`, and what `load_general` returns."""
         super().__init__(stage, examples, length, **kwargs)
+        self.general: HeldOut | None = None
         if stage.validates and self.eval_dataset is not None:
-            self._hold_out(HeldOut(self.eval_dataset))
+            unit = "rows" if stage.name == "base" else "conversations"
+            share = 1.0 if general is None else 0.5
+            self.eval_dataset = self._within_budget(HeldOut(self.eval_dataset), share, unit)
+            if general is not None:
+                unit = "general conversations and passages"
+                self.general = self._within_budget(HeldOut(general), share, unit)
         self.add_callback(StopAtPlateau(self))
         if not stage.quiet:
             self.add_callback(self.console)  # the last: it prints what the others have computed
 
     # --- what is validated, and when ---
 
-    def _hold_out(self, held_out: HeldOut) -> None:
-        """Validate on as much of the held-out set as `eval_budget` allows."""
+    def _within_budget(self, held_out: HeldOut, share: float, unit: str) -> HeldOut:
+        """As much of a held-out set as a share of `eval_budget` allows."""
         budget, args = self.stage.eval_budget, self.args
-        count = documents_within(budget, held_out, self.stage, args, self._training_tokens())
-        self.eval_dataset = held_out.sample(count, self.stage.seed)
+        allowed = budget if budget >= 1 else share * budget
+        count = documents_within(allowed, held_out, self.stage, args, self._training_tokens())
         if count < len(held_out):
-            unit = "rows" if self.stage.name == "base" else "conversations"
             self.say(
                 f"{self.stage.name}: each of {evaluations(args)} validations takes {count:,} of "
                 f"{len(held_out):,} held-out {unit}: eval_budget is {budget:.0%} of the time"
             )
+        return held_out.sample(count, self.stage.seed)
 
     def _training_tokens(self) -> int:
         """Tokens of the whole stage; the rows of base and mid count as full."""
@@ -76,6 +90,14 @@ class ValidatingStep(ResumableStep):
         if self.stage.validates:
             count = self.resumed_from["validated_on"]
             self.eval_dataset = self.eval_dataset.sample(count, self.stage.seed)
+            if self.general is not None:
+                count = self.resumed_from["general_on"]
+                self.general = self.general.sample(count, self.stage.seed)
+
+    def _resume_state(self, sums: list[tuple[float, float, int]]) -> dict[str, Any]:
+        """The same as before, and how many general documents are validated on."""
+        state = super()._resume_state(sums)
+        return state if self.general is None else state | {"general_on": len(self.general)}
 
     def validation_is_due(self, step: int) -> bool:
         """Whether a run was interrupted at this step before its validation was logged."""
@@ -116,9 +138,10 @@ class ValidatingStep(ResumableStep):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader:
         """This rank's share of the held-out examples, every n-th of them, packed."""
-        share = range(self.args.process_index, len(self.eval_dataset), self.args.world_size)
+        held_out = self.eval_dataset if eval_dataset is None else eval_dataset
+        share = range(self.args.process_index, len(held_out), self.args.world_size)
         return torch.utils.data.DataLoader(
-            torch.utils.data.Subset(self.eval_dataset, share),
+            torch.utils.data.Subset(held_out, share),
             batch_size=EVAL_EXAMPLES,
             collate_fn=self.data_collator,
             generator=torch.Generator(),  # it draws a seed, which must not come from dropout's
@@ -134,8 +157,30 @@ class ValidatingStep(ResumableStep):
         loss of each document goes to `validation.jsonl`.
         """
         held_out = self.eval_dataset
-        # of each document: loss, predicted tokens, top-1 predictions, loss without special tokens
-        totals = torch.zeros((4, len(held_out)), dtype=torch.float64)
+        totals = self._document_losses(dataloader, len(held_out))
+        line = {"step": self.state.global_step, **losses_of(totals)}
+        if self.general is not None:
+            line["general"] = self._general_losses(self.general)
+        self.metrics_log.validation.append(line)
+        self.metrics_log.advice = self._advise()
+        text_bytes = None
+        if self.stage.name != "sft":
+            text_bytes = held_out.text_bytes(self.processing_class)
+        return EvalLoopOutput(
+            predictions=None,
+            label_ids=None,
+            metrics=validation_metrics(metric_key_prefix, held_out, totals, text_bytes),
+            num_samples=len(held_out),
+        )
+
+    def _general_losses(self, general: HeldOut) -> dict[str, dict[str, list[float]]]:
+        """The losses of the general conversations and of the general text."""
+        totals = self._document_losses(self.get_eval_dataloader(general), len(general))
+        return {name: losses_of(totals[:, own]) for name, own in general.by_source().items()}
+
+    def _document_losses(self, dataloader: Any, documents: int) -> torch.Tensor:
+        """Over all ranks, float64 [4, documents]: the totals that `validation_metrics` takes."""
+        totals = torch.zeros((4, documents), dtype=torch.float64)
         self.model.eval()
         for part in self._eval_parts(dataloader):
             self._add_losses(totals, part)
@@ -148,20 +193,7 @@ class ValidatingStep(ResumableStep):
             raise StepAbandoned  # validation is redone when the run resumes
         if self.args.world_size > 1:
             totals = self.accelerator.reduce(totals.to(self.args.device)).cpu()
-        losses, tokens = totals[0].tolist(), totals[1].long().tolist()
-        self.metrics_log.validation.append(
-            {"step": self.state.global_step, "losses": losses, "tokens": tokens}
-        )
-        self.metrics_log.advice = self._advise()
-        text_bytes = None
-        if self.stage.name != "sft":
-            text_bytes = held_out.text_bytes(self.processing_class)
-        return EvalLoopOutput(
-            predictions=None,
-            label_ids=None,
-            metrics=validation_metrics(metric_key_prefix, held_out, totals, text_bytes),
-            num_samples=len(held_out),
-        )
+        return totals
 
     def _eval_parts(self, dataloader: Any) -> Iterator[dict[str, torch.Tensor]]:
         rows = self.args.per_device_eval_batch_size

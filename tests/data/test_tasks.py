@@ -98,7 +98,7 @@ def test_spelling_holds_out_the_same_words_for_every_seed():
             spelled_word(name, row)
             for name in ("simple_spelling", "spelling_bee")
             for seed in (0, 1, 42)
-            for row in tasks.task_rows(name, 4000, split, seed)
+            for row in tasks.task_rows(name, None if split == "test" else 4000, split, seed)
         }
         for split in tasks.SPLITS
     }
@@ -106,10 +106,24 @@ def test_spelling_holds_out_the_same_words_for_every_seed():
     assert 0.08 < len(words["test"]) / len(words["train"] | words["test"]) < 0.12
 
 
+@pytest.mark.parametrize("name", GRADED)
+def test_graded_test_rows_do_not_repeat_until_the_pool_is_used_up(name):
+    pool = tasks.pool_size(name, "test")
+    assert pool == (499 if name == "arithmetic" else 874)
+    rows = tasks.task_rows(name, pool, "test", seed=4)
+    subject = number_pair if name == "arithmetic" else lambda row: spelled_word(name, row)
+    assert len({subject(row) for row in rows}) == pool
+    with pytest.raises(ValueError, match=f"only {pool} held-out .*, fewer than {pool + 1} rows"):
+        tasks.task_rows(name, pool + 1, "test")
+    assert tasks.pool_size(name, "train") == (4551 if name == "arithmetic" else 8126)
+    assert len(tasks.task_rows(name, 2 * pool, "train")) == 2 * pool
+    assert tasks.pool_size("identity", "test") is None
+
+
 @pytest.mark.parametrize("name", ["simple_spelling", "spelling_bee"])
 def test_no_test_word_in_20000_train_rows(name):
     train = {spelled_word(name, row) for row in tasks.task_rows(name, 20_000, "train", 5)}
-    test = {spelled_word(name, row) for row in tasks.task_rows(name, 4000, "test", 6)}
+    test = {spelled_word(name, row) for row in tasks.task_rows(name, None, "test", 6)}
     assert len(train) > 7000 and len(test) > 800
     assert not train & test
 
@@ -120,7 +134,7 @@ def test_no_test_pair_in_20000_train_rows():
             number_pair(row)
             for seed in (0, 1, 42)
             for row in tasks.task_rows(
-                "arithmetic", 20_000 if split == "train" else 4000, split, seed
+                "arithmetic", 20_000 if split == "train" else None, split, seed
             )
         }
         for split in tasks.SPLITS

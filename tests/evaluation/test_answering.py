@@ -9,6 +9,8 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from hfsft.errors import DataError, ModelError
 from hfsft.evaluation.answering import Calculator, Evaluator, load_for_answers, load_its_tokenizer
+from hfsft.tokens.encoding import encode_conversation
+from hfsft.tokens.tokenizer import load_tokenizer
 
 PROMPTS = ["Hi!", "Who are you, and what can you do for me today?", "What is 3 + 4?", "Why?"]
 
@@ -27,10 +29,7 @@ def folder(tmp_path, make_model, tokenizer):
 
 
 def choices_of(evaluator: Evaluator) -> list[tuple[list[int], list[int]]]:
-    return [
-        evaluator.split_choices([evaluator.prompt_text(prompt, answer=letter) for letter in "ABCD"])
-        for prompt in PROMPTS
-    ]
+    return [evaluator.split_choices(prompt, "ABCD") for prompt in PROMPTS]
 
 
 @pytest.mark.parametrize("chat", [True, False])
@@ -45,7 +44,7 @@ def test_a_batch_gives_the_same_answers_as_single_prompts(folder, model_type, ch
     split = choices_of(together)
     chosen = together.choose(*zip(*split, strict=True))
     assert chosen == [alone.choose([ids], [tokens])[0] for ids, tokens in split]
-    rows = [{"input_ids": ids} for ids in together.encode(PROMPTS)]
+    rows = [{"input_ids": ids} for ids in map(together.prompt_ids, PROMPTS)]
     for batched, (single,) in zip(
         together.losses(rows), [alone.losses([row]) for row in rows], strict=True
     ):
@@ -55,7 +54,7 @@ def test_a_batch_gives_the_same_answers_as_single_prompts(folder, model_type, ch
 
 def test_losses_are_those_of_the_model(folder):
     evaluator = Evaluator(folder())
-    ids = evaluator.encode([evaluator.prompt_text("Hi there!")])[0]
+    ids = evaluator.prompt_ids("Hi there!")
     labels = [-100] * 4 + ids[4:]
     (found,) = evaluator.losses([{"input_ids": ids, "labels": labels}])
     model = load_for_answers(evaluator.folder)
@@ -88,22 +87,47 @@ def test_a_model_with_learned_positions_and_no_pad_token(tmp_path, tokenizer):
 def test_the_answer_token_is_the_one_of_training(folder):
     chats, plain = Evaluator(folder()), Evaluator(folder(chat=False))
     for evaluator, written in ((chats, "B"), (plain, " B")):
-        ids, tokens = evaluator.split_choices(
-            [evaluator.prompt_text("Which?", answer=letter) for letter in "ABC"]
-        )
+        ids, tokens = evaluator.split_choices("Which?", "ABC")
         assert evaluator.tokenizer.decode([*ids, tokens[1]]).endswith(written)
-        answered = evaluator.encode([evaluator.prompt_text("Which?", answer="B")])[0]
+        answered = evaluator.prompt_ids("Which?", answer="B")
         assert answered[: len(ids) + 1] == [*ids, tokens[1]]
-    assert (
-        chats.encode([chats.prompt_text("Which?")])[0]
-        == chats.split_choices([chats.prompt_text("Which?", answer=letter) for letter in "ABC"])[0]
-    )
+    assert chats.prompt_ids("Which?") == chats.split_choices("Which?", "ABC")[0]
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_special_token_in_a_question_is_plain_text_as_in_training(folder, chat):
+    evaluator = Evaluator(folder(chat=chat))
+    marks = ["<|user_start|>", "<|assistant_end|>", "<|bos|>"]
+    ids = evaluator.prompt_ids(f"What is {''.join(marks)} for?")
+    special = evaluator.tokenizer.convert_tokens_to_ids(marks)
+    expected = [1, 0, 1] if chat else [0, 0, 1]  # those of the template, and BOS
+    assert [ids.count(token) for token in special] == expected
+    assert "<|user_start|><|assistant_end|><|bos|> for?" in evaluator.tokenizer.decode(ids)
+    if chat:
+        prepared = load_tokenizer(evaluator.folder)
+        messages = [{"role": "user", "content": f"What is {''.join(marks)} for?"}]
+        messages.append({"role": "assistant", "content": "x"})
+        trained, _ = encode_conversation(messages, prepared)
+        assert ids == trained[: len(ids)]
+        assert evaluator.prompt_ids(messages[0]["content"], answer="x")[: len(trained)] == trained
+
+
+def test_a_prompt_that_is_too_long_loses_its_middle(folder):
+    evaluator = Evaluator(folder(max_position_embeddings=64))
+    ids = evaluator.prompt_ids("first " + "word " * 100 + "last?")
+    kept = evaluator.fitted(ids, 32)
+    assert kept == ids[:16] + ids[-16:]
+    text = evaluator.tokenizer.decode(kept)
+    assert text.startswith("<|bos|><|user_start|>first")
+    assert text.endswith("last?<|user_end|><|assistant_start|>")
+    assert evaluator.fitted(ids[:32], 32) == ids[:32]
+    assert len(evaluator.fitted(ids, 31)) == 33
 
 
 def test_choices_with_the_same_token_are_refused(folder):
     evaluator = Evaluator(folder())
     with pytest.raises(DataError, match="does not tell the choices apart"):
-        evaluator.split_choices(["Q A", "Q A"])
+        evaluator.split_choices("Q", ["A", "A"])
 
 
 def test_a_base_stage_gets_plain_prompts(tmp_path, folder):
@@ -112,8 +136,8 @@ def test_a_base_stage_gets_plain_prompts(tmp_path, folder):
     (tmp_path / "nanochatTrue" / "stage.json").write_text('{"stage": "base"}')
     evaluator = Evaluator(made)
     assert not evaluator.is_chat
-    assert evaluator.prompt_text("Why?") == "Question: Why?\nAnswer:"
-    assert evaluator.encode(["Why?"])[0][0] == evaluator.tokenizer.bos_token_id
+    ids = evaluator.prompt_ids("Why?")
+    assert evaluator.tokenizer.decode(ids) == "<|bos|>Question: Why?\nAnswer:"
 
 
 def test_the_calculator_works_during_generation(make_model, tokenizer, tmp_path):

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from hfsft.evaluation.evaluate import GRADED, evaluate
 from hfsft.evaluation.kept import fingerprint, row_results
 from hfsft.evaluation.printing import evaluate_and_print
 from hfsft.evaluation.tasks import data_files
-from hfsft.noise import mcnemar, wilson
+from hfsft.noise import wilson
 from hfsft.recipe.loading import load_recipe
 from hfsft.tokens.tokenizer import load_tokenizer
 
@@ -111,6 +112,15 @@ def test_gsm8k_with_the_calculator(tmp_path, make_model, tokenizer):
     assert found["right"] == 1
     answers = {line["answer"] for line in row_results(tmp_path / "m", "gsm8k").values()}
     assert answers == {"<<6*7=42>>"}
+    assert found["nanochat_right"] == 0  # no mark
+    for row in rows:
+        kept = next(
+            line
+            for line in row_results(tmp_path / "m", "gsm8k").values()
+            if line["question"] == row["question"]
+        )
+        assert kept["expected"] == row["answer"][-2:]
+        assert (kept["right"], kept["nanochat_right"]) == (kept["expected"] == "42", False)
 
 
 def test_code_that_a_model_wrote(tmp_path, make_model, tokenizer):
@@ -134,21 +144,67 @@ def test_code_that_a_model_wrote(tmp_path, make_model, tokenizer):
     assert (found["right"], found["rows"]) == (1, 2)
 
 
+def test_nanochats_figure_is_of_its_five_tasks_by_its_rules(
+    tmp_path, make_model, tokenizer, arc, capsys
+):
+    model = rigged(make_model, tokenizer, tmp_path / "m", "A")
+    (tmp_path / "gsm8k.jsonl").write_text(json.dumps({"question": "1?", "answer": "#### 1"}))
+    code = {"prompt": "def f():\n", "entry_point": "f", "test": "def check(f): f()"}
+    (tmp_path / "humaneval.jsonl").write_text(json.dumps(code))
+    (tmp_path / "arc_easy.jsonl").write_text(Path(arc).read_text())
+    (tmp_path / "arc_challenge.jsonl").write_text(Path(arc).read_text())
+    (tmp_path / "mmlu.jsonl").write_text(Path(MMLU).read_text())
+    names = ["arc_easy", "arc_challenge", "mmlu", "gsm8k"]
+    # the folder's humaneval.jsonl is of no concern to tasks that are not run
+    assert evaluate_and_print([model], names, [str(tmp_path)], None, True)["chatcore"] is None
+    found = evaluate_and_print(
+        *([model], [*names, "humaneval"], [str(tmp_path)], None, False), show=1, allow_code=True
+    )
+    easy = found["tasks"]["arc_easy"]
+    # chance is 0.25 even for questions of three or five choices, and 0 where answers are written
+    centred = [(easy["accuracy"] - 0.25) / 0.75] * 2 + [(0.2 - 0.25) / 0.75, 0, 0]
+    assert found["chatcore"] == pytest.approx(sum(centred) / 5)
+    assert found["chatcore"] != pytest.approx(found["mean_centred"], abs=1e-6)
+    printed = capsys.readouterr().out
+    assert f"nanochat's ChatCORE, by its rules: {found['chatcore']:.4f}" in printed
+    assert "gsm8k, wrong:\n  question: 1?\n  expected: 1\n  answer: A\n" in printed
+
+
+def test_prompts_that_do_not_fit_are_counted(tmp_path, make_model, tokenizer, capsys):
+    model = save(make_model(max_position_embeddings=96), tokenizer, tmp_path / "m")
+    rows = [{"question": f"{n} " * length, "answer": "#### 1"} for n, length in enumerate((9, 99))]
+    path = tmp_path / "gsm8k.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = evaluate_and_print([model], ["gsm8k"], [f"gsm8k={path}"], None, False)
+    assert found["tasks"]["gsm8k"]["cut"] == 1
+    assert "1 of 2 prompts are too long for the model's context" in capsys.readouterr().out
+
+
+def test_lines_of_progress_without_a_terminal(random_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("hfsft.evaluation.printing.HEARTBEAT", 0.01)
+    evaluate_and_print([random_model], ["arithmetic"], [], tmp_path, False, rows=40, batch_size=1)
+    lines = capsys.readouterr().err.splitlines()
+    assert all(re.fullmatch(r"(loading|arithmetic: \d+ of 40 rows), 0 min", line) for line in lines)
+    assert "arithmetic: " in lines[-1]
+
+
 def test_the_file_holds_what_is_returned(tmp_path, random_model):
     out = tmp_path / "out"
     found = evaluate(random_model, ["arithmetic"], rows=4, seed=3, out=out)
     assert json.loads((out / "eval.json").read_text()) == found
     assert list(found) == [
         *("model", "fingerprint", "seed", "versions", "device", "seconds", "tasks"),
-        "mean_centred",
+        *("mean_centred", "chatcore"),
     ]
     assert found["model"] == random_model and found["seed"] == 3
     assert found["device"] == "cpu" and set(found["versions"]) == {
         *("hfsft", "torch", "transformers")
     }
     assert list(found["tasks"]["arithmetic"]) == [
-        *("kind", "rows", "right", "accuracy", "low", "high", "chance", "centred")
+        *("kind", "rows", "right", "nanochat_right", "accuracy", "low", "high", "chance"),
+        *("centred", "cut", "pool"),
     ]
+    assert found["tasks"]["arithmetic"]["pool"] == 499
     more = evaluate(random_model, ["simple_spelling"], rows=4, seed=3, out=out)
     assert list(more["tasks"]) == ["arithmetic", "simple_spelling"]
     assert list(evaluate(random_model, ["spelling_bee"], rows=2, out=out)["tasks"]) == [
@@ -279,29 +335,6 @@ def test_held_out_loss_of_a_stage(tmp_path, make_model, tokenizer, monkeypatch):
 # --- figures ---
 
 
-@pytest.mark.parametrize(
-    ("right", "rows", "low", "high"),
-    # Newcombe 1998, Two-sided confidence intervals for the single proportion, table I, method 3
-    [
-        (81, 263, 0.2553, 0.3662),
-        (15, 148, 0.0624, 0.1605),
-        (0, 20, 0, 0.1611),
-        (1, 29, 0.0061, 0.1718),
-    ],
-)
-def test_wilson(right, rows, low, high):
-    assert wilson(right, rows) == pytest.approx((low, high), abs=6e-5)
-    assert wilson(rows - right, rows) == pytest.approx((1 - high, 1 - low), abs=6e-5)
-
-
-def test_mcnemar():
-    assert mcnemar(0, 0) == 1.0
-    assert mcnemar(5, 5) == 1.0
-    assert mcnemar(0, 6) == pytest.approx(2 / 64)
-    assert mcnemar(2, 8) == pytest.approx(2 * (1 + 10 + 45) / 1024)
-    assert mcnemar(900, 1100) == pytest.approx(8.6e-6, rel=0.02)
-
-
 def figures(right: int, rows: int) -> dict:
     low, high = wilson(right, rows)
     return {
@@ -326,7 +359,9 @@ def test_a_difference_within_noise():
     assert paired["paired"] and not paired["within_noise"]
     assert paired["p"] == pytest.approx(2 / 1024)
     assert paired["low"] < 0.1 < paired["high"]
-    assert difference(figures(50, 100), figures(50, 100), (rows[0], rows[0]))["within_noise"]
+    same = difference(figures(50, 100), figures(50, 100), (rows[0], rows[0]))
+    assert same["within_noise"]
+    assert same["high"] == -same["low"] == pytest.approx(0.037, abs=1e-4)  # not [0, 0]
 
 
 def test_a_difference_of_losses():
@@ -363,11 +398,16 @@ def test_two_models_and_their_differences(tmp_path, make_model, tokenizer, capsy
 
 def test_data_given_as_files_or_a_folder(tmp_path, arc):
     folder = str(Path(arc).parent)
-    assert data_files([folder, "mmlu=x.csv"]) == {"arc_easy": arc, "mmlu": "x.csv"}
-    with pytest.raises(HfsftError, match="no file is named after a task"):
-        data_files([str(tmp_path)])
+    assert data_files([folder, "mmlu=x.csv"], []) == {"arc_easy": arc, "mmlu": "x.csv"}
+    assert data_files([folder], ["arc_easy", "gsm8k"]) == {"arc_easy": arc}
+    with pytest.raises(HfsftError, match=r"named after a task, like arc_easy\.jsonl"):
+        data_files([str(tmp_path)], [])
+    with pytest.raises(HfsftError, match=r"named after a task, like mmlu\.jsonl"):
+        data_files([folder], ["arithmetic", "mmlu"])
+    with pytest.raises(HfsftError, match="mmlu is not among the tasks of --tasks"):
+        data_files(["mmlu=x.csv"], ["gsm8k"])
     with pytest.raises(HfsftError, match="neither a folder nor NAME=FILE"):
-        data_files(["nothing.jsonl"])
+        data_files(["nothing.jsonl"], [])
 
 
 def test_a_mistake_is_reported_before_anything_is_run(tmp_path, random_model):
@@ -430,7 +470,7 @@ def test_the_command(random_model, tmp_path, monkeypatch, capsys, arc):
     assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "eval.json").read_text())
 
 
-def test_lm_eval_runs_a_task_of_the_user(random_model, tmp_path):
+def test_lm_eval_runs_a_task_of_the_user(random_model, tmp_path, monkeypatch, capfd):
     pytest.importorskip("lm_eval")
     rows = [{"question": f"{n}?", "choices": ["yes", "no"], "answer": n % 2} for n in range(6)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -443,11 +483,16 @@ def test_lm_eval_runs_a_task_of_the_user(random_model, tmp_path):
         "doc_to_text": "{{question}}",
         "doc_to_choice": "choices",
         "doc_to_target": "answer",
-        "metric_list": [{"metric": "acc"}],
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
     }
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(task))
     name = f"lm_eval:{tmp_path / 'own.yaml'}"
+    monkeypatch.chdir(tmp_path)  # no git repository
     found = evaluate(random_model, [name], rows=4, out=tmp_path)["tasks"][name]
+    assert "fatal" not in capfd.readouterr().err
     assert (found["kind"], found["rows"], found["chance"]) == ("categorical", 4, 0.5)
-    assert len(row_results(tmp_path, name)) == 4
+    assert found["metrics"]["acc"] == found["accuracy"] and "acc_norm" in found["metrics"]
+    kept = list(row_results(tmp_path, name).values())
+    assert len(kept) == 4 and {row["expected"] for row in kept} == {"0", "1"}
+    assert any("3?" in row["question"] for row in kept)
     assert evaluate(random_model, [name], rows=4, out=tmp_path)["tasks"][name] == found

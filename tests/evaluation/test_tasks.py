@@ -1,13 +1,12 @@
 """The tasks of hfsft eval: rows in each schema, prompts, and grading."""
 
 import json
-from decimal import Decimal
 from pathlib import Path
 
 import pytest
 
 from hfsft.errors import DataError, HfsftError
-from hfsft.evaluation.tasks import check_names, default_tasks, final_number, load_task, program
+from hfsft.evaluation.tasks import check_names, default_tasks, load_task
 
 MMLU = Path(__file__).parents[1] / "rows" / "mmlu.jsonl"  # 25 real ones
 GSM8K = [
@@ -39,33 +38,6 @@ def write(path: Path, rows: list[dict]) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("so 6.\n#### 1,234.0", "1234"),
-        ("#### $18.", "18"),
-        ("#### -3", "-3"),
-        ("#### 5 of 9", "5"),
-        ("#### 4\nNo, it is\n#### 5", "5"),
-        (r"Hence \boxed{42}.", "42"),
-        (r"\boxed{\$1,000}", "1000"),
-        (r"\boxed{\text{about }7}", "7"),
-        ("3 + 4 is 7.", "7"),
-        ("It takes 12.50 dollars", "12.5"),
-        ("a range of 3-5", "5"),
-        (".5", "0.5"),
-        ("#### none of the 3", "3"),
-    ],
-)
-def test_final_number(text, number):
-    assert final_number(text) == Decimal(number)
-
-
-@pytest.mark.parametrize("text", ["", "no number", "9 apples\n#### none", r"8: \boxed{x}"])
-def test_no_final_number(text):
-    assert final_number(text) is None
-
-
 def test_gsm8k_rows(tmp_path):
     task = load_task("gsm8k", "m", data=write(tmp_path / "rows.jsonl", GSM8K))
     assert task.kind == "generative" and len(task.questions) == 3
@@ -73,6 +45,18 @@ def test_gsm8k_rows(tmp_path):
     assert [q.is_right(a) for q, a in zip(task.questions, right, strict=True)] == [True] * 3
     assert [q.is_right("#### 7") for q in task.questions] == [False] * 3
     assert not any(q.is_right("") for q in task.questions)
+    # nanochat compares what follows the first mark as text
+    for answer, expected in (
+        ("#### 6", [True, False, False]),
+        ("#### 1,234", [False, True, False]),
+        ("#### -3", [False, False, True]),
+        ("#### 6\n#### 7", [True, False, False]),
+        ("#### 6.0", [False] * 3),
+        ("#### 6.", [False] * 3),
+        ("####6", [False] * 3),
+        ("It is 6", [False] * 3),
+    ):
+        assert [q.nanochat_is_right(answer) for q in task.questions] == expected, answer
 
 
 def test_real_mmlu_rows():
@@ -127,6 +111,10 @@ def test_a_bad_row_is_reported_by_number(tmp_path):
         "def longest(words):\n    return max(words, key=len)",
         "    return max(words, key=len)\n",  # continues the prompt
         "```py\n    return max(words, key=len)",  # truncated
+        "```python3\ndef longest(words):\n    return max(words, key=len)\n```",
+        "``` Python\ndef longest(words):\n    return max(words, key=len)\n```",
+        "Run\n```bash\npython x.py\n```\nof\n```python\nimport sys\n```\nthen\n"
+        "```python\ndef longest(words):\n    return max(words, key=len)\n```",
     ],
 )
 def test_human_eval_takes_an_answer_in_any_of_its_forms(tmp_path, answer):
@@ -134,6 +122,28 @@ def test_human_eval_takes_an_answer_in_any_of_its_forms(tmp_path, answer):
     question = load_task("humaneval", "m", data=data).questions[0]
     assert question.is_right(answer)
     assert question.plain == question.prompt
+
+
+def test_human_eval_by_nanochats_rule(tmp_path):
+    question = load_task(
+        "humaneval", "m", data=write(tmp_path / "rows.jsonl", HUMAN_EVAL)
+    ).questions[0]
+    function = "def longest(words: List[str]):\n    return max(words, key=len)"
+    for answer in (
+        f"```python\n{function}\n```",
+        f"So:\n```\n{function}\n```",
+        f"\n{function}\n",
+        f"```python\n{function}\n```\n```python\n1 / 0\n```",
+    ):
+        assert question.nanochat_is_right(answer) and question.is_right(answer), answer
+    for answer in (
+        "    return max(words, key=len)\n",  # continues the prompt
+        f"```python3\n{function}\n```",
+        f"```py\n{function}\n```",
+        f"```python\n{function}",  # truncated
+        f"```python\nx = 1\n```\n```python\n{function}\n```",  # not the first block
+    ):
+        assert not question.nanochat_is_right(answer) and question.is_right(answer), answer
 
 
 def test_human_eval_grades(tmp_path):
@@ -146,18 +156,18 @@ def test_human_eval_grades(tmp_path):
     assert not task.questions[1].is_right("I do not know.")
 
 
-def test_program_keeps_the_prompts_imports():
-    assert program("from typing import List\n\ndef f():\n", "f", "def f(): return List").startswith(
-        "from typing import List\ndef f()"
-    )
-
-
 def test_generated_tasks_grade_their_own_answers():
     for name in ("simple_spelling", "spelling_bee", "arithmetic"):
         task = load_task(name, "m", rows=20)
         assert len(task.questions) == 20
         assert all(question.is_right(question.answer) for question in task.questions)
         assert not any(question.is_right("") for question in task.questions)
+
+
+def test_more_rows_than_a_generated_task_has():
+    assert load_task("arithmetic", "m", rows=499).pool == 499
+    with pytest.raises(DataError, match="arithmetic: there are only 499 held-out pairs of numbers"):
+        load_task("arithmetic", "m", rows=500)
 
 
 def test_reasoning_gym_scores_with_its_own_scorer():
@@ -179,7 +189,7 @@ def test_names_are_checked():
 def test_default_tasks():
     assert "humaneval" not in default_tasks("some/model", allow_code=False)
     assert default_tasks("some/model", allow_code=True) == [
-        *("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval", "spelling_bee")
+        *("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval")
     ]
 
 

@@ -185,6 +185,25 @@ def test_push_accepts_a_run_a_stage_or_any_model(hub, tmp_path, stage):
     assert done.returncode == 2 and "training is not finished" in done.stderr
 
 
+def test_gguf_files_go_to_the_top_with_their_card(hub, tmp_path, stage):
+    done = hfsft_push(hub, tmp_path, str(stage), "me/files", "--gguf")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[1] == f"  Write one first: hfsft export {stage} --to gguf"
+    exported = {"model-Q8_0.gguf", "model-Q8_0.proof.json", "Modelfile", "README.md"}
+    for folder in (stage / "gguf", stage / "qwen3"):
+        folder.mkdir()
+        for name in (*exported, "model-F16.gguf.partial"):
+            (folder / name).write_text(f"{name} of {folder.name}")
+    assert hfsft_push(hub, tmp_path, str(stage), "me/plain").returncode == 0
+    assert set(hub.files("me/plain")) == {".gitattributes", *MODEL}
+    done = hfsft_push(hub, tmp_path, str(stage), "me/files", "--gguf")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("pushed ") == 2
+    files = hub.files("me/files")
+    assert set(files) == {".gitattributes", *MODEL, *exported}
+    assert files["README.md"] == b"README.md of gguf"
+
+
 def test_a_push_without_write_access_fails_in_two_lines(hub, tmp_path, stage):
     hub.add_repo("me/closed")
     for token in (None, "hf_read", "hf_unknown"):

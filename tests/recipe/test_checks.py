@@ -36,6 +36,16 @@ UNKNOWN = [
         SFT + "restart: true\n",
         "r.yaml:4: unknown key 'restart'; it is a command-line flag (--restart",
     ),
+    (
+        SFT + "  replay: {path: small_talk, shares: 1}\n",
+        "r.yaml:4: unknown key 'shares' in sft.replay; did you mean 'share'?",
+    ),
+    (SFT + "  replay: {share: 0.2}\n", "r.yaml:4: sft.replay: a source needs a path"),
+    (
+        SFT + "  replay: {path: small_talk, share: 1}\n",
+        "r.yaml:4: sft.replay.share: 1 is not possible: it must be at most 0.9",
+    ),
+    (SFT + "  replay: {path: small_talk, weight: 2}\n", "r.yaml:4: unknown key 'weight' in sft"),
     (SFT + "  lora: {rank: 8}\n", "r.yaml:4: unknown key 'rank' in sft.lora; did you mean 'r'?"),
     (SFT + "model: {dept: 8}\n", "r.yaml:4: unknown key 'dept' in model; did you mean 'depth'?"),
     (
@@ -52,11 +62,12 @@ UNKNOWN = [
     ),
     (
         '"\\e[31m\\n": 3\n',
-        r"r.yaml:1: unknown key '\x1b[31m\n'; known keys are base, mid, model, name",
+        r"r.yaml:1: unknown key '\x1b[31m\n'; known keys are base, generation, mid, model, name",
     ),
     (
         "5: 3\n",
-        "r.yaml:1: unknown key '5'; known keys are base, mid, model, name, output_dir, sample_p",
+        "r.yaml:1: unknown key '5'; known keys are base, generation, mid, model, name, output_dir, "
+        "sample_p",
     ),
 ]
 WRONG_TYPES = [
@@ -302,6 +313,7 @@ BROKEN_BASE = [
         "r.yaml:6: base.tokens_per_step: 1,000 is no multiple of 64",
     ),
     (BASE + "  lora: {r: 4}\n", "r.yaml:6: unknown key 'lora' in base; it belongs in mid or sft"),
+    (BASE + "  replay: {path: x}\n", "r.yaml:6: unknown key 'replay' in base; it belongs in mid"),
     (
         BASE + MID + "  model_name_or_path: sft\n",
         "r.yaml:9: mid.model_name_or_path: mid cannot start",

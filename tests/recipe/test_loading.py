@@ -174,6 +174,8 @@ def test_broken_command_line_of_a_whole_run(argv, expected):
         (["fats"], None, "; did you mean 'fast'?"),
         (["x" * 5000], None, "no recipe 'xxx"),
         (["."], None, ". is a folder; give a recipe file, such as recipes/demo.yaml"),
+        (["fast", "--restrat"], "sft", "'restrat' in sft; did you mean 'restart'?"),
+        (["fast", "--nmae", "x"], "sft", "'nmae' in sft; did you mean 'name'?"),
         (["elsewhere/demo.yaml"], None, "no recipe 'elsewhere/demo.yaml': no such file"),
         (["fast"], "mid", "has no mid section; it has sft"),
     ],
@@ -182,6 +184,14 @@ def test_broken_recipe_name(given, stage, expected):
     with pytest.raises(RecipeError) as refused:
         load_recipe(*given, stage=stage)
     assert expected in str(refused.value)
+
+
+def test_the_folder_of_a_run_has_its_recipe(tmp_path):
+    (tmp_path / "run" / "sft").mkdir(parents=True)
+    (tmp_path / "run" / "recipe.yaml").write_text(SFT)
+    for folder in (tmp_path / "run", tmp_path / "run" / "sft"):
+        with pytest.raises(RecipeError, match=r"for this run .*run/recipe\.yaml"):
+            load_recipe(str(folder), stage="sft")
 
 
 # --- what a recipe resolves to ---

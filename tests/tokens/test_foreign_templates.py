@@ -39,5 +39,5 @@ def test_special_tokens_in_messages_and_tools_are_plain_text(tokenizer):
 
 
 def test_a_refusal_of_the_template_is_said(tokenizer):
-    with pytest.raises(ModelError, match="its chat template refuses: .* no role system here"):
+    with pytest.raises(ModelError, match=r"its chat template refuses: .* no role system here"):
         encode_prompt([user("Hi"), system("late")], tokenizer)

@@ -1,6 +1,7 @@
 """A finished run that is given more steps, against one that had them from the start."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,14 @@ from faults import RECIPE, STEPS, bits, timeless
 from hfsft import base, sft
 from hfsft.errors import Interrupted, RecipeError
 from hfsft.run.manifest import checkpoints, step_of
-from hfsft.train.schedule import decay_start, scheduler_settings, shared_steps
+from hfsft.train.arguments import arguments
+from hfsft.train.schedule import (
+    decay_start,
+    scaled_notice,
+    scheduler_settings,
+    shared_steps,
+    warmup_steps,
+)
 
 STABLE = ("--lr_scheduler_type", "warmup_stable_decay")
 
@@ -48,9 +56,25 @@ def test_a_share_of_decaying_steps_becomes_their_number(make_stage):
     given = {"num_decay_steps": 0.5, "decay_type": "linear"}
     stage.trainer["lr_scheduler_kwargs"] = given
     assert scheduler_settings(stage, 200) == {"num_decay_steps": 100, "decay_type": "linear"}
-    stage.trainer["warmup_steps"] = 150
-    with pytest.raises(RecipeError, match=r"num_decay_steps are more than max_steps, 200"):
-        scheduler_settings(stage, 200)
+    assert scaled_notice(stage, 200) is None
+
+
+def test_warmup_and_decay_that_do_not_fit_are_scaled(make_stage):
+    trainer = {"lr_scheduler_type": "warmup_stable_decay", "warmup_steps": 150}
+    stage = make_stage(trainer=trainer | {"lr_scheduler_kwargs": {"num_decay_steps": 0.5}})
+    assert scheduler_settings(stage, 200) == {"num_decay_steps": 80}
+    assert (warmup_steps(stage, 200), decay_start(stage, 200)) == (120, 120)
+    assert scaled_notice(stage, 200) == (
+        "sft: warmup_steps 150 and num_decay_steps 100 are more than max_steps 200; "
+        "scaled to 120 and 80"
+    )
+    short = make_stage(trainer=trainer | {"warmup_steps": 10})
+    assert warmup_steps(short, 3) == 2 and scheduler_settings(short, 3) == {"num_decay_steps": 1}
+    rates = arguments(short, [0] * 40, 1)
+    assert rates.warmup_steps == 10 and rates.max_steps == 40
+
+
+def test_another_schedule_has_no_decaying_steps(make_stage):
     assert decay_start(make_stage(trainer={"lr_scheduler_type": "linear"}), 200) is None
 
 
@@ -99,6 +123,26 @@ def test_more_steps_end_where_a_longer_run_from_scratch_does(recipe, tmp_path, c
     capsys.readouterr()
     sft.main(recipe, "--output_dir", str(tmp_path / "a"), *STABLE)
     assert "sft: finished already" in capsys.readouterr().out
+
+
+def test_a_copied_run_resumes_and_extends(recipe, tmp_path, capsys):
+    run = Path(recipe).parent / "start"
+    shutil.copytree(run, tmp_path / "a" / "start")
+    place = ("--output_dir", str(tmp_path / "a"), "--max_steps", "4", *STABLE)
+    sft.main(recipe, *place)
+    (tmp_path / "a").rename(tmp_path / "b")
+    moved = ("--output_dir", str(tmp_path / "b"), *STABLE)
+    capsys.readouterr()
+    sft.main(recipe, *moved, "--max_steps", "4")
+    assert "sft: finished already" in capsys.readouterr().out
+    # the same model under its path, elsewhere
+    shutil.copytree(run / "base", tmp_path / "model")
+    sft.main(recipe, *moved, "--model_name_or_path", str(tmp_path / "model"))
+    assert f"sft: resuming from step 3, up to {STEPS}" in capsys.readouterr().out
+    other = tmp_path / "model" / "config.json"
+    other.write_text(other.read_text().replace('"hidden_act"', '"other": 1, "hidden_act"'))
+    with pytest.raises(RecipeError, match="other settings: the model it starts from\n"):
+        sft.main(recipe, *moved, "--model_name_or_path", str(tmp_path / "model"))
 
 
 def test_another_schedule_says_why_not_and_touches_nothing(recipe, tmp_path):

@@ -1,0 +1,1 @@
+"""From documents to rows: text for base, or conversations that a teacher model writes."""

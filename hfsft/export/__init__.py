@@ -1,0 +1,1 @@
+"""A trained model for other readers: GGUF, Ollama and a plain architecture, each proved."""
