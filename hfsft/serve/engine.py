@@ -321,9 +321,10 @@ class Engine:
         if answer.forced:
             return answer.forced.pop(0)
         if not answer.warpers:
-            is_near = scores[0] - scores[-1] < NEAR_TIE * max(map(abs, scores))
-            if is_near and not answer.was_alone and self.batch.model.dtype == torch.float32:
-                return int(self.batch.alone(answer.prompt, answer.tokens).argmax())
+            if scores[0] - scores[-1] < NEAR_TIE * max(map(abs, scores)):
+                if not answer.was_alone and self.batch.model.dtype == torch.float32:
+                    logits = self.batch.alone(answer.prompt, answer.tokens)
+                return int(logits.argmax())  # of two equal ones, topk may put the other first
             return tokens[0]
         ids = torch.tensor([answer.prompt + answer.tokens])
         probabilities = answer.warpers(ids, logits[None].cpu()).softmax(-1)
