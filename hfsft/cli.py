@@ -455,10 +455,10 @@ def chat(
 def serve(
     models: Annotated[
         list[str],
-        typer.Argument(metavar="MODEL [MODEL]", help="Folders or Hub ids; two are compared."),
+        typer.Argument(metavar="MODEL...", help="One folder or Hub id; or two, to compare."),
     ],
     host: Annotated[
-        str, typer.Option("--host", help="Address to listen at; any but this machine needs a key.")
+        str, typer.Option("--host", help="Address to listen at; all but loopback need a key.")
     ] = "127.0.0.1",
     port: Annotated[
         int, typer.Option("--port", min=0, max=65535, help="Port; 0 picks a free one.")

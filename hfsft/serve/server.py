@@ -82,6 +82,9 @@ def serve(
         timeout_graceful_shutdown=GRACE,
     )
     print_address(served, listener, key is not None)
+    for model in served:
+        if model.engine.max_batch < max_batch:
+            print(f"{model.name} answers one request at a time: a batch would change its answers")
     Server(config, served).run(sockets=[listener])
 
 
