@@ -12,9 +12,9 @@ import datasets
 from accelerate import PartialState
 
 from hfsft.data.audit import (
-    NOT_BAD,
     audit_console,
     bad_rows,
+    is_bad,
     print_audit,
     too_many_bad_rows,
     write_audit,
@@ -106,7 +106,8 @@ def accept_mixture(mixture: Mixture, stage: Stage) -> Mixture:
                 entry
                 for entry in mixture.rejected
                 if entry["source"] == source["source"]
-                and entry["reason"] in source["refused"].keys() - set(NOT_BAD)
+                and entry["reason"] in source["refused"]
+                and is_bad(entry["reason"])
             )
             raise DataError(
                 f"{source['source']}: {bad_rows(source):,} of {source['read']:,} rows are bad, the "

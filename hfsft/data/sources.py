@@ -353,7 +353,16 @@ def parse_row(row: dict[str, Any], source: Source) -> dict[str, Any]:
             raise BadRow("not JSON") from None
         if not isinstance(row, dict):
             raise BadRow("not a JSON object")
+    else:
+        row = {name: _without_none(value) for name, value in row.items()}
     return row | {new: row[old] for new, old in source.columns.items() if old in row}
+
+
+def _without_none(value: Any) -> Any:
+    """A value without what its mappings lack: Arrow gives all of a column the same keys."""
+    if isinstance(value, dict):
+        return {name: _without_none(held) for name, held in value.items() if held is not None}
+    return [_without_none(held) for held in value] if isinstance(value, list) else value
 
 
 def columns_of(rows: datasets.Dataset, source: Source) -> list[str]:
