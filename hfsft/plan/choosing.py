@@ -284,9 +284,12 @@ def plan_run(
         other = with_settings(stage, gradient_checkpointing=not plan.checkpointing)
         stages[name] = plan.as_data() | {
             "peak_with_checkpointing_changed": plan_stage(recipe, other, limit, device).peak,
-            "seconds_per_step": time_step(recipe, stage)
-            if time_step is not None
-            else estimated_seconds(plan, stage.lora is not None),
+            "seconds_per_step": plan.seconds_sent
+            + (
+                time_step(recipe, stage)
+                if time_step is not None
+                else estimated_seconds(plan, stage.lora is not None)
+            ),
             "timed": time_step is not None,
             "auto": why,
             "nearest": [

@@ -249,9 +249,12 @@ class Engine:
                     self._join(joining)
                 if self.running:
                     self._advance(self.batch.step([answer.tokens[-1] for answer in self.running]))
-            except Exception as error:  # out of memory, or a bug
-                if not isinstance(error, torch.OutOfMemoryError):
-                    traceback.print_exc(file=sys.stderr)
+            except torch.OutOfMemoryError:
+                message = "hfsft: out of GPU memory; a smaller --max_batch needs less"
+                print(message, file=sys.stderr, flush=True)
+                self._fail([*self.running, *joining])
+            except Exception:  # a bug; the next answers are not affected
+                traceback.print_exc(file=sys.stderr)
                 self._fail([*self.running, *joining])
             self._hand_over()
 
@@ -318,9 +321,10 @@ class Engine:
         if answer.forced:
             return answer.forced.pop(0)
         if not answer.warpers:
-            is_near = scores[0] - scores[-1] < NEAR_TIE * max(map(abs, scores))
-            if is_near and not answer.was_alone and self.batch.model.dtype == torch.float32:
-                return int(self.batch.alone(answer.prompt, answer.tokens).argmax())
+            if scores[0] - scores[-1] < NEAR_TIE * max(map(abs, scores)):
+                if not answer.was_alone and self.batch.model.dtype == torch.float32:
+                    logits = self.batch.alone(answer.prompt, answer.tokens)
+                return int(logits.argmax())  # of two equal ones, topk may put the other first
             return tokens[0]
         ids = torch.tensor([answer.prompt + answer.tokens])
         probabilities = answer.warpers(ids, logits[None].cpu()).softmax(-1)

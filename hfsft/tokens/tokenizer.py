@@ -6,16 +6,17 @@ turns, and a pad token that is not its EOS token.
 
 import contextlib
 import hashlib
+import json
+import math
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from accelerate import PartialState
-
 from hfsft.errors import ModelError, RecipeError
 from hfsft.hub.client import NOT_LOADED, require_model, why_not_loaded
+from hfsft.process_group import is_first_of_machine, is_main, is_shared, meet
 from hfsft.recipe.schema import DEFAULT_PRE_TOKENIZER, Recipe, Stage
 from hfsft.run.disk import writing_to
 from hfsft.tokens.foreign_templates import TemplateError
@@ -94,6 +95,7 @@ RESPONSES: dict[str, dict[str, Any]] = {
         },
     },
 }
+MOST_GROWTH = 16  # of a text's length, by a normalizer
 
 
 @cache
@@ -220,7 +222,9 @@ def _load(start: str, revision: str | None, trust_remote_code: bool) -> Any:
     """A fast tokenizer from a folder or the Hub, as it is."""
     from transformers import AutoTokenizer
 
-    if not (Path(start) / "tokenizer.json").is_file():
+    folder = Path(start)
+    # a run's tokenizer/ holds no model
+    if not (folder / "tokenizer.json").is_file() or (folder / "config.json").is_file():
         require_model(start, revision)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -233,7 +237,40 @@ def _load(start: str, revision: str | None, trust_remote_code: bool) -> Any:
         raise ModelError(f"{start}: cannot load its tokenizer: {why_not_loaded(error)}") from None
     if not tokenizer.is_fast:
         raise ModelError(f"{start}: has no fast tokenizer (tokenizer.json), which training needs")
+    require_bounded(tokenizer, start)
     return tokenizer
+
+
+def require_bounded(tokenizer: Any, start: str) -> None:
+    """Check that a tokenizer's normalizer and decoder make no text many times as long.
+
+    Raises:
+        ModelError: if they can.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    for part in ("normalizer", "decoder"):
+        if (made := getattr(backend, part, None)) is None:
+            continue
+        growth = _growth(json.loads(made.__getstate__()))
+        if growth > MOST_GROWTH:
+            raise ModelError(
+                f"{start}: its tokenizer's {part} can make a text {growth:,.0f} times as long, "
+                f"more than {MOST_GROWTH}"
+            )
+
+
+def _growth(step: Any) -> float:
+    """The largest factor by which the steps of a normalizer or decoder lengthen a text."""
+    if isinstance(step, list):
+        return math.prod(map(_growth, step))
+    if not isinstance(step, dict):
+        return 1.0
+    if step.get("type") == "Prepend":
+        return 1 + len(step["prepend"]) / 100  # once a text
+    if step.get("type") == "Replace":
+        pattern = step["pattern"].get("String") or ""  # a regular expression may match nothing
+        return max(1.0, len(step["content"]) / max(1, len(pattern)))
+    return math.prod(_growth(held) for held in step.values())
 
 
 def _with_template(tokenizer: Any, name: str) -> Any:
@@ -317,12 +354,13 @@ def base_tokenizer(recipe: Recipe, texts: Iterable[str], resuming: bool) -> Any:
     """
     folder = recipe.folder / "tokenizer"
     if recipe.tokenizer.get("train"):
-        state = PartialState()
-        if state.is_main_process and not resuming:
+        # a machine that does not see rank 0's folder trains the same one for itself
+        trains = is_first_of_machine() if not is_shared(recipe.folder) else is_main()
+        if trains and not resuming:
             trained = new_tokenizer(recipe, texts)
             with writing_to(folder):
                 trained.save_pretrained(folder)
-        state.wait_for_everyone()
+        meet("trains the tokenizer", recipe.base.quiet)
         return load_tokenizer(str(folder))
     return new_tokenizer(recipe, texts)
 

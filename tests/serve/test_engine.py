@@ -12,6 +12,7 @@ from serving import wait_for
 from hfsft.errors import ModelError
 from hfsft.evaluation.answering import Evaluator
 from hfsft.serve import engine as engine_module
+from hfsft.serve.batch import Batch
 from hfsft.serve.engine import Busy, Engine, Piece, Sampling
 
 QUESTIONS = ["Hi!", "Who are you, and what can you do for me today?", "What is 3 + 4?", "Why?"]
@@ -24,10 +25,7 @@ class Asking:
     def __init__(self, engine: Engine):
         self.engine = engine
         self.pieces: queue.Queue[tuple[int, Piece]] = queue.Queue()
-        self.prompts = [
-            engine.evaluator.encode([engine.evaluator.prompt_text(question)])[0]
-            for question in QUESTIONS
-        ]
+        self.prompts = [engine.evaluator.prompt_ids(question) for question in QUESTIONS]
 
     def ask(self, index: int, sampling: Sampling, key: int | None = None) -> list:
         key = index if key is None else key
@@ -204,6 +202,22 @@ def test_answers_that_do_not_fit_into_memory_together_wait(folders):
     assert engine._next_answers() == answers[:2]
     engine.most_tokens = 1  # a single one always runs
     assert engine._next_answers() == answers[2:]
+
+
+def test_a_model_whose_rows_depend_on_each_other_answers_one_at_a_time(folders, monkeypatch):
+    forward = Batch._forward
+
+    def mixing(self, ids, cache, **settings):
+        logits = forward(self, ids, cache, **settings)
+        return logits if len(ids) == 1 else logits + logits.mean(0)
+
+    monkeypatch.setattr(Batch, "_forward", mixing)
+    expected = one_by_one(folders("llama"), 6)[:3]
+    with asking(folders("llama")) as asked:
+        assert asked.engine.max_batch == 1
+        for index in range(3):
+            asked.ask(index, Sampling(6))
+        assert [text for text, _ in asked.until_all_end(3).values()] == expected
 
 
 def test_a_model_that_computes_nan_is_refused(make_model, tokenizer, tmp_path):
