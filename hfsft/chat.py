@@ -10,12 +10,12 @@ from threading import Thread
 from typing import Any
 
 import torch
-from rich.console import Console
 from transformers import TextIteratorStreamer
 
 from hfsft.errors import DataError, ModelError, printable
 from hfsft.evaluation.answering import load_for_answers, load_its_tokenizer
 from hfsft.evaluation.calling import split_calls
+from hfsft.terminal import Terminal
 from hfsft.tokens.foreign_templates import prompt_text
 from hfsft.tokens.messages import check_tools
 from hfsft.tokens.training_flags import BadRow
@@ -155,7 +155,7 @@ def read_tools(path: str) -> list[dict[str, Any]]:
 
 def talk(chat: Chat) -> None:
     """Chat until the user exits with /exit, Ctrl-D or Ctrl-C."""
-    console = Console(highlight=False)
+    console = Terminal(highlight=False)
     console.print("Type a message. /clear starts over; /exit or Ctrl-D exits.", style="dim")
     if chat.tools:
         console.print("If the model calls a tool, type what it returns.", style="dim")

@@ -1,7 +1,6 @@
 """The command `hfsft`; heavy modules are imported late, so that --help is instant."""
 
 import gc
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,8 +10,9 @@ from rich.markup import escape
 
 from hfsft import __version__
 from hfsft.documents.command import make_data
-from hfsft.errors import printable
+from hfsft.errors import RecipeError, printable
 from hfsft.process import run_main
+from hfsft.terminal import Terminal, say, say_json
 
 app = typer.Typer(
     name="hfsft",
@@ -71,16 +71,16 @@ def run(
     arguments = [*context.args, *(["--quiet"] if quiet else [])]
     checked = load_recipe(recipe, *arguments)
     if not checked.stages:
-        from hfsft.errors import RecipeError
-
         raise RecipeError(f"{recipe} has no stage; add a base, mid or sft section")
     from hfsft.launch import launch_stage
-    from hfsft.run.record import finished_line, is_finished
+    from hfsft.run.record import finished_line, is_finished, mend_record
 
     for name, stage in checked.stages.items():
+        if not checked.restart and (line := mend_record(stage.folder)) and not quiet:
+            say(line)
         if not checked.restart and is_finished(checked, stage):
             if not quiet:
-                print(finished_line(stage))
+                say(finished_line(stage))
         else:
             launch_stage(name, recipe, arguments, config_file)
     from hfsft.report.summary import print_summary, run_summary
@@ -90,7 +90,7 @@ def run(
 
     summary["report"] = str(write_report(checked.folder)[1])
     if as_json:
-        print(json.dumps(summary, indent=1))
+        say_json(summary, indent=1)
     elif not quiet:
         print_summary(summary)
 
@@ -157,7 +157,7 @@ def data(
 
     seen = preview(checked, show)
     if as_json:
-        print(json.dumps(seen, ensure_ascii=False, indent=1))
+        say_json(seen, indent=1)
     else:
         print_preview(seen)
 
@@ -197,7 +197,7 @@ def plan(
 
     planned = plan_run(checked, size, seconds_per_step if timed else None)
     if as_json:
-        print(json.dumps(planned, indent=1))
+        say_json(planned, indent=1)
     else:
         print_plan(planned)
 
@@ -213,7 +213,7 @@ def _print_largest(recipe: Any, memory: int | None, as_json: bool) -> None:
 
     found = largest_models(recipe, memory)
     if as_json:
-        print(json.dumps(found, indent=1))
+        say_json(found, indent=1)
     else:
         print_largest(found)
 
@@ -232,7 +232,6 @@ def report(
     as_json: JsonOption = False,
 ) -> None:
     """Write the report.md of a run, finished or not, with pictures; or compare two runs."""
-    from rich.console import Console
     from rich.markdown import Markdown
 
     if other is not None:
@@ -246,9 +245,9 @@ def report(
         numbers, path = write_report(Path(run), as_html)
         text = summary_text(numbers)
     if as_json:
-        print(json.dumps(numbers, indent=1))
+        say_json(numbers, indent=1)
         return
-    console = Console()
+    console = Terminal()
     console.print(Markdown(text))
     console.print(f"\nWritten: [bold]{escape(str(path))}[/]", highlight=False, soft_wrap=True)
 
@@ -281,10 +280,10 @@ def push(
 
     pushes = push_run(folder, repo, revision, private, gguf)
     if as_json:
-        print(json.dumps([{"folder": str(push.folder), "url": push.url} for push in pushes]))
+        say_json([{"folder": str(push.folder), "url": push.url} for push in pushes])
     else:
         for push in pushes:
-            print(push)
+            say(push)
 
 
 @app.command()
@@ -321,10 +320,9 @@ def export(
     from hfsft.export.export import export_model
 
     kinds = [kind for given in types or () for kind in given.split(",") if kind]
-    say = (lambda line: None) if as_json else (lambda line: print(printable(line), flush=True))
-    proofs = export_model(model, to, kinds, out, say)
+    proofs = export_model(model, to, kinds, out, (lambda line: None) if as_json else say)
     if as_json:
-        print(json.dumps(proofs, ensure_ascii=False, indent=1))
+        say_json(proofs, indent=1)
 
 
 @app.command("eval")
@@ -387,7 +385,7 @@ def evaluate_models(
         allow_code=allow_code,
     )
     if as_json:
-        print(json.dumps(found, indent=1))
+        say_json(found, indent=1)
 
 
 @app.command()
@@ -425,7 +423,7 @@ def chat(
         talk(session)
     elif as_json:
         session.answer(prompt)
-        print(json.dumps(session.messages, ensure_ascii=False))
+        say_json(session.messages)
     else:
         for segment in session.stream(prompt):
             print(printable(segment), end="", flush=True)
@@ -488,12 +486,11 @@ def doctor(as_json: JsonOption = False) -> None:
     from hfsft.doctor.examine import examine
     from hfsft.doctor.printing import print_finding, print_machine
 
-    if as_json:
-        found = examine()
-        print(json.dumps(found, indent=1))
-    else:
+    if not as_json:
         print_machine()
-        found = examine(print_finding)
+    found = examine() if as_json else examine(print_finding)
+    if as_json:
+        say_json(found, indent=1)
     if not found["passed"]:
         raise typer.Exit(2)
 

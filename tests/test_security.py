@@ -257,6 +257,8 @@ def test_a_push_contains_no_local_path(tmp_path, model_files, capsys):
     assert {"last-checkpoint/adapter_config.json", "last-checkpoint/trainer_state.json"} <= set(
         files
     )
+    listed = json.loads(files["last-checkpoint/manifest.json"])["files"]
+    assert {f"last-checkpoint/{name}" for name in listed} <= set(files)  # it can be resumed from
     naming = [name for name, data in files.items() if b"secret-place" in data]
     assert naming == []
     adapter = json.loads(files["adapter/adapter_config.json"])

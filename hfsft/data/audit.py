@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from hfsft.errors import printable
 from hfsft.run.files import write_text_atomically
+from hfsft.terminal import Terminal
 from hfsft.tokens.training_flags import AVOIDED, NOT_TRAINED
 
 # how the reasons to leave out a well-formed row begin
@@ -121,12 +121,12 @@ def write_audit(folder: Path, audit: dict[str, Any], rejected: list[dict[str, An
     write_text_atomically(folder / "rejected.jsonl", lines)
 
 
-def audit_console() -> Console:
-    """A console, 100 columns wide if the output is not a terminal."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 100)
+def audit_console() -> Terminal:
+    """A console, 100 columns wide if the output is not a terminal; what it prints is no markup."""
+    return Terminal(highlight=False, markup=False, width=None if sys.stdout.isatty() else 100)
 
 
-def print_audit(stage: str, audit: dict[str, Any], console: Console) -> None:
+def print_audit(stage: str, audit: dict[str, Any], console: Terminal) -> None:
     """Print the table of a stage's sources, why rows are missing, and the sizes of the sets.
 
     Args:

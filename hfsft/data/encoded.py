@@ -13,6 +13,7 @@ from hfsft.data.cache import cached_map
 from hfsft.data.rows import Row, SourceRows, rows_of_batch
 from hfsft.data.sources import ROW_COLUMN, parse_row
 from hfsft.errors import DataError
+from hfsft.hub.client import NOT_LOADED
 from hfsft.recipe.schema import Stage
 from hfsft.tokens.encoding import Encoded, TooLong, fit_conversations, tokenizer_key
 from hfsft.tokens.row_formats import BadRow, read_row
@@ -227,6 +228,6 @@ def model_positions(stage: Stage) -> int | None:
             revision=stage.revision,
             trust_remote_code=stage.trust_remote_code,
         )
-    except (OSError, ValueError, TypeError):
+    except NOT_LOADED:
         return None  # loading the model will report it
     return getattr(config, "max_position_embeddings", None)

@@ -86,7 +86,7 @@ def load_packed_conversations(stage: Stage, tokenizer: Any) -> tuple[Any, Any]:
 
 
 def accept_mixture(mixture: Mixture, stage: Stage) -> Mixture:
-    """Write and print a mixture's audit, then check that the stage accepts its rows.
+    """Write a mixture's audit, check that the stage accepts its rows, and print the audit.
 
     Returns:
         The mixture itself.
@@ -94,11 +94,24 @@ def accept_mixture(mixture: Mixture, stage: Stage) -> Mixture:
     Raises:
         DataError: if `on_bad_rows` refuses its rows, or none is left to train on.
     """
-    if PartialState().is_main_process:
+    is_main = PartialState().is_main_process
+    if is_main:
         with writing_to(stage.folder):
             write_audit(stage.folder, mixture.audit, mixture.rejected)
-        if not stage.quiet:
-            print_audit(stage.name, mixture.audit, audit_console())
+    reason = refusal(mixture, stage)
+    if reason is not None:
+        raise DataError(
+            f"{reason}\n  All are listed in {stage.folder / 'rejected.jsonl'}; to train on the "
+            "rest: --on_bad_rows skip"
+        )
+    require_rows(mixture, stage)
+    if is_main and not stage.quiet:
+        print_audit(stage.name, mixture.audit, audit_console())
+    return mixture
+
+
+def refusal(mixture: Mixture, stage: Stage) -> str | None:
+    """Why `on_bad_rows` refuses a mixture, with the first bad row; None if it does not."""
     sources = mixture.audit["sources"]
     for source in sources if any(source["kept"] for source in sources) else ():
         if _refuses(stage, source):
@@ -109,13 +122,11 @@ def accept_mixture(mixture: Mixture, stage: Stage) -> Mixture:
                 and entry["reason"] in source["refused"]
                 and is_bad(entry["reason"])
             )
-            raise DataError(
+            return (
                 f"{source['source']}: {bad_rows(source):,} of {source['read']:,} rows are bad, the "
-                f"first is row {first['row']} ({first['reason']})\n  All are listed in "
-                f"{stage.folder / 'rejected.jsonl'}; to train on the rest: --on_bad_rows skip"
+                f"first is row {first['row']} ({first['reason']})"
             )
-    require_rows(mixture, stage)
-    return mixture
+    return None
 
 
 def _refuses(stage: Stage, audit: dict[str, Any]) -> bool:

@@ -22,10 +22,11 @@ from hfsft.data.tasks import grade, pool_size, task_rows
 from hfsft.data.text import mix_text
 from hfsft.errors import DataError, HfsftError, nearest
 from hfsft.evaluation.calling import calling_rows, calls_are_right
-from hfsft.evaluation.execution import succeeds
+from hfsft.evaluation.execution import passes, sandbox
 from hfsft.evaluation.grading import final_number, nanochat_number, nanochat_program, program
 from hfsft.recipe.loading import load_recipe
 from hfsft.recipe.schema import Recipe, Source, Stage
+from hfsft.run.record import read_record
 from hfsft.tokens.row_formats import BadRow, from_gsm8k, read_row
 from hfsft.tokens.tokenizer import load_tokenizer
 
@@ -117,8 +118,8 @@ def check_names(names: list[str], allow_code: bool) -> None:
             raise HfsftError(f"no task {name}{hint}")
         if name == "humaneval" and not allow_code:
             raise HfsftError(
-                "humaneval runs programs that the model writes, under limits but not in a sandbox; "
-                "pass --allow_code to allow it"
+                f"humaneval runs programs that the model writes, here in {sandbox()}\n"
+                "  pass --allow_code to allow it"
             )
 
 
@@ -248,10 +249,10 @@ def _human_eval(row: dict[str, Any]) -> Question:
         raise BadRow("content that is not text")
 
     def is_right(text: str) -> bool:
-        return succeeds(f"{program(prompt, entry, text)}\n{test}\ncheck({entry})\n")
+        return passes(program(prompt, entry, text), entry, prompt, test)
 
     def nanochat_is_right(text: str) -> bool:
-        return succeeds(f"{nanochat_program(prompt, text)}\n{test}\ncheck({entry})\n")
+        return passes(nanochat_program(prompt, text), entry, prompt, test)
 
     return Question(
         prompt, test, is_right=is_right, nanochat_is_right=nanochat_is_right, plain=prompt
@@ -299,11 +300,11 @@ def _stage_of(model: str) -> tuple[Recipe, Stage] | None:
     """The recipe and stage that a model's folder belongs to; None if it is not a run's stage."""
     folder = Path(model).resolve()
     recipe = folder.parent / "recipe.yaml"
-    if not (folder / "stage.json").is_file() or not recipe.is_file():
+    record = read_record(folder)
+    if record is None or not recipe.is_file():
         return None
-    name = json.loads((folder / "stage.json").read_text())["stage"]
     loaded = load_recipe(str(recipe))
-    return loaded, loaded.stages[name]
+    return loaded, loaded.stage(record["stage"])
 
 
 def _held_out(model: str, rows: int | None, seed: int) -> Task:

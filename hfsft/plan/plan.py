@@ -14,8 +14,8 @@ import torch
 from accelerate import PartialState
 from transformers import AttentionInterface, AutoConfig
 
-from hfsft.errors import ModelError, first_line
-from hfsft.hub.client import require_model
+from hfsft.errors import ModelError
+from hfsft.hub.client import NOT_LOADED, require_model, why_not_loaded
 from hfsft.model.attention import document_attention
 from hfsft.model.loading import bf16_is_native, fresh_config
 from hfsft.plan.sizes import most_checkpoints
@@ -243,8 +243,8 @@ def planned_config(recipe: Recipe, stage: Stage) -> Any:
         return AutoConfig.from_pretrained(
             start, revision=stage.revision, trust_remote_code=stage.trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{start}: cannot be planned: {first_line(error)}") from None
+    except NOT_LOADED as error:
+        raise ModelError(f"{start}: cannot be planned: {why_not_loaded(error)}") from None
 
 
 def _vocab_size(recipe: Recipe) -> int:

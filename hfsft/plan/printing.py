@@ -10,10 +10,11 @@ from hfsft.plan.step_memory import KINDS
 def print_plan(planned: dict[str, Any]) -> None:
     """Print what `plan_run` returns: a table with a column for each stage, and what fits."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    from hfsft.terminal import Terminal
+
+    console = Terminal(highlight=False)
     stages = planned["stages"]
     table = Table(box=box.SIMPLE_HEAD, header_style="bold")
     table.add_column("GB")
@@ -70,10 +71,11 @@ def print_plan(planned: dict[str, Any]) -> None:
 def print_largest(found: list[dict[str, Any]]) -> None:
     """Print what `largest_models` returns."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    from hfsft.terminal import Terminal
+
+    console = Terminal(highlight=False)
     table = Table(box=box.SIMPLE_HEAD, header_style="bold")
     for title in ("method", "parameters", "layers x width", "peak", "settings"):
         table.add_column(title, justify="left" if title in ("method", "settings") else "right")

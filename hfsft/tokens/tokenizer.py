@@ -6,6 +6,8 @@ turns, and a pad token that is not its EOS token.
 
 import contextlib
 import hashlib
+import json
+import math
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
@@ -94,6 +96,7 @@ RESPONSES: dict[str, dict[str, Any]] = {
         },
     },
 }
+MOST_GROWTH = 16  # of a text's length, by a normalizer
 
 
 @cache
@@ -220,7 +223,9 @@ def _load(start: str, revision: str | None, trust_remote_code: bool) -> Any:
     """A fast tokenizer from a folder or the Hub, as it is."""
     from transformers import AutoTokenizer
 
-    if not (Path(start) / "tokenizer.json").is_file():
+    folder = Path(start)
+    # a run's tokenizer/ holds no model
+    if not (folder / "tokenizer.json").is_file() or (folder / "config.json").is_file():
         require_model(start, revision)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -233,7 +238,40 @@ def _load(start: str, revision: str | None, trust_remote_code: bool) -> Any:
         raise ModelError(f"{start}: cannot load its tokenizer: {why_not_loaded(error)}") from None
     if not tokenizer.is_fast:
         raise ModelError(f"{start}: has no fast tokenizer (tokenizer.json), which training needs")
+    require_bounded(tokenizer, start)
     return tokenizer
+
+
+def require_bounded(tokenizer: Any, start: str) -> None:
+    """Check that a tokenizer's normalizer and decoder make no text many times as long.
+
+    Raises:
+        ModelError: if they can.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    for part in ("normalizer", "decoder"):
+        if (made := getattr(backend, part, None)) is None:
+            continue
+        growth = _growth(json.loads(made.__getstate__()))
+        if growth > MOST_GROWTH:
+            raise ModelError(
+                f"{start}: its tokenizer's {part} can make a text {growth:,.0f} times as long, "
+                f"more than {MOST_GROWTH}"
+            )
+
+
+def _growth(step: Any) -> float:
+    """The largest factor by which the steps of a normalizer or decoder lengthen a text."""
+    if isinstance(step, list):
+        return math.prod(map(_growth, step))
+    if not isinstance(step, dict):
+        return 1.0
+    if step.get("type") == "Prepend":
+        return 1 + len(step["prepend"]) / 100  # once a text
+    if step.get("type") == "Replace":
+        pattern = step["pattern"].get("String") or ""  # a regular expression may match nothing
+        return max(1.0, len(step["content"]) / max(1, len(pattern)))
+    return math.prod(_growth(held) for held in step.values())
 
 
 def _with_template(tokenizer: Any, name: str) -> Any:

@@ -18,7 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState, TrainerControl
 
 from hfsft.data.stream import TextStream
-from hfsft.errors import CheckpointError, first_line
+from hfsft.errors import CheckpointError, ModelError, first_line
 from hfsft.hub.push import Pusher
 from hfsft.model.loading import name_base
 from hfsft.plan.sizes import checkpoint_bytes
@@ -69,11 +69,7 @@ class ResumableStep(PackedStep):
         """
         folder, main = self.stage.checkpoints, self.is_world_process_zero()
         partial, final = folder / PARTIAL, folder / f"checkpoint-{self.state.global_step}"
-        if not self._is_finite():
-            raise CheckpointError(
-                f"{self.stage.name}: a weight is not a finite number at step "
-                f"{self.state.global_step}, which is not saved; {last_good_checkpoint(self.stage)}"
-            )
+        self.require_finite()
         # the sums behind the next log line, of every rank
         sums = gather_object([(self._tr_loss.item(), self.correct.item(), self.predicted)])
         problem = None
@@ -121,6 +117,8 @@ class ResumableStep(PackedStep):
         (partial / "README.md").unlink(missing_ok=True)  # peft's empty card
         if self.stage.lora is not None:
             name_base(partial, self.stage)
+        for log in self.metrics_log.logs:
+            (partial / log.path.name).write_text(log.text(), encoding="utf-8")
         (partial / PLACE).write_text(json.dumps(self._resume_state(sums)) + "\n")
         if best := self.state.best_global_step:
             # the name alone: a path of this machine would be pushed to the Hub
@@ -152,9 +150,27 @@ class ResumableStep(PackedStep):
         if best := self.state.best_global_step:
             self.state.best_model_checkpoint = str(self.stage.checkpoints / f"checkpoint-{best}")
 
-    def _is_finite(self) -> bool:
+    def require_finite(self) -> None:
+        """Check that every weight is finite, before training and before each save; a collective.
+
+        Raises:
+            CheckpointError: if one is not; with the stage's last good checkpoint.
+            ModelError: if it is one of the model that the stage starts from.
+        """
         broken = torch.stack([~p.isfinite().all() for p in self.model.parameters()]).sum()
-        return int(self.accelerator.reduce(broken)) == 0
+        # before a sharded run begins, the model is still on the CPU
+        if int(self.accelerator.reduce(broken.to(self.args.device))) == 0:
+            return
+        stage, step = self.stage, self.state.global_step
+        if step == 0:
+            raise ModelError(
+                f"{stage.name}: {stage.model_name_or_path or 'the model'} has a weight that is not "
+                "a finite number\n  Start from another model, or train that one again"
+            )
+        raise CheckpointError(
+            f"{stage.name}: a weight is not a finite number at step {step}, which is not saved; "
+            f"{last_good_checkpoint(stage)}"
+        )
 
     def _report_failed_save(self, final: Path, problem: str) -> None:
         if self.is_world_process_zero():
@@ -184,6 +200,9 @@ class ResumableStep(PackedStep):
                 f"{self.stage.name}: the data has changed since {checkpoint} was written\n"
                 "  Give this run another --name, or pass --restart, which moves the old stage aside"
             )
+        for log in self.metrics_log.logs:
+            if log.restore(checkpoint / log.path.name):
+                self.say(f"{log.path} lacked lines; they are restored from {checkpoint}")
         self.resumed_from = json.loads((checkpoint / PLACE).read_text())
         if "stream" in self.resumed_from:
             self.train_dataset.resume(self.resumed_from["stream"])

@@ -9,8 +9,10 @@ from accelerate import PartialState
 
 from hfsft.errors import CheckpointError, RecipeError
 from hfsft.recipe.schema import Recipe, Stage
+from hfsft.run.files import remove
 from hfsft.run.manifest import checkpoints, newest_valid, step_of, verify
 from hfsft.run.record import LOGS, settings_of, write_record
+from hfsft.terminal import say
 from hfsft.train.folder import lock_stage, move_aside
 from hfsft.train.schedule import STABLE, shared_steps
 
@@ -38,7 +40,7 @@ def extend(recipe: Recipe, stage: Stage, record: dict[str, Any]) -> None:
         reached = record.get("steps", step_of(checkpoints(stage.checkpoints)[0]))
         aside = begin_from(recipe, stage, record, checkpoint)
         if not stage.quiet:
-            print(
+            say(
                 f"{stage.name}: resuming from step {step_of(checkpoint)}, up to {stage.max_steps}; "
                 f"what was trained to step {reached} is now in {aside}"
             )
@@ -99,12 +101,12 @@ def begin_from(recipe: Recipe, stage: Stage, record: dict[str, Any], checkpoint:
         The folder that holds the old stage now.
     """
     fresh = _prepared_folder(stage).with_name(f"{stage.name}.longer.partial")
-    shutil.rmtree(fresh, ignore_errors=True)  # ours, of a command that was killed
+    remove(fresh)  # ours, of a command that was killed
     (fresh / "checkpoints").mkdir(parents=True)
     try:
         shutil.copytree(checkpoint, fresh / "checkpoints" / checkpoint.name, copy_function=os.link)
     except OSError:  # a disk without hard links
-        shutil.rmtree(fresh / "checkpoints" / checkpoint.name, ignore_errors=True)
+        remove(fresh / "checkpoints" / checkpoint.name)
         shutil.copytree(checkpoint, fresh / "checkpoints" / checkpoint.name)
     for name in LOGS:
         if (stage.folder / name).is_file():
@@ -122,9 +124,10 @@ def begin_from(recipe: Recipe, stage: Stage, record: dict[str, Any], checkpoint:
 
 def finish_extending(stage: Stage) -> None:
     """Complete a `begin_from` that was killed between its last two renames."""
-    if _prepared_folder(stage).is_dir() and not stage.folder.exists():
-        _prepared_folder(stage).rename(stage.folder)
-    shutil.rmtree(_prepared_folder(stage), ignore_errors=True)  # killed before the first of them
+    prepared = _prepared_folder(stage)
+    if prepared.is_dir() and not prepared.is_symlink() and not stage.folder.exists():
+        prepared.rename(stage.folder)
+    remove(prepared)  # killed before the first of them
 
 
 def _prepared_folder(stage: Stage) -> Path:

@@ -24,12 +24,14 @@ def train_with_record(trainer: Any, recipe: Recipe, stage: Stage) -> dict[str, A
     """
     is_main, device = trainer.is_world_process_zero(), trainer.args.device
     record = new_record(trainer, recipe, stage)
+    trainer.manifest_facts["record"] = record  # a copy of it, in case stage.json is lost
     if is_main:
         _write_recipe(recipe)
         write_record(stage.folder, record)
     before = optional(trainer, "energy", lambda: joules(device))
     try:
         try:
+            trainer.require_finite()
             _train(trainer, stage)
         except StepAbandoned:
             trainer.save_if_new()

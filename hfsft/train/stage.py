@@ -22,12 +22,14 @@ from hfsft.run.record import (
     changed_keys,
     finished_line,
     is_finished,
+    mend_record,
     only_longer,
     other_settings,
     read_record,
     resume_notice,
     settings_of,
 )
+from hfsft.terminal import say
 from hfsft.train.extending import extend, finish_extending
 from hfsft.train.folder import lock_stage, move_aside
 from hfsft.train.ranks import watch_ranks
@@ -150,6 +152,9 @@ def open_folder(recipe: Recipe, stage: Stage) -> bool:
     if state.is_main_process:
         require_writable(stage.folder)
         finish_extending(stage)
+        line = None if recipe.restart else mend_record(stage.folder)
+        if line and not stage.quiet:
+            say(line)
     state.wait_for_everyone()
     finished = not recipe.restart and is_finished(recipe, stage)
     if stage.push_to_hub and state.is_main_process and not finished:
@@ -161,9 +166,9 @@ def open_folder(recipe: Recipe, stage: Stage) -> bool:
             if state.is_main_process and stage.folder.exists():
                 aside = move_aside(stage.folder)
                 if not stage.quiet:
-                    print(f"the old {stage.folder} is now {aside}")
+                    say(f"the old {stage.folder} is now {aside}")
     if finished and state.is_main_process and not stage.quiet:
-        print(finished_line(stage))
+        say(finished_line(stage))
     return not finished
 
 
@@ -190,8 +195,8 @@ def resume_or_extend(recipe: Recipe, stage: Stage) -> dict[str, Any] | None:
             raise other_settings(stage, f"stopped at {found[0].name}", changed, record["settings"])
         line = resume_notice(stage, record["settings"], settings)
         if line and PartialState().is_main_process and not stage.quiet:
-            print(line)
-    return record["chosen"] if record is not None and found else None
+            say(line)
+    return record.get("chosen") if record is not None and found else None
 
 
 # --- plan ---
@@ -219,6 +224,6 @@ def with_plan(recipe: Recipe, stage: Stage, chosen: dict[str, Any] | None) -> St
     kept = {key: value for key, value in (chosen or {}).items() if key in automatic}
     stage, why = choose(recipe, with_settings(stage, **kept))
     if why and PartialState().is_main_process and not stage.quiet:
-        print(why)
+        say(why)
     chosen = {key: stage.trainer[key] for key in automatic}
     return replace(stage, plan=require_fit(recipe, stage).as_data(), chosen=chosen)

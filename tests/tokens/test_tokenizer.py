@@ -8,6 +8,7 @@ import pytest
 import trl
 from chat_messages import assistant, call, calling, system, tool, user
 from plain_tokenizers import MARKED, plain_bpe
+from tokenizers import Regex, normalizers
 from transformers import AutoTokenizer
 
 from hfsft.data.tasks import facts
@@ -17,6 +18,7 @@ from hfsft.tokens.tokenizer import (
     SPECIAL_TOKENS,
     base_tokenizer,
     load_tokenizer,
+    require_bounded,
     template,
     train_tokenizer,
 )
@@ -364,3 +366,31 @@ def test_missing_tokenizer_is_an_error(save, tmp_path):
     (Path(folder) / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ModelError, match="cannot load its tokenizer"):
         load_tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [normalizers.Replace("a", "b" * 5000)],
+        [normalizers.Replace("a", "aaa")] * 9,
+        [normalizers.NFC(), normalizers.Sequence([normalizers.Replace(Regex("x*"), "y" * 50)])],
+        [normalizers.Prepend("p" * 10_000)],
+    ],
+    ids=["one", "nine", "nested", "prepend"],
+)
+def test_a_normalizer_that_makes_text_many_times_longer_is_refused(tmp_path, steps):
+    made = plain_bpe("<|im_end|>", eos_token="<|im_end|>")
+    made.backend_tokenizer.normalizer = normalizers.Sequence(steps)
+    made.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"normalizer can make a text [\d,]+ times as long"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_normalizers_of_real_tokenizers_are_not_refused():
+    made = plain_bpe("<|im_end|>", eos_token="<|im_end|>")
+    for steps in (
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")],
+        [normalizers.NFKC(), normalizers.Lowercase(), normalizers.Replace(Regex(" {2,}"), "▁")],
+    ):
+        made.backend_tokenizer.normalizer = normalizers.Sequence(steps)
+        require_bounded(made, "m")
