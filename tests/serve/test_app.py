@@ -191,9 +191,14 @@ HERMES = (
 
 def test_tools_where_the_template_has_them(make_model, tokenizer, tmp_path, api):
     tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
-    assert refused(api, tools=tools)["param"] == "tools"
+    # nanochat's own has them
+    assert ask(api, tools=tools).usage.prompt_tokens > ask(api).usage.prompt_tokens
     made = rigged_to_say("<|python_start|>", make_model, tokenizer, tmp_path)
-    (tmp_path / "rigged" / "chat_template.jinja").write_text(HERMES)
+    template = tmp_path / "rigged" / "chat_template.jinja"
+    template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    with serving(made) as running, client(running) as calling:
+        assert refused(calling, tools=tools)["param"] == "tools"
+    template.write_text(HERMES)
     with serving(made) as running, client(running) as calling:
         without, given = ask(calling), ask(calling, tools=tools)
         assert given.usage.prompt_tokens > without.usage.prompt_tokens
