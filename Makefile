@@ -8,7 +8,7 @@ TORCH ?= 2.13.0
 STACK := transformers trl accelerate peft datasets bitsandbytes huggingface_hub tokenizers safetensors
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-browser test-gpu test-latest check
+.PHONY: demo test test-slow browser test-browser test-gpu test-latest check
 
 demo: $(INSTALLED)
 	$(BIN)/hfsft run recipes/demo.yaml
@@ -19,14 +19,17 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
 
-# the web page, in a real Chromium; installed where there is none, if apt-get may
-test-browser: $(INSTALLED)
+# a Chromium for test-browser; installed where there is none, if apt-get may
+browser:
 	@command -v chromedriver >/dev/null || { \
 		echo "installing chromium and chromium-driver"; \
 		sudo=$$(test "$$(id -u)" = 0 || echo sudo); \
 		$$sudo apt-get update --quiet=2 && \
 		$$sudo apt-get install --quiet=2 --yes chromium chromium-driver; \
 	} || { echo "test-browser needs Chromium and chromedriver on the PATH" >&2; exit 2; }
+
+# the web page, in a real browser
+test-browser: $(INSTALLED) browser
 	$(BIN)/python -m pytest -m browser
 
 test-gpu: $(INSTALLED)

@@ -6,11 +6,12 @@ accelerate launch hfsft/base.py recipes/demo.yaml
 import sys
 
 from hfsft.process import run_main
-from hfsft.recipe.loading import load_recipe
 
 
 def main(*argv: str) -> None:
     """Train the base stage of a recipe; the command line is the recipe and its overrides."""
+    from hfsft.recipe.loading import load_recipe  # here: signals are answered by now
+
     recipe = load_recipe(*argv, stage="base")
     stage = recipe.base
 

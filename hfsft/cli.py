@@ -1,7 +1,6 @@
 """The command `hfsft`; heavy modules are imported late, so that --help is instant."""
 
 import gc
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,8 +10,9 @@ from rich.markup import escape
 
 from hfsft import __version__
 from hfsft.documents.command import make_data
-from hfsft.errors import printable
+from hfsft.errors import RecipeError, printable
 from hfsft.process import run_main
+from hfsft.terminal import Terminal, say, say_json
 
 app = typer.Typer(
     name="hfsft",
@@ -36,6 +36,26 @@ ConfigOption = Annotated[
         metavar="FILE",
         help="An Accelerate config; by default your own, or else one process.",
     ),
+]
+NumProcessesOption = Annotated[
+    int | None,
+    typer.Option(
+        "--num_processes", metavar="N", min=1, help="Processes on all machines, one a GPU."
+    ),
+]
+NumMachinesOption = Annotated[
+    int | None, typer.Option("--num_machines", metavar="N", min=1, help="Machines of the run.")
+]
+MachineRankOption = Annotated[
+    int | None,
+    typer.Option("--machine_rank", metavar="N", min=0, help="Which of several machines this is."),
+]
+MainProcessIpOption = Annotated[
+    str | None,
+    typer.Option("--main_process_ip", metavar="IP", help="Of machine 0, where there are several."),
+]
+MainProcessPortOption = Annotated[
+    int | None, typer.Option("--main_process_port", metavar="PORT", help="Free on machine 0.")
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -61,6 +81,11 @@ def run(
     context: typer.Context,
     recipe: RecipeArgument,
     config_file: ConfigOption = None,
+    num_processes: NumProcessesOption = None,
+    num_machines: NumMachinesOption = None,
+    machine_rank: MachineRankOption = None,
+    main_process_ip: MainProcessIpOption = None,
+    main_process_port: MainProcessPortOption = None,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -71,18 +96,24 @@ def run(
     arguments = [*context.args, *(["--quiet"] if quiet else [])]
     checked = load_recipe(recipe, *arguments)
     if not checked.stages:
-        from hfsft.errors import RecipeError
-
         raise RecipeError(f"{recipe} has no stage; add a base, mid or sft section")
-    from hfsft.launch import launch_stage
-    from hfsft.run.record import finished_line, is_finished
+    from hfsft.launch import Processes, launch_stage
+    from hfsft.run.record import finished_line, is_finished, mend_record
 
+    where = (num_machines, machine_rank, main_process_ip, main_process_port)
+    processes = Processes(config_file, num_processes, *where)
+    alone = processes.machines() == 1
     for name, stage in checked.stages.items():
-        if not checked.restart and is_finished(checked, stage):
+        if alone and not checked.restart and (line := mend_record(stage.folder)) and not quiet:
+            say(line)
+        # of several machines one alone may see what is finished: its ranks tell the others
+        if alone and not checked.restart and is_finished(checked, stage):
             if not quiet:
-                print(finished_line(stage))
+                say(finished_line(stage))
         else:
-            launch_stage(name, recipe, arguments, config_file)
+            launch_stage(name, recipe, arguments, processes)
+    if not processes.is_main_machine():
+        return  # machine 0 grades, and writes the report
     from hfsft.report.summary import print_summary, run_summary
 
     summary = run_summary(checked)
@@ -90,54 +121,39 @@ def run(
 
     summary["report"] = str(write_report(checked.folder)[1])
     if as_json:
-        print(json.dumps(summary, indent=1))
+        say_json(summary, indent=1)
     elif not quiet:
         print_summary(summary)
 
 
-def _stage(
-    name: str, context: typer.Context, recipe: str, config_file: str | None, quiet: bool
-) -> None:
-    from hfsft.recipe.loading import load_recipe
+def _add_stage(name: str, teaches: str) -> None:
+    """Add the command of one stage."""
 
-    arguments = [*context.args, *(["--quiet"] if quiet else [])]
-    load_recipe(recipe, *arguments, stage=name)
-    from hfsft.launch import launch_stage
+    @app.command(name, help=f"Train the {name} stage: {teaches}.", context_settings=OVERRIDES)
+    def train(
+        context: typer.Context,
+        recipe: RecipeArgument,
+        config_file: ConfigOption = None,
+        num_processes: NumProcessesOption = None,
+        num_machines: NumMachinesOption = None,
+        machine_rank: MachineRankOption = None,
+        main_process_ip: MainProcessIpOption = None,
+        main_process_port: MainProcessPortOption = None,
+        quiet: QuietOption = False,
+    ) -> None:
+        from hfsft.recipe.loading import load_recipe
 
-    launch_stage(name, recipe, arguments, config_file)
+        arguments = [*context.args, *(["--quiet"] if quiet else [])]
+        load_recipe(recipe, *arguments, stage=name)
+        from hfsft.launch import Processes, launch_stage
 
-
-@app.command(context_settings=OVERRIDES)
-def base(
-    context: typer.Context,
-    recipe: RecipeArgument,
-    config_file: ConfigOption = None,
-    quiet: QuietOption = False,
-) -> None:
-    """Train the base stage: language, from raw text."""
-    _stage("base", context, recipe, config_file, quiet)
-
-
-@app.command(context_settings=OVERRIDES)
-def mid(
-    context: typer.Context,
-    recipe: RecipeArgument,
-    config_file: ConfigOption = None,
-    quiet: QuietOption = False,
-) -> None:
-    """Train the mid stage: the conversation format and tasks."""
-    _stage("mid", context, recipe, config_file, quiet)
+        where = (num_machines, machine_rank, main_process_ip, main_process_port)
+        launch_stage(name, recipe, arguments, Processes(config_file, num_processes, *where))
 
 
-@app.command(context_settings=OVERRIDES)
-def sft(
-    context: typer.Context,
-    recipe: RecipeArgument,
-    config_file: ConfigOption = None,
-    quiet: QuietOption = False,
-) -> None:
-    """Train the SFT stage: the assistant's style, from conversations."""
-    _stage("sft", context, recipe, config_file, quiet)
+_add_stage("base", "language, from raw text")
+_add_stage("mid", "the conversation format and tasks")
+_add_stage("sft", "the assistant's style, from conversations")
 
 
 @app.command(context_settings=OVERRIDES)
@@ -157,7 +173,7 @@ def data(
 
     seen = preview(checked, show)
     if as_json:
-        print(json.dumps(seen, ensure_ascii=False, indent=1))
+        say_json(seen, indent=1)
     else:
         print_preview(seen)
 
@@ -173,6 +189,8 @@ def plan(
         str | None,
         typer.Option("--memory", metavar="SIZE", help="Plan for a CUDA card of this size: 8GB."),
     ] = None,
+    config_file: ConfigOption = None,
+    num_processes: NumProcessesOption = None,
     timed: Annotated[
         bool, typer.Option("--time", help="Time a few micro-batches of each stage on this device.")
     ] = False,
@@ -191,13 +209,16 @@ def plan(
     if largest:
         _print_largest(checked, size, as_json)
         return
+    from hfsft.launch import Processes, planned_spread
     from hfsft.plan.choosing import plan_run
     from hfsft.plan.printing import print_plan
+    from hfsft.plan.spread import planned_for
     from hfsft.plan.timing import seconds_per_step
 
-    planned = plan_run(checked, size, seconds_per_step if timed else None)
+    with planned_for(planned_spread(Processes(config_file, num_processes))):
+        planned = plan_run(checked, size, seconds_per_step if timed else None)
     if as_json:
-        print(json.dumps(planned, indent=1))
+        say_json(planned, indent=1)
     else:
         print_plan(planned)
 
@@ -213,7 +234,7 @@ def _print_largest(recipe: Any, memory: int | None, as_json: bool) -> None:
 
     found = largest_models(recipe, memory)
     if as_json:
-        print(json.dumps(found, indent=1))
+        say_json(found, indent=1)
     else:
         print_largest(found)
 
@@ -232,7 +253,6 @@ def report(
     as_json: JsonOption = False,
 ) -> None:
     """Write the report.md of a run, finished or not, with pictures; or compare two runs."""
-    from rich.console import Console
     from rich.markdown import Markdown
 
     if other is not None:
@@ -246,9 +266,9 @@ def report(
         numbers, path = write_report(Path(run), as_html)
         text = summary_text(numbers)
     if as_json:
-        print(json.dumps(numbers, indent=1))
+        say_json(numbers, indent=1)
         return
-    console = Console()
+    console = Terminal()
     console.print(Markdown(text))
     console.print(f"\nWritten: [bold]{escape(str(path))}[/]", highlight=False, soft_wrap=True)
 
@@ -281,10 +301,10 @@ def push(
 
     pushes = push_run(folder, repo, revision, private, gguf)
     if as_json:
-        print(json.dumps([{"folder": str(push.folder), "url": push.url} for push in pushes]))
+        say_json([{"folder": str(push.folder), "url": push.url} for push in pushes])
     else:
         for push in pushes:
-            print(push)
+            say(push)
 
 
 @app.command()
@@ -321,10 +341,9 @@ def export(
     from hfsft.export.export import export_model
 
     kinds = [kind for given in types or () for kind in given.split(",") if kind]
-    say = (lambda line: None) if as_json else (lambda line: print(printable(line), flush=True))
-    proofs = export_model(model, to, kinds, out, say)
+    proofs = export_model(model, to, kinds, out, (lambda line: None) if as_json else say)
     if as_json:
-        print(json.dumps(proofs, ensure_ascii=False, indent=1))
+        say_json(proofs, indent=1)
 
 
 @app.command("eval")
@@ -339,8 +358,8 @@ def evaluate_models(
             "--tasks",
             metavar="NAME,...",
             help="arc_easy, arc_challenge, mmlu, gsm8k, humaneval, simple_spelling, spelling_bee, "
-            "arithmetic, held_out, reasoning_gym:NAME, lm_eval:NAME. By default those that run "
-            "offline for a stage of a run, else nanochat's chat tasks.",
+            "arithmetic, tool_calls, held_out, reasoning_gym:NAME, lm_eval:NAME. By default those "
+            "that run offline for a stage of a run, else nanochat's chat tasks.",
         ),
     ] = None,
     rows: Annotated[
@@ -387,7 +406,7 @@ def evaluate_models(
         allow_code=allow_code,
     )
     if as_json:
-        print(json.dumps(found, indent=1))
+        say_json(found, indent=1)
 
 
 @app.command()
@@ -408,19 +427,24 @@ def chat(
         typer.Option("--top_k", min=1, help="Sample from this many most probable tokens."),
     ] = 50,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the sampling.")] = 42,
+    tools: Annotated[
+        str | None,
+        typer.Option("--tools", metavar="FILE", help="JSON: the tools it may call; you answer."),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="With -p: print the conversation as JSON.")
     ] = False,
 ) -> None:
     """Chat with a model in the terminal."""
-    from hfsft.chat import Chat, talk
+    from hfsft.chat import Chat, read_tools, talk
 
-    session = Chat(model, system, max_new_tokens, temperature, top_k, seed)
+    given = None if tools is None else read_tools(tools)
+    session = Chat(model, system, max_new_tokens, temperature, top_k, seed, given)
     if prompt is None:
         talk(session)
     elif as_json:
         session.answer(prompt)
-        print(json.dumps(session.messages, ensure_ascii=False))
+        say_json(session.messages)
     else:
         for segment in session.stream(prompt):
             print(printable(segment), end="", flush=True)
@@ -483,12 +507,11 @@ def doctor(as_json: JsonOption = False) -> None:
     from hfsft.doctor.examine import examine
     from hfsft.doctor.printing import print_finding, print_machine
 
-    if as_json:
-        found = examine()
-        print(json.dumps(found, indent=1))
-    else:
+    if not as_json:
         print_machine()
-        found = examine(print_finding)
+    found = examine() if as_json else examine(print_finding)
+    if as_json:
+        say_json(found, indent=1)
     if not found["passed"]:
         raise typer.Exit(2)
 

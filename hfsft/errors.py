@@ -1,11 +1,18 @@
 """Errors that the user can fix, and how foreign text is shown; an error's text is the message."""
 
+import errno
 import re
 from collections.abc import Iterable
 
 # what a terminal or browser would act on instead of showing: control characters (but not tab and
 # newline) and those that change the direction of writing
 CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+# of errors that lie in the disk, or in what somebody put at a path
+DISK_ERRNOS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES),
+    *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP),
+}
 
 
 def printable(text: str) -> str:

@@ -6,8 +6,9 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from types import FrameType
 
-from hfsft.errors import HfsftError, printable
+from hfsft.errors import DISK_ERRNOS, HfsftError, first_line, printable
 
 # Windows has no SIGHUP
 STOPPING = tuple(
@@ -55,7 +56,7 @@ def run_main(main: Callable[..., None], *argv: str) -> None:
     # a stage imports a million objects, and collecting garbage would take 1.1 s on top of 4 s; its
     # `open_stage` and every command of `hfsft` turn collection on again
     gc.disable()
-    _install_handlers()
+    install_handlers()
     try:
         main(*argv)
     except HfsftError as error:
@@ -64,6 +65,11 @@ def run_main(main: Callable[..., None], *argv: str) -> None:
         _leave(error, "interrupted", 130)
     except Stopped as error:
         _leave(error, str(error), error.code)
+    except OSError as error:
+        if error.errno not in DISK_ERRNOS or error.filename is None:
+            before_leaving(error)
+            raise
+        _leave(error, first_line(error), HfsftError.exit_status)
     except Exception as error:
         before_leaving(error)
         error.add_note("`hfsft doctor` checks what hfsft builds on; its output belongs in a report")
@@ -75,31 +81,49 @@ def unignored() -> list[signal.Signals]:
     return [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]
 
 
-def _install_handlers() -> None:
-    """Raise on a signal in the main thread; end the process if that is stuck in a call into C.
+def install_handlers() -> None:
+    """Raise on the first signal in the main thread; end the process if that is stuck in C code.
 
+    A second signal changes nothing until `PATIENCE` is over. While modules are imported, a signal
+    ends the process at once: nothing is to be cleaned up, and an import may lose the exception.
     Python runs a handler only after such a call returns: the training of a tokenizer, or a wait for
     another process. The wakeup file descriptor tells a thread about the signal immediately.
     """
     process, handled = os.getpid(), threading.Event()
 
-    def stop(number: int, frame: object) -> None:
+    def leave_at_once(number: int) -> None:
+        if before_leaving(error := Stopped(number)):
+            said = "interrupted" if number == signal.SIGINT else error
+            print(f"hfsft: {said}", file=sys.stderr, flush=True)
+        os._exit(error.code)
+
+    def stop(number: int, frame: FrameType | None) -> None:
         if os.getpid() != process:  # a forked child keeps the default behaviour
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+        if handled.is_set():  # the first one unwinds; raising again would end in a traceback
+            return
         handled.set()
+        if _is_importing(frame):
+            leave_at_once(number)
         raise KeyboardInterrupt if number == signal.SIGINT else Stopped(number)
 
     def watch() -> None:
         while True:
             number = os.read(reading, 1)[0]
             # the training loop has its own handler, which may take a step's time
-            ours = number in STOPPING and signal.getsignal(number) is stop
-            if ours and not handled.wait(PATIENCE):
-                if before_leaving(error := Stopped(number)):
-                    print(f"hfsft: {error}", file=sys.stderr, flush=True)
-                os._exit(error.code)
+            if number not in STOPPING or signal.getsignal(number) is not stop:
+                continue
+            if not handled.wait(PATIENCE):
+                leave_at_once(number)
+            # a second signal: what unwinds gets as long again, since it may wait for ever
+            end = threading.Timer(PATIENCE, leave_at_once, (number,))
+            end.daemon = True
+            if second:
+                end.start()
+            second.append(number)
 
+    second: list[int] = []
     reading, writing = os.pipe()
     if hasattr(os, "set_blocking"):  # not on Windows before Python 3.12
         os.set_blocking(writing, False)
@@ -110,6 +134,15 @@ def _install_handlers() -> None:
     for number in unignored():
         signal.signal(number, stop)
     threading.Thread(target=watch, name="hfsft-signals", daemon=True).start()
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    """Whether a frame, or one that called it, is in the middle of an import."""
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _leave(error: BaseException, message: str, status: int) -> None:

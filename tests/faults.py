@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 import yaml
 from hub_server import HubServer
+from safetensors.torch import load_file
 
 from hfsft import base, mid, sft
 from hfsft.data.tasks import facts
@@ -189,6 +190,24 @@ def timeless(line: dict) -> dict:
     if "advice" in kept:  # its sentence names minutes
         kept["advice"] = {key: line["advice"][key] for key in line["advice"].keys() - {"says"}}
     return kept
+
+
+def losses(folder: Path) -> dict[tuple[int, str], float]:
+    """The losses that a stage logged, by step and name."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    wanted = ("loss", "eval_loss")
+    return {(line["step"], key): line[key] for line in lines for key in wanted if key in line}
+
+
+def difference(one: Path, other: Path) -> float:
+    """The largest relative L2 difference of a weight tensor between two models' folders."""
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (one, other))
+    assert ours.keys() == theirs.keys()
+    return max(
+        float(torch.linalg.norm(ours[name].double() - theirs[name].double()))
+        / max(float(torch.linalg.norm(ours[name].double())), 1e-30)
+        for name in ours
+    )
 
 
 def rounds(name: str, recipe: Path, count: int, number: int, rng: random.Random) -> dict[str, int]:

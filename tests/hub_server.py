@@ -161,7 +161,8 @@ class Fault:
     """The failure of the nth matching request and the `times - 1` matching ones after it.
 
     `delay` seconds pass before the answer, or after its first `truncate` bytes; a truncated answer
-    ends with a closed connection. A request answered with `status` or `reset` has no effect unless
+    ends with a closed connection. `body` replaces the answer's, and with `drip` so many seconds
+    pass before each of its bytes. A request answered with `status` or `reset` has no effect unless
     `applied`: then the commit or upload is done and only its answer is lost.
     """
 
@@ -174,6 +175,8 @@ class Fault:
     truncate: int | None = None  # bytes of the body that are sent
     retry_after: int | None = None  # seconds, beside a status
     applied: bool = False
+    body: bytes | None = None
+    drip: float | None = None  # seconds
     matched: int = 0  # requests so far
 
     def acts_on(self, request: Request) -> bool:
@@ -641,6 +644,8 @@ class _Handler(BaseHTTPRequestHandler):
             answer = _json({"error": f"Fault on demand: {fault.status}"}, fault.status)
             if fault.retry_after is not None:
                 answer.headers["Retry-After"] = str(fault.retry_after)
+        if fault.body is not None:
+            answer.body = fault.body
         request.status = answer.status  # before sending: the test may look at once
         self._send(answer, fault)
 
@@ -652,8 +657,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(answer.body)))
         self.end_headers()
-        if self.command != "HEAD":
+        if self.command != "HEAD" and fault.drip is None:
             self.wfile.write(answer.body[: fault.truncate])
+        for byte in answer.body if fault.drip is not None else b"":
+            if self.server.hub.stopped.wait(fault.drip):
+                break
+            self.wfile.write(bytes([byte]))
         if fault.truncate is not None:
             self.server.hub.stopped.wait(fault.delay or 0)
             self.close_connection = True

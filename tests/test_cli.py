@@ -140,27 +140,32 @@ def test_two_processes_train_as_one(folder):
     assert losses["1"] == pytest.approx(losses["2"], rel=1e-5)
 
 
-@pytest.mark.parametrize("config", ["cpu", "single_gpu", "multi_gpu", "fsdp2", "zero2", "zero3"])
+@pytest.mark.parametrize(
+    "config", ["cpu", "single_gpu", "multi_gpu", "multi_node", "fsdp2", "zero2"]
+)
 def test_accelerate_configs_are_read(config):
     from accelerate.commands.config.config_args import load_config_from_file
 
     read = load_config_from_file(
         str(Path(__file__).parents[1] / "accelerate_configs" / f"{config}.yaml")
     )
-    expected = {"fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
-    kind = expected.get(config, "MULTI_GPU" if config == "multi_gpu" else "NO")
+    expected = {"fsdp2": "FSDP", "zero2": "DEEPSPEED"}
+    kind = expected.get(config, "MULTI_GPU" if config.startswith("multi") else "NO")
     assert read.distributed_type == kind
     assert read.use_cpu is (config == "cpu")
 
 
-def test_cpu_config_launches(folder):
+@pytest.mark.parametrize("config", ["cpu", pytest.param("single_gpu", marks=pytest.mark.slow)])
+def test_a_config_of_one_process_launches(folder, config):
+    """The others are launched in tests/train/test_machines.py and test_sharding.py."""
     done = call(
-        *(str(BIN / "hfsft"), "sft", "tiny.yaml", "--config_file", "cpu"),
-        *("--name", "cpu", "--max_steps", "1", "--quiet"),
+        *(str(BIN / "hfsft"), "sft", "tiny.yaml", "--config_file", config),
+        *("--name", config, "--max_steps", "1", "--quiet"),
         cwd=folder,
+        ACCELERATE_USE_CPU="true",
     )
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
-    record = json.loads((folder / "runs/cpu/sft/stage.json").read_text())
+    record = json.loads((folder / f"runs/{config}/sft/stage.json").read_text())
     assert record["precision"] == "fp32" and record["device"].startswith("cpu")
 
 

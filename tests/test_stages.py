@@ -23,6 +23,7 @@ MODEL_FILES = {
     "checkpoints",
     "config.json",
     "data.json",
+    "manifest.json",
     "generation_config.json",
     "metrics.jsonl",
     "model.safetensors",

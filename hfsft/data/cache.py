@@ -14,6 +14,8 @@ from datasets.arrow_writer import ArrowWriter
 from hfsft.recipe.schema import Stage
 from hfsft.run.disk import writing_to
 
+BUFFERED = 1 << 26  # bytes of rows that are held in memory before they are written
+
 PACKAGE = Path(__file__).parents[1]
 
 # `from hfsft.a import b, c` on one line or in parentheses, and `import hfsft.a`
@@ -104,8 +106,13 @@ def cached_rows(
                 writing_to(path.parent),
                 ArrowWriter(path=str(partial), features=datasets.Features(features)) as writer,
             ):
+                held = 0
                 for row in rows():
                     writer.write(row)
+                    held += sum(len(text) for text in row.values() if isinstance(text, str))
+                    if held > BUFFERED:  # it keeps 1,000 rows, however long they are
+                        writer.write_examples_on_file()
+                        held = 0
                 writer.finalize()
             partial.replace(path)
         finally:
@@ -135,10 +142,12 @@ def cached_map(
         description: the progress bar's.
     """
     path = cache_file(key)
+    mean = rows.data.nbytes // max(len(rows.data), 1) + 1
     with writing_to(path.parent):
         return rows.map(
             function,
             batched=True,
+            batch_size=max(1, min(1000, BUFFERED // mean)),
             remove_columns=rows.column_names,
             num_proc=stage.dataset_num_proc if len(rows) >= 1000 else None,
             desc=description,

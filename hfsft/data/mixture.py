@@ -12,9 +12,9 @@ import datasets
 from accelerate import PartialState
 
 from hfsft.data.audit import (
-    NOT_BAD,
     audit_console,
     bad_rows,
+    is_bad,
     print_audit,
     too_many_bad_rows,
     write_audit,
@@ -26,6 +26,7 @@ from hfsft.data.replay import general_rows, replayed
 from hfsft.data.rows import Row, check_source, count_duplicates
 from hfsft.data.sources import SOURCE_COLUMN
 from hfsft.errors import DataError
+from hfsft.process_group import first_of_machine_first
 from hfsft.recipe.schema import Stage
 from hfsft.run.disk import writing_to
 
@@ -86,7 +87,7 @@ def load_packed_conversations(stage: Stage, tokenizer: Any) -> tuple[Any, Any]:
 
 
 def accept_mixture(mixture: Mixture, stage: Stage) -> Mixture:
-    """Write and print a mixture's audit, then check that the stage accepts its rows.
+    """Write a mixture's audit, check that the stage accepts its rows, and print the audit.
 
     Returns:
         The mixture itself.
@@ -94,11 +95,24 @@ def accept_mixture(mixture: Mixture, stage: Stage) -> Mixture:
     Raises:
         DataError: if `on_bad_rows` refuses its rows, or none is left to train on.
     """
-    if PartialState().is_main_process:
+    is_main = PartialState().is_main_process
+    if is_main:
         with writing_to(stage.folder):
             write_audit(stage.folder, mixture.audit, mixture.rejected)
-        if not stage.quiet:
-            print_audit(stage.name, mixture.audit, audit_console())
+    reason = refusal(mixture, stage)
+    if reason is not None:
+        raise DataError(
+            f"{reason}\n  All are listed in {stage.folder / 'rejected.jsonl'}; to train on the "
+            "rest: --on_bad_rows skip"
+        )
+    require_rows(mixture, stage)
+    if is_main and not stage.quiet:
+        print_audit(stage.name, mixture.audit, audit_console())
+    return mixture
+
+
+def refusal(mixture: Mixture, stage: Stage) -> str | None:
+    """Why `on_bad_rows` refuses a mixture, with the first bad row; None if it does not."""
     sources = mixture.audit["sources"]
     for source in sources if any(source["kept"] for source in sources) else ():
         if _refuses(stage, source):
@@ -106,15 +120,14 @@ def accept_mixture(mixture: Mixture, stage: Stage) -> Mixture:
                 entry
                 for entry in mixture.rejected
                 if entry["source"] == source["source"]
-                and entry["reason"] in source["refused"].keys() - set(NOT_BAD)
+                and entry["reason"] in source["refused"]
+                and is_bad(entry["reason"])
             )
-            raise DataError(
+            return (
                 f"{source['source']}: {bad_rows(source):,} of {source['read']:,} rows are bad, the "
-                f"first is row {first['row']} ({first['reason']})\n  All are listed in "
-                f"{stage.folder / 'rejected.jsonl'}; to train on the rest: --on_bad_rows skip"
+                f"first is row {first['row']} ({first['reason']})"
             )
-    require_rows(mixture, stage)
-    return mixture
+    return None
 
 
 def _refuses(stage: Stage, audit: dict[str, Any]) -> bool:
@@ -165,7 +178,7 @@ def mix_conversations(stage: Stage, tokenizer: Any, refuse: bool = False) -> Mix
     Raises:
         DataError: if a source cannot be read, or holding out leaves nothing to train on.
     """
-    with PartialState().main_process_first():
+    with first_of_machine_first("prepares the data", stage.quiet):
         sources = [check_source(source, stage) for source in stage.sources]
         own, general = sources[: len(stage.data)], []
         if stage.replay:

@@ -108,3 +108,74 @@ def packing_order(conversations: int, seed: int) -> list[int]:
     order = list(range(conversations))
     random.Random(f"{seed}:packing").shuffle(order)
     return order
+
+
+def deal(lengths: list[int], ranks: int) -> list[list[int]]:
+    """Deal a step's examples to ranks: equally many to each, and tokens as equal as swaps get them.
+
+    Longest first to the rank with the fewest tokens that has room (Graham 1969, with equal
+    counts), then single examples are swapped between the fullest rank and the others.
+
+    Args:
+        lengths: tokens of each example; their number is divisible by `ranks`.
+        ranks: the world size.
+
+    Returns:
+        The examples of each rank, in the order they came.
+    """
+    room = len(lengths) // ranks
+    hands: list[list[int]] = [[] for _ in range(ranks)]
+    tokens = [0] * ranks
+    for example in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        emptiest = min((r for r in range(ranks) if len(hands[r]) < room), key=tokens.__getitem__)
+        hands[emptiest].append(example)
+        tokens[emptiest] += lengths[example]
+    while (swap := _best_swap(hands, tokens, lengths)) is not None:
+        fullest, other, given, taken = swap
+        hands[fullest].remove(given)
+        hands[other].remove(taken)
+        hands[fullest].append(taken)
+        hands[other].append(given)
+        moved = lengths[given] - lengths[taken]
+        tokens[fullest] -= moved
+        tokens[other] += moved
+    return [sorted(hand) for hand in hands]
+
+
+def _best_swap(
+    hands: list[list[int]], tokens: list[int], lengths: list[int]
+) -> tuple[int, int, int, int] | None:
+    """The swap with the fullest rank that leaves the fuller of both with the fewest tokens.
+
+    Returns:
+        The fullest rank, the other, the example it gives and the one it takes; None if no swap
+        leaves both with fewer tokens than the fullest has.
+    """
+    fullest = max(range(len(hands)), key=tokens.__getitem__)
+    best, found = tokens[fullest], None
+    for other in range(len(hands)):
+        for given in hands[fullest]:
+            for taken in hands[other] if other != fullest else ():
+                moved = lengths[given] - lengths[taken]
+                most = max(tokens[fullest] - moved, tokens[other] + moved)
+                if most < best:
+                    best, found = most, (fullest, other, given, taken)
+    return found
+
+
+def idle_share(steps: list[list[int]], ranks: int, dealt: bool = True) -> float:
+    """The share of time that ranks wait for the one with most tokens.
+
+    Args:
+        steps: tokens of each example of each step.
+        ranks: the world size.
+        dealt: as `deal` does; else in blocks of consecutive examples.
+    """
+    busy = waited_for = 0
+    for lengths in steps:
+        size = len(lengths) // ranks
+        blocks = [list(range(rank * size, (rank + 1) * size)) for rank in range(ranks)]
+        hands = deal(lengths, ranks) if dealt else blocks
+        tokens = [sum(lengths[example] for example in hand) for hand in hands]
+        busy, waited_for = busy + sum(tokens), waited_for + ranks * max(tokens)
+    return 1 - busy / waited_for

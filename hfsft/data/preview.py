@@ -9,7 +9,7 @@ import datasets
 from rich.text import Text
 
 from hfsft.data.audit import audit_console, print_audit
-from hfsft.data.mixture import mix_conversations, require_rows
+from hfsft.data.mixture import mix_conversations, refusal, require_rows
 from hfsft.data.order import packing_order
 from hfsft.data.text import base_texts, mix_text
 from hfsft.recipe.schema import Recipe, Stage
@@ -25,7 +25,8 @@ def preview(recipe: Recipe, show: int) -> dict[str, Any]:
         show: how many of each stage's first examples to return.
 
     Returns:
-        Stage → `audit`, and `examples`: each a list of `{"text", "trained"}` segments in order.
+        Stage → `refused`: why training would stop at `on_bad_rows`, or None; `audit`; and
+        `examples`: each a list of `{"text", "trained"}` segments in order.
 
     Raises:
         DataError, ModelError: as the stage itself would.
@@ -46,7 +47,11 @@ def preview(recipe: Recipe, show: int) -> dict[str, Any]:
             order = packing_order(len(mixture.train), stage.seed)
             first = [mixture.train[index] for index in order[:show]]
         examples = [text_segments(row, tokenizer) for row in first]
-        seen[name] = {"audit": mixture.audit, "examples": examples}
+        seen[name] = {
+            "refused": refusal(mixture, stage),
+            "audit": mixture.audit,
+            "examples": examples,
+        }
     return seen
 
 
@@ -86,6 +91,9 @@ def print_preview(seen: dict[str, Any]) -> None:
     """
     console = audit_console()
     for stage, data in seen.items():
+        if data["refused"] is not None:
+            console.print(f"{stage}: training would stop: {data['refused']}", soft_wrap=True)
+            console.print("To train on the rest: --on_bad_rows skip", soft_wrap=True)
         print_audit(stage, data["audit"], console)
         for number, example in enumerate(data["examples"], 1):
             console.print(f"\n{stage}, example {number} (bold is trained on):", style="dim")

@@ -9,13 +9,13 @@ from dataclasses import replace
 from typing import Any
 
 import datasets
-from accelerate import PartialState
 
 from hfsft.data.encoded import FEATURES, EncodedConversations
 from hfsft.data.order import copies
 from hfsft.data.rows import Row, SourceRows, check_source
 from hfsft.data.sources import SOURCE_COLUMN, load_rows, parse_row
 from hfsft.errors import DataError
+from hfsft.process_group import first_of_machine_first
 from hfsft.recipe.schema import Source, Stage
 from hfsft.tokens.encoding import encode_texts
 from hfsft.tokens.row_formats import BadRow
@@ -78,7 +78,7 @@ def load_general(stage: Stage, tokenizer: Any) -> datasets.Dataset | None:
     """
     if stage.replay is None or not stage.validates:
         return None
-    with PartialState().main_process_first():
+    with first_of_machine_first("prepares the data it replays", stage.quiet):
         source = check_source(stage.replay, stage)
         rows = [(0, row) for row in general_rows(source, stage)]
         if not rows:

@@ -23,6 +23,7 @@ import pandas
 import zstandard
 
 from hfsft.data.cache import cached_rows, files_digest
+from hfsft.data.json_rows import RowTooLong, bounded_lines, list_items
 from hfsft.data.tasks import TASKS, TEXTS, task_rows, text_rows
 from hfsft.errors import DataError, first_line, nearest
 from hfsft.hub.client import require_on_hub
@@ -32,6 +33,12 @@ from hfsft.tokens.row_formats import BadRow, known_format
 JSON_COLUMN = "hfsft_json"  # a row as its JSON text
 ROW_COLUMN = "hfsft_row"  # a row's index in its source, from 0
 SOURCE_COLUMN = "source"  # the name of the source that a held-out row comes from
+
+# begins what stands for a row that is refused unread; no JSON begins so
+REFUSED = "\0"
+
+# spaces in a row that a tokenizer still takes: at 10 million its regular expressions give up
+LONGEST_GAP = 500_000
 
 READERS = {".parquet": "parquet", ".csv": "csv", ".txt": "text"}
 JSON = (".jsonl", ".json")
@@ -198,7 +205,7 @@ def _read_json(files: list[Path], suffixes: list[str], source: Source) -> datase
         key = [
             (suffix, os.path.getsize(file)) for file, suffix in zip(files, suffixes, strict=True)
         ]
-        key = repr((key, files_digest(files)))
+        key = repr((key, files_digest(files), source.max_row_bytes))
     except OSError as error:
         raise DataError(f"{source}: cannot be read: {first_line(error)}") from None
     lines = (
@@ -226,17 +233,24 @@ def _refuse_split(source: Source) -> None:
 def _json_lines(file: Path, suffix: str, source: Source) -> Iterator[str]:
     """Each row's JSON text: a line of a .jsonl, or an item of the list in a .json."""
     name = str(source) if str(source) == str(file) else f"{source}: {file.name}"
-    number = 0
+    number, longest = 0, source.max_row_bytes
     try:
         with fsspec.open(str(file), "rb", compression="infer") as opened:
-            if suffix == ".jsonl":
-                # zstandard's reader does not iterate over lines by itself
-                for number, line in enumerate(io.BufferedReader(opened), 1):
-                    text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-                    if text.strip():
-                        yield text
+            opened = io.BufferedReader(opened)  # zstandard's reader gives less than is asked for
+            if suffix != ".jsonl":
+                yield from map(json.dumps, list_items(opened, longest))
                 return
-            held = json.loads(opened.read().decode("utf-8-sig"))
+            for number, line in bounded_lines(opened, longest):
+                if line is None:
+                    yield f"{REFUSED}longer than max_row_bytes ({longest:,})"
+                    continue
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+                if text.strip():
+                    yield text
+    except TypeError:
+        raise DataError(f"{name}: is not a list of rows") from None
+    except RowTooLong as error:
+        raise DataError(f"{name}: {error}\n  If it is a row: raise max_row_bytes") from None
     except UnicodeDecodeError:
         where = f" (line {number})" if number else ""
         raise DataError(f"{name}: not UTF-8 text{where}") from None
@@ -244,9 +258,6 @@ def _json_lines(file: Path, suffix: str, source: Source) -> Iterator[str]:
         raise DataError(f"{name}: cannot be read: {first_line(error)}") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{name}: not a JSON list of rows: {first_line(error)}") from None
-    if not isinstance(held, list):
-        raise DataError(f"{name}: is not a list of rows")
-    yield from (json.dumps(row) for row in held)
 
 
 # --- folders and the Hub ---
@@ -347,13 +358,48 @@ def parse_row(row: dict[str, Any], source: Source) -> dict[str, Any]:
         BadRow: if it is not JSON, or not a mapping.
     """
     if JSON_COLUMN in row:
+        text = row[JSON_COLUMN]
+        if text.startswith(REFUSED):
+            raise BadRow(text.removeprefix(REFUSED))
         try:
-            row = json.loads(row[JSON_COLUMN])
+            row = json.loads(text)
         except (ValueError, RecursionError):  # also an integer of 5,000 digits
             raise BadRow("not JSON") from None
         if not isinstance(row, dict):
             raise BadRow("not a JSON object")
+        if len(text) < LONGEST_GAP:
+            return _renamed(row, source)
+    else:
+        row = {name: _without_none(value) for name, value in row.items()}
+    if has_gap(row):
+        raise BadRow(f"more than {LONGEST_GAP:,} spaces in a row")
+    return _renamed(row, source)
+
+
+def _renamed(row: dict[str, Any], source: Source) -> dict[str, Any]:
     return row | {new: row[old] for new, old in source.columns.items() if old in row}
+
+
+def _without_none(value: Any) -> Any:
+    """A value without what its mappings lack: Arrow gives all of a column the same keys."""
+    if isinstance(value, dict):
+        return {name: _without_none(held) for name, held in value.items() if held is not None}
+    return [_without_none(held) for held in value] if isinstance(value, list) else value
+
+
+def has_gap(held: Any) -> bool:
+    """Whether a text in a row has a gap of more than `LONGEST_GAP` spaces.
+
+    Looked for in steps of half its length, since one of them lies within such a gap.
+    """
+    if isinstance(held, dict | list):
+        return any(map(has_gap, held.values() if isinstance(held, dict) else held))
+    step = LONGEST_GAP // 2
+    return isinstance(held, str) and any(
+        held[start : start + step].isspace()
+        for start in range(0, len(held) - step + 1, step)
+        if len(held) > LONGEST_GAP
+    )
 
 
 def columns_of(rows: datasets.Dataset, source: Source) -> list[str]:

@@ -16,7 +16,7 @@ import datasets
 import torch
 
 from hfsft.data.packing import fit_rows
-from hfsft.data.sources import ROW_COLUMN, SOURCE_COLUMN, read_hub
+from hfsft.data.sources import ROW_COLUMN, SOURCE_COLUMN, has_gap, read_hub
 from hfsft.errors import DataError
 from hfsft.recipe.schema import Source, Stage
 from hfsft.tokens.encoding import encode_texts
@@ -30,9 +30,9 @@ BLOCK_CHARACTERS = 16_000_000  # characters, whose tokens take 250 MB
 
 
 def is_text(text: Any) -> bool:
-    """Whether a value is text that is not blank and can be encoded as UTF-8."""
+    """Whether a value is text that is not blank, and that a tokenizer can encode."""
     try:
-        return isinstance(text, str) and bool(text.strip()) and bool(text.encode())
+        return isinstance(text, str) and bool(text.strip() and text.encode()) and not has_gap(text)
     except UnicodeEncodeError:  # a lone surrogate
         return False
 

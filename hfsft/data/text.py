@@ -13,7 +13,6 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
-from accelerate import PartialState
 
 from hfsft.data.audit import audit_source
 from hfsft.data.cache import cached_rows
@@ -31,6 +30,7 @@ from hfsft.data.stream import (
     take_block,
 )
 from hfsft.errors import DataError
+from hfsft.process_group import first_of_machine_first
 from hfsft.recipe.schema import Recipe, Source, Stage
 from hfsft.tokens.encoding import encode_texts, tokenizer_key
 from hfsft.tokens.row_formats import BadRow
@@ -96,7 +96,7 @@ def mix_text(recipe: Recipe, tokenizer: Any) -> Mixture:
             raise DataError(f"{stage.name}.data: a streaming source must be the only one")
         train, held_out = open_text_stream(stage, open_stream(stage.data[0]), tokenizer, length)
         return Mixture(train, held_out, {"sources": [], "train": None, "held_out": None}, [])
-    with PartialState().main_process_first():
+    with first_of_machine_first("prepares the data", stage.quiet):
         sources = [_text_rows(source, stage) for source in stage.data]
         chosen, held, audits, rejected = _choose(stage, sources)
 

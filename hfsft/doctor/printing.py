@@ -2,17 +2,18 @@
 
 from hfsft.doctor.findings import Finding
 from hfsft.doctor.machine import machine
+from hfsft.terminal import say
 
 
 def print_machine() -> None:
     """Print what this machine is."""
     for name, text in machine().items():
-        print(f"{name:20} {text}")
-    print()
+        say(f"{name:20} {text}")
+    say("")
 
 
 def print_finding(finding: Finding) -> None:
     """Print one finding, and what to do about a failure."""
-    print(f"{finding.name:26}{finding.status:15}{finding.found}", flush=True)
+    say(f"{finding.name:26}{finding.status:15}{finding.found}")
     if finding.advice:
-        print(f"{'':26}{finding.advice}", flush=True)
+        say(f"{'':26}{finding.advice}")

@@ -1,11 +1,12 @@
 """The command `hfsft make-data`; what takes time to import is imported when it runs."""
 
-import json
 import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from hfsft.terminal import say_json
 
 Folder = Annotated[
     Path, typer.Argument(metavar="FOLDER", help="Text, Markdown, HTML and PDF files, or one.")
@@ -105,6 +106,6 @@ def make_data(
             folder, output, making, asked, lambda: Teacher(endpoint, model, key, timeout)
         )
     if as_json:
-        print(json.dumps(counts, ensure_ascii=False, indent=1))
+        say_json(counts, indent=1)
     elif not quiet:
         print_counts(counts, output)

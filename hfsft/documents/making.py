@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from rich.console import Console
 from rich.progress import track
 
 from hfsft.documents.checking import (
@@ -41,6 +40,7 @@ from hfsft.errors import DataError, HfsftError, Interrupted
 from hfsft.process import Stopped
 from hfsft.run.disk import writing_to
 from hfsft.run.files import read_json_lines, write_text_atomically
+from hfsft.terminal import Terminal
 
 SHORTEST = 200  # characters of a passage that a question can be asked about
 
@@ -299,7 +299,7 @@ class Writer:
         alone = self.making.concurrency == 1
         made = map(self.outcome, asked) if alone else pool.map(self.outcome, asked)
         quiet = self.making.quiet or not sys.stderr.isatty()
-        bar = {"console": Console(stderr=True), "transient": True, "disable": quiet}
+        bar = {"console": Terminal(stderr=True), "transient": True, "disable": quiet}
         outcomes, failed = [], 0
         try:
             for outcome in track(made, "rows", len(asked), **bar):

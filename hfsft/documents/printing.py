@@ -4,6 +4,7 @@ from collections import Counter
 from typing import Any
 
 from hfsft.documents.making import Output
+from hfsft.terminal import say
 
 
 def print_counts(counts: dict[str, Any], output: Output) -> None:
@@ -14,12 +15,12 @@ def print_counts(counts: dict[str, Any], output: Output) -> None:
         output: the files.
     """
     for line in count_lines(counts):
-        print(line)
+        say(line)
     if counts.get("no_answer"):
-        print("the same command asks again for the rows without an answer")
+        say("the same command asks again for the rows without an answer")
     if counts.get("refused"):
-        print(f"refused rows, with what the teacher wrote: {output.refused}")
-    print(f"written: {output.path}")
+        say(f"refused rows, with what the teacher wrote: {output.refused}")
+    say(f"written: {output.path}")
 
 
 def count_lines(counts: dict[str, Any]) -> list[str]:

@@ -1,6 +1,5 @@
 """A model that answers prompts: loading, greedy generation with a calculator, choices, losses."""
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,7 +9,6 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -25,8 +23,10 @@ from hfsft.hub.client import NOT_LOADED, require_model
 from hfsft.model.head import fuse_head
 from hfsft.model.loading import bf16_is_native, load_plain_model
 from hfsft.recipe.schema import Stage
+from hfsft.run.record import read_record
 from hfsft.tokens.encoding import IGNORED
 from hfsft.tokens.foreign_templates import encode_prompt, special_tokens
+from hfsft.tokens.tokenizer import require_bounded
 
 # these delimit a calculator call and its result, as in karpathy/nanochat
 TOOL_TOKENS = ("<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>")
@@ -70,8 +70,9 @@ def load_its_tokenizer(model: str) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             model, padding_side="left", trust_remote_code=False
         )
-    except (*NOT_LOADED, StrictDataclassError) as error:
+    except NOT_LOADED as error:
         raise ModelError(f"{model}: cannot load its tokenizer: {first_line(error)}") from None
+    require_bounded(tokenizer, model)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ModelError(f"{model}: its tokenizer has neither a pad nor an EOS token")
@@ -185,10 +186,10 @@ class Evaluator:
         self.folder, self.batch_size = folder, batch_size
         try:
             self.config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        except (*NOT_LOADED, StrictDataclassError) as error:
+        except NOT_LOADED as error:
             raise ModelError(f"{folder}: cannot be loaded: {first_line(error)}") from None
-        record = Path(folder) / "stage.json"
-        is_base = record.is_file() and json.loads(record.read_text())["stage"] == "base"
+        record = read_record(Path(folder))
+        is_base = record is not None and record["stage"] == "base"
         self.is_chat = bool(self.tokenizer.chat_template) and not is_base
         # the length of its context, if the configuration states it
         self.positions = getattr(self.config.get_text_config(), "max_position_embeddings", None)
@@ -212,7 +213,11 @@ class Evaluator:
     # --- prompts ---
 
     def prompt_ids(
-        self, prompt: str, plain: str | None = None, answer: str | None = None
+        self,
+        prompt: str,
+        plain: str | None = None,
+        answer: str | None = None,
+        tools: Sequence[dict[str, Any]] = (),
     ) -> list[int]:
         """A prompt as token ids, encoded as in training: special tokens inside it are plain text.
 
@@ -221,12 +226,18 @@ class Evaluator:
             plain: the prompt of a model that is not a chat model, instead of
                 `Question: ... Answer:`.
             answer: appended as the model would write it.
+            tools: that the model may call, in OpenAI's form; for a chat model only.
+
+        Raises:
+            ModelError: if the model has no chat template that can write the tools.
         """
         if self.is_chat:
             messages = [{"role": "user", "content": prompt}]
             if answer is not None:
                 messages.append({"role": "assistant", "content": answer})
-            return encode_prompt(messages, self.tokenizer)
+            return encode_prompt(messages, self.tokenizer, list(tools))
+        if tools:
+            raise ModelError(f"{self.folder}: is not a chat model, so it cannot be given tools")
         text = f"Question: {prompt}\nAnswer:" if plain is None else plain
         text = text if answer is None else f"{text} {answer}"
         ids = self.tokenizer(text, split_special_tokens=True)["input_ids"]

@@ -21,6 +21,7 @@ from huggingface_hub.utils import disable_progress_bars
 
 from hfsft.errors import ModelError, first_line
 from hfsft.evaluation.answering import Evaluator, answer_dtype
+from hfsft.evaluation.execution import sandbox
 from hfsft.evaluation.harness import ask_lm_eval, lm_eval_version
 from hfsft.evaluation.kept import (
     append_lines,
@@ -104,6 +105,8 @@ def evaluate(
         began = time.perf_counter()
         if name in loaded:
             figures = _run_task(loaded[name], evaluator, results["fingerprint"], out, progress)
+            if name == "humaneval":
+                figures["sandbox"] = sandbox()
         else:
             if progress:
                 progress(name, 0, None)
@@ -204,7 +207,9 @@ def _encoded(task: Task, evaluator: Evaluator) -> tuple[list[Item], int]:
         prompts = [evaluator.split_choices(q.prompt, q.choices) for q in task.questions]
         budget = 1
     else:
-        prompts = [(evaluator.prompt_ids(q.prompt, q.plain), []) for q in task.questions]
+        prompts = [
+            (evaluator.prompt_ids(q.prompt, q.plain, tools=q.tools), []) for q in task.questions
+        ]
         budget = evaluator.answer_budget([ids for ids, _ in prompts], task.max_new_tokens)
     items = []
     for question, (ids, choices) in zip(task.questions, prompts, strict=True):

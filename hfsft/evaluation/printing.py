@@ -10,7 +10,6 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress as Bar
 from rich.table import Table
@@ -21,6 +20,7 @@ from hfsft.evaluation.evaluate import Progress, evaluate
 from hfsft.evaluation.kept import results_folder, row_results
 from hfsft.evaluation.tasks import data_files
 from hfsft.noise import Z95
+from hfsft.terminal import Terminal
 
 HEARTBEAT = 60  # seconds between two lines of progress without a terminal
 
@@ -82,7 +82,7 @@ def evaluate_and_print(
 def _progress() -> Iterator[Progress]:
     """Show progress on stderr: a bar in a terminal, else a line every `HEARTBEAT` seconds."""
     stream = sys.stderr  # lm-eval's is redirected while it runs
-    console = Console(file=stream)
+    console = Terminal(file=stream)
     if console.is_terminal:
         with Bar(console=console) as bar:
             yield partial(_update_bar, bar)
@@ -120,7 +120,7 @@ def print_results(results: dict[str, Any]) -> None:
     Args:
         results: what `evaluate` returns.
     """
-    console = Console(highlight=False)
+    console = Terminal(highlight=False)
     tasks = {name: task for name, task in results["tasks"].items() if task["kind"] != "loss"}
     graded_twice = any(_is_graded_twice(task) for task in tasks.values())
     table = Table(title=_shown(results["model"]), title_justify="left", header_style="bold")
@@ -145,6 +145,8 @@ def print_results(results: dict[str, Any]) -> None:
     for name, task in results["tasks"].items():
         for line in _notes(task):
             console.print(_shown(f"{name}: {line}"))
+        if "sandbox" in task:
+            console.print(_shown(f"{name}: its programs ran in {task['sandbox']}"))
     if results["mean_centred"] is not None:
         console.print(f"mean centred accuracy: {results['mean_centred']:.4f}")
     if results["chatcore"] is not None:
@@ -179,7 +181,7 @@ def print_wrong(results: dict[str, Any], out: Path, count: int) -> None:
         out: the folder of eval/.
         count: of each task.
     """
-    console = Console(highlight=False)
+    console = Terminal(highlight=False)
     for name, task in results["tasks"].items():
         kept = row_results(out, name).values() if task["kind"] != "loss" and count else ()
         for row in itertools.islice((row for row in kept if not row["right"]), count):
@@ -204,7 +206,7 @@ def print_differences(found: dict[str, dict[str, Any]]) -> None:
     Args:
         found: what `compare` returns.
     """
-    console = Console(highlight=False)
+    console = Terminal(highlight=False)
     for name, task in found.items():
         verdict = "within noise" if task["within_noise"] else "more than noise"
         interval = f"[{task['low']:+.3f}, {task['high']:+.3f}]"

@@ -21,11 +21,13 @@ from hfsft.data.sources import load_rows, parse_row
 from hfsft.data.tasks import grade, pool_size, task_rows
 from hfsft.data.text import mix_text
 from hfsft.errors import DataError, HfsftError, nearest
-from hfsft.evaluation.execution import succeeds
+from hfsft.evaluation.calling import calling_rows, calls_are_right
+from hfsft.evaluation.execution import passes, sandbox
 from hfsft.evaluation.grading import final_number, nanochat_number, nanochat_program, program
 from hfsft.recipe.loading import load_recipe
 from hfsft.recipe.schema import Recipe, Source, Stage
-from hfsft.tokens.row_formats import BadRow, from_gsm8k, to_messages
+from hfsft.run.record import read_record
+from hfsft.tokens.row_formats import BadRow, from_gsm8k, read_row
 from hfsft.tokens.tokenizer import load_tokenizer
 
 # task → its rows on the Hub
@@ -47,11 +49,11 @@ GENERATED = {"simple_spelling": 96, "spelling_bee": 256, "arithmetic": 96}
 # nanochat's chat tasks → chance in its ChatCORE (scripts/chat_eval.py at 92d63d4, July 2026)
 CHAT_TASKS = {"arc_easy": 0.25, "arc_challenge": 0.25, "mmlu": 0.25, "gsm8k": 0.0, "humaneval": 0.0}
 
-HELD_OUT = "held_out"
+HELD_OUT, CALLING = "held_out", "tool_calls"
 
 GYM, LM_EVAL = "reasoning_gym:", "lm_eval:"
 
-NAMES = (*ON_HUB, *GENERATED, HELD_OUT)
+NAMES = (*ON_HUB, *GENERATED, CALLING, HELD_OUT)
 
 ANSWER_TOKENS = 512  # of an answer with reasoning or code, as in nanochat
 
@@ -78,11 +80,13 @@ class Question:
     is_right: Callable[[str], bool] | None = None  # grades a generated answer
     nanochat_is_right: Callable[[str], bool] | None = None  # by nanochat's rule, where it differs
     plain: str | None = None  # prompt of a model that is not a chat model, if not Question: ...
+    tools: tuple[dict[str, Any], ...] = ()  # that the model may call, in OpenAI's form
 
     @property
     def digest(self) -> str:
         """Equal for rows with the same content."""
-        text = json.dumps([self.prompt, self.answer, self.choices])
+        given = [self.tools] if self.tools else []
+        text = json.dumps([self.prompt, self.answer, self.choices, *given])
         return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 
@@ -114,8 +118,8 @@ def check_names(names: list[str], allow_code: bool) -> None:
             raise HfsftError(f"no task {name}{hint}")
         if name == "humaneval" and not allow_code:
             raise HfsftError(
-                "humaneval runs programs that the model writes, under limits but not in a sandbox; "
-                "pass --allow_code to allow it"
+                f"humaneval runs programs that the model writes, here in {sandbox()}\n"
+                "  pass --allow_code to allow it"
             )
 
 
@@ -159,6 +163,9 @@ def load_task(
         questions = [_generated(name, row) for row in made]
         pool = pool_size(name, "test")
         return Task(name, "generative", questions, max_new_tokens=GENERATED[name], pool=pool)
+    if name == CALLING:
+        made = [_calling(row) for row in calling_rows(rows or GENERATED_ROWS, seed)]
+        return Task(name, "generative", made, max_new_tokens=ANSWER_TOKENS)
     if name.startswith(GYM):
         questions = _gym(name.removeprefix(GYM), rows or GENERATED_ROWS, seed)
         return Task(name, "generative", questions, max_new_tokens=ANSWER_TOKENS)
@@ -186,8 +193,8 @@ def _read_questions(name: str, source: Source, seed: int) -> list[Question]:
 
 
 def _choices(row: dict[str, Any]) -> Question:
-    """A row of ARC or MMLU, worded as in training (`row_formats.to_messages`)."""
-    question, answer = to_messages(row, "multiple_choice")
+    """A row of ARC or MMLU, worded as in training (`row_formats.read_row`)."""
+    question, answer = read_row(row, "multiple_choice").messages
     choices = row["choices"]
     if isinstance(choices, dict):
         letters = [str(label) for label in choices["label"]]
@@ -222,6 +229,17 @@ def _generated(name: str, row: dict[str, Any]) -> Question:
     )
 
 
+def _calling(row: dict[str, Any]) -> Question:
+    """A row of the generated tool-calling task."""
+    tools, calls = row["tools"], row["calls"]
+    return Question(
+        row["prompt"],
+        json.dumps(calls),
+        is_right=lambda text: calls_are_right(text, calls, tools),
+        tools=tuple(tools),
+    )
+
+
 # --- code ---
 
 
@@ -231,10 +249,10 @@ def _human_eval(row: dict[str, Any]) -> Question:
         raise BadRow("content that is not text")
 
     def is_right(text: str) -> bool:
-        return succeeds(f"{program(prompt, entry, text)}\n{test}\ncheck({entry})\n")
+        return passes(program(prompt, entry, text), entry, prompt, test)
 
     def nanochat_is_right(text: str) -> bool:
-        return succeeds(f"{nanochat_program(prompt, text)}\n{test}\ncheck({entry})\n")
+        return passes(nanochat_program(prompt, text), entry, prompt, test)
 
     return Question(
         prompt, test, is_right=is_right, nanochat_is_right=nanochat_is_right, plain=prompt
@@ -282,11 +300,11 @@ def _stage_of(model: str) -> tuple[Recipe, Stage] | None:
     """The recipe and stage that a model's folder belongs to; None if it is not a run's stage."""
     folder = Path(model).resolve()
     recipe = folder.parent / "recipe.yaml"
-    if not (folder / "stage.json").is_file() or not recipe.is_file():
+    record = read_record(folder)
+    if record is None or not recipe.is_file():
         return None
-    name = json.loads((folder / "stage.json").read_text())["stage"]
     loaded = load_recipe(str(recipe))
-    return loaded, loaded.stages[name]
+    return loaded, loaded.stage(record["stage"])
 
 
 def _held_out(model: str, rows: int | None, seed: int) -> Task:

@@ -1,15 +1,10 @@
-"""The Hub: which models and datasets exist, who may write, and how files are uploaded.
-
-Every request of a push has a timeout, and temporary failures are retried with growing pauses.
-"""
+"""The Hub: which models and datasets exist, who may write, and how files are uploaded."""
 
 import json
-import os
 import re
 import shlex
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from functools import cache, partial
 from pathlib import Path
@@ -21,11 +16,9 @@ from huggingface_hub import (
     CommitOperationDelete,
     HfApi,
     constants,
-    get_session,
     get_token,
-    set_client_factory,
+    hf_hub_download,
 )
-from huggingface_hub import logging as client_log
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -34,31 +27,30 @@ from huggingface_hub.errors import (
     HTTPError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    StrictDataclassError,
 )
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import parse_ratelimit_headers, validate_repo_id
+from huggingface_hub.utils import validate_repo_id
 
-from hfsft.errors import DataError, HfsftError, ModelError, first_line, printable
+from hfsft.errors import DataError, HfsftError, ModelError, first_line, quoted
+from hfsft.hub.bounds import (
+    CHECK_PATIENCE,
+    PATIENCE,
+    UNEXPECTED,
+    EndlessAnswer,
+    bound_answers,
+    in_words,
+    insist,
+    without_tokens,
+)
+from hfsft.run.manifest import MANIFEST, verify_model
 
 MAIN = "main"  # the branch that readers get
 
 
-TIMEOUT = 30.0  # seconds without progress after which a request fails; the client has no limit
-
-
-# seconds of pauses between the attempts at one push, as long as the Hub's rate-limit windows
-PATIENCE = 300.0
-
-
-CHECK_PATIENCE = 5.0  # the same, while a user waits for training to start
-
-
-LONGEST_PAUSE = 60.0  # seconds
-
-
 # never uploaded: rejected rows, pickles, hidden files, and what only this machine needs
 STAYS = (
-    *("checkpoints", "rejected.jsonl", "bad_steps.jsonl", "validation.jsonl", "eval", "wandb"),
+    *("checkpoints", "rejected.jsonl", "bad_steps.jsonl", "eval", "wandb"),
     *("training_args.bin", "*.partial", ".*"),
 )
 
@@ -71,9 +63,19 @@ USAGE = re.compile(r'(pipeline\("text-generation", model=)"[^"\n]*"')  # in a mo
 
 # what transformers raises for malformed files of a repository
 NOT_LOADED = (
-    *(OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RecursionError),
-    *(ArithmeticError, UnpicklingError),
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RecursionError),
+    *(ArithmeticError, AssertionError, UnpicklingError, StrictDataclassError),
 )
+
+
+# of a config.json: sizes that are whole numbers above 0, and bounds on what is built so many times
+SIZES = (
+    *("hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings", "head_dim"),
+    *("num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("n_embd", "n_layer", "n_head", "n_positions"),
+)
+MOST_LAYERS = 1000
+MOST = 10_000  # heads, experts, labels
 
 
 # --- what exists ---
@@ -93,10 +95,19 @@ def require_on_hub(repo_id: str, repo_type: str, revision: str | None = None) ->
         ModelError, DataError: if it is unreachable, does not exist, or this user has no access.
     """
     kind: type[HfsftError] = ModelError if repo_type == "model" else DataError
+    bound_answers()
     try:
+        validate_repo_id(repo_id)
         HfApi().repo_info(repo_id, repo_type=repo_type, revision=revision, timeout=10)
+    except UNEXPECTED as error:
+        raise kind(
+            f"cannot find the {repo_type} {repo_id}: the Hub's answer is not as expected "
+            f"({type(error).__name__}: {first_line(error)})"
+        ) from None
     except (HFValidationError, ValueError):
         raise kind(f"{repo_id} is neither a local path nor a valid name on the Hub") from None
+    except EndlessAnswer as error:
+        raise kind(f"cannot find the {repo_type} {repo_id}: {error}") from None
     except GatedRepoError:
         raise kind(
             f"the {repo_type} {repo_id} is gated: request access on its page, then `hf auth login`"
@@ -131,6 +142,8 @@ def require_model(start: str, revision: str | None = None) -> None:
             trained = next((stage for stage in stages if (stage / "config.json").is_file()), None)
             hint = f"; did you mean {trained}?" if trained else ""
             raise ModelError(f"{start} holds no model (no config.json){hint}")
+        verify_model(path)
+        _require_sizes(start, path / "config.json")
     elif path.name in ("base", "mid", "sft") and len(path.parts) > 2:
         raise ModelError(
             f"{start} does not exist\n"
@@ -141,12 +154,40 @@ def require_model(start: str, revision: str | None = None) -> None:
         raise ModelError(f"{start}: no such folder")
     else:
         require_on_hub(start, "model", revision)
+        with suppress(HTTPError, OSError, ValueError):  # reported where the model is loaded
+            _require_sizes(start, Path(hf_hub_download(start, "config.json", revision=revision)))
+
+
+def _require_sizes(start: str, path: Path) -> None:
+    """Check the sizes in a config.json, before something is built of them for minutes.
+
+    Raises:
+        ModelError: naming the first key with an impossible value.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict):
+        raise ModelError(f"{start}: its config.json is not a JSON object")
+    inner = [held for held in config.values() if isinstance(held, dict)]  # such as text_config
+    for key, value in (item for part in (config, *inner) for item in part.items()):
+        is_count = type(value) is int and value > 0
+        if key in SIZES and not (is_count or value is None or isinstance(value, list)):
+            raise ModelError(
+                f"{start}: config.json: {key} is {quoted(str(value))}, no whole number above 0"
+            )
+        most = MOST_LAYERS if "layer" in key else MOST
+        if is_count and value > most and key.startswith(("num_", "n_layer", "n_head")):
+            raise ModelError(f"{start}: config.json: {key} is {value:,}, above {most:,}")
 
 
 def why_not_loaded(error: BaseException) -> str:
     """An error of a transformers loader in one line, with the fix where it is known."""
     if "custom code" in str(error) or "trust_remote_code" in str(error):
         return "it needs Python code of its repository; pass --trust_remote_code to run it"
+    if isinstance(error, StrictDataclassError):  # its first line names the key alone
+        return f"config.json: {' '.join(str(error).split())}"
     return first_line(error)
 
 
@@ -154,85 +195,10 @@ def dataset_licence(repo_id: str) -> str | None:
     """The licence stated on a dataset's page; None if unknown, or without an answer in 10 s."""
     try:
         card = HfApi().dataset_info(repo_id, timeout=10).card_data
-    except (HTTPError, OSError, ValueError):
+    except (HTTPError, OSError, ValueError, EndlessAnswer, *UNEXPECTED):
         return None
     stated = card.get("license") if card else None
     return ", ".join(map(str, stated)) if isinstance(stated, list) else stated
-
-
-# --- timeouts and retries ---
-
-
-def bound_requests(seconds: float = TIMEOUT) -> None:
-    """Give every request of the Hub's client a timeout, and silence its warnings about retries.
-
-    Args:
-        seconds: to connect, send or receive something.
-
-    Raises:
-        HfsftError: if the client is in offline mode.
-    """
-    if constants.is_offline_mode():
-        raise HfsftError("HF_HUB_OFFLINE is set: nothing can be pushed")
-    session = get_session()
-    client, hooks = type(session), session.event_hooks
-    set_client_factory(lambda: client(event_hooks=hooks, follow_redirects=True, timeout=seconds))
-    client_log.set_verbosity_error()  # its warnings contain signed URLs
-
-
-def insist(request: Callable[[], Any], patience: float = PATIENCE) -> Any:
-    """Make a request, retrying temporary failures, and return its result.
-
-    Args:
-        request: makes it; must be idempotent.
-        patience: seconds of pauses in total, including those that the Hub asks for.
-
-    Raises:
-        Exception: the error of the last attempt.
-    """
-    pause, waited = 1.0, 0.0
-    while True:
-        try:
-            return request()
-        except (HTTPError, ConnectionError, TimeoutError, RuntimeError) as error:
-            # the client wraps errors of uploads in a RuntimeError
-            cause = error.__cause__ if isinstance(error, RuntimeError) else error
-            cause = cause or error
-            seconds = max(pause, _requested_pause(cause))
-            if not _is_temporary(cause) or waited + seconds > patience:
-                raise cause from None
-        time.sleep(seconds)
-        waited, pause = waited + seconds, min(2 * pause, LONGEST_PAUSE)
-
-
-def _is_temporary(error: BaseException) -> bool:
-    """Whether a request may succeed if it is made again."""
-    if isinstance(error, HfHubHTTPError):
-        status = error.response.status_code
-        # 412: another commit was made in the meantime
-        return status in (408, 412, 429) or (status >= 500 and status != 501)
-    # no response at all; hf_xet raises its own errors instead of HTTPError
-    return isinstance(error, (HTTPError, ConnectionError, TimeoutError, RuntimeError))
-
-
-def _requested_pause(error: BaseException) -> float:
-    """Seconds that the Hub asks to wait before a retry; 0 if it does not."""
-    if not isinstance(error, HfHubHTTPError):
-        return 0.0
-    headers = error.response.headers
-    limit = parse_ratelimit_headers(headers)
-    if limit is not None and limit.remaining == 0:
-        return float(limit.reset_in_seconds)
-    seconds = headers.get("Retry-After", "").strip()
-    return float(seconds) if seconds.isdigit() else 0.0
-
-
-def without_tokens(text: str) -> str:
-    """The text with access tokens removed: this user's, and anything that looks like one."""
-    known = {os.environ.get("HF_TOKEN", "").strip(), get_token()}
-    for token in filter(None, known):
-        text = text.replace(token, "(token)")
-    return re.sub(r"hf_[A-Za-z0-9]{20,}", "(token)", text)
 
 
 @contextmanager
@@ -246,15 +212,22 @@ def _reporting(action: str) -> Iterator[None]:
         yield
     except HfHubHTTPError as error:
         status = error.response.status_code
-        server = printable(error.server_message or error.response.reason_phrase).splitlines()
-        message = f"cannot {action}: {status} {server[0] if server else ''}".strip()
-        message = without_tokens(message)
+        message = without_tokens(f"cannot {action}: {in_words(error)}")
         if status == 401:
             message += "\n  The Hub rejected this token: run `hf auth login` or fix HF_TOKEN"
         elif status == 403:
             message += "\n  It needs a token with write access: "
             message += "https://huggingface.co/settings/tokens"
         raise HfsftError(message) from None
+    except UNEXPECTED as error:
+        raise HfsftError(
+            without_tokens(
+                f"cannot {action}: the Hub's answer is not as expected "
+                f"({type(error).__name__}: {first_line(error)})"
+            )
+        ) from None
+    except EndlessAnswer as error:
+        raise HfsftError(f"cannot {action}: {error}") from None
     except (HTTPError, OSError, ValueError, RuntimeError) as error:
         raise HfsftError(without_tokens(f"cannot {action}: {first_line(error)}")) from None
 
@@ -286,7 +259,9 @@ def repository_id(name: str) -> str:
 @cache
 def _user(token: str) -> str:
     with _reporting("ask the Hub whose token this is"):
-        return insist(HfApi(token=token).whoami, CHECK_PATIENCE)["name"]
+        name = insist(HfApi(token=token).whoami, CHECK_PATIENCE)["name"]
+        validate_repo_id(f"{name}/x")  # else it is no name
+        return name
 
 
 def open_repository(repo_id: str, private: bool | None, branches: list[str]) -> None:
@@ -379,7 +354,7 @@ def _additions(
         if prefix + name.as_posix() == "README.md":  # the card's example then loads the repository
             text = path.read_text(encoding="utf-8")
             content = USAGE.sub(rf'\1"{repo_id}"', text).encode()
-        if prefix + name.as_posix() in RECORDS:
+        if prefix + name.as_posix() in RECORDS or name.name == MANIFEST:
             record = without_paths(json.loads(path.read_text(encoding="utf-8")))
             content = (json.dumps(record, indent=1) + "\n").encode()
         additions.append(CommitOperationAdd(prefix + name.as_posix(), content))

@@ -26,19 +26,12 @@ from pathlib import Path
 from huggingface_hub.utils import disable_progress_bars
 
 from hfsft.errors import HfsftError, first_line
-from hfsft.hub.client import (
-    MAIN,
-    PATIENCE,
-    bound_requests,
-    open_repository,
-    push_folder,
-    repository_id,
-    without_tokens,
-)
+from hfsft.hub.bounds import PATIENCE, bound_requests, without_tokens
+from hfsft.hub.client import MAIN, open_repository, push_folder, repository_id
 from hfsft.recipe.key import STAGES
 from hfsft.recipe.schema import Stage
-from hfsft.run.manifest import MANIFEST, PLACE, checkpoints
-from hfsft.run.record import read_record
+from hfsft.run.manifest import MANIFEST, PLACE, checkpoints, verify_model
+from hfsft.run.record import LOGS, read_record
 
 CHECKPOINTS = "checkpoints"  # the branch
 
@@ -62,6 +55,7 @@ STATE = (
     "trainer_state.json",
     PLACE,
     MANIFEST,
+    *LOGS,
 )
 
 
@@ -128,7 +122,9 @@ class Target:
 
     def model(self, folder: Path) -> Push:
         """The push of a finished model."""
-        return Push(folder, self.repo_id, self.revision, leave_out=EXPORTS)
+        # edited on the Hub, the files would not be those of the manifest any more
+        leave_out = (MANIFEST, "validation.jsonl", *EXPORTS)
+        return Push(folder, self.repo_id, self.revision, leave_out=leave_out)
 
     def gguf(self, folder: Path) -> Push:
         """The push of a model's GGUF files to the top level, with the card that names them."""
@@ -336,6 +332,7 @@ def push_run(
         HfsftError: if there is no finished model, or the push fails.
     """
     folder = finished_model(Path(given))
+    verify_model(folder)
     if gguf and not any((folder / GGUF).glob("*.gguf")):
         raise HfsftError(
             f"{folder} holds no GGUF file\n  Write one first: hfsft export {folder} --to gguf"

@@ -215,13 +215,13 @@ def load_plain_model(start: str, stage: Stage, **kwargs: Any) -> Any:
         )
     except NOT_LOADED as error:
         raise ModelError(f"{start}: cannot be loaded: {why_not_loaded(error)}") from None
-    except StrictDataclassError as error:
-        raise ModelError(f"{start}: config.json: {' '.join(str(error).split())}") from None
     except SafetensorError as error:
         raise ModelError(f"{start}: its weights cannot be read: {error}") from None
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):
-            raise
+            raise ModelError(f"{start}: cannot be loaded: {first_line(error)}") from None
         raise ModelError(f"{start}: its weights have other shapes than its config.json") from None
     if missing := sorted(
         loaded["missing_keys"]
@@ -230,7 +230,27 @@ def load_plain_model(start: str, stage: Stage, **kwargs: Any) -> Any:
             f"{start}: its weights lack {len(missing)} tensors that its config.json asks for, such "
             f"as {missing[0]}"
         )
+    _require_forward(model, start)
     return model
+
+
+@torch.no_grad()
+def _require_forward(model: Any, start: str) -> None:
+    """Run two tokens through a loaded model, whose config.json may make one that cannot.
+
+    Raises:
+        ModelError: if it fails.
+    """
+    if model.config._attn_implementation not in ("sdpa", "eager"):
+        return  # the others may need a GPU or half precision, which it gets later
+    try:
+        model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=model.device))
+    except torch.OutOfMemoryError:
+        raise
+    except (*NOT_LOADED, RuntimeError) as error:
+        raise ModelError(
+            f"{start}: its config.json makes a model that computes nothing: {first_line(error)}"
+        ) from None
 
 
 def _require_safe_weights(start: str, revision: str | None) -> None:

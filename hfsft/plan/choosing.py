@@ -153,24 +153,10 @@ def choose(
     keys = ("per_device_train_batch_size", "activation_checkpointing", "optim")
     if AUTO not in [stage.trainer.get(key) for key in keys]:
         return stage, ""
-    given_rows, given_checkpointing, given_optim = (stage.trainer.get(key) for key in keys)
+    given_rows = stage.trainer.get("per_device_train_batch_size")
     device = device_type or ("cuda" if has_gpu(stage) else "cpu")
     limit = limit_of(stage, device) if limit_bytes is None else limit_bytes
-    optims = optimizers(stage, device)
-    if given_optim == AUTO and in_bfloat16(stage):
-        optims = tuple(optim for optim in optims if missing_package(optim) is None)
-        if not optims:
-            raise RecipeError(
-                f"{stage.name}.optim: auto with dtype: bfloat16 needs torchao: {INSTALL['torchao']}"
-            )
-    settings = [
-        {"activation_checkpointing": checkpointing, "optim": optim}
-        for checkpointing in ((False, True) if given_checkpointing == AUTO else (None,))
-        for optim in (optims if given_optim == AUTO else (None,))
-    ]
-    settings = [{k: v for k, v in item.items() if v is not None} for item in settings]
-    # paged states may stall on PCIe transfers, so try them last
-    settings.sort(key=lambda item: item.get("optim") == OPTIMIZERS[2])
+    settings = _candidates(stage, device)
     rows = [given_rows]
     if given_rows == AUTO:
         rows = list(range(1, examples_per_rank(recipe, stage) + 1))
@@ -201,6 +187,28 @@ def choose(
     elif len(rows) > 1:
         why += "; it is the whole step at once"
     return with_settings(stage, per_device_train_batch_size=best, **chosen), why
+
+
+def _candidates(stage: Stage, device: str) -> list[dict[str, Any]]:
+    """Values for the `auto` keys but the rows, those that take most memory first."""
+    given_checkpointing = stage.trainer.get("activation_checkpointing")
+    given_optim = stage.trainer.get("optim")
+    optims = optimizers(stage, device)
+    if given_optim == AUTO and in_bfloat16(stage):
+        optims = tuple(optim for optim in optims if missing_package(optim) is None)
+        if not optims:
+            raise RecipeError(
+                f"{stage.name}.optim: auto with dtype: bfloat16 needs torchao: {INSTALL['torchao']}"
+            )
+    settings = [
+        {"activation_checkpointing": checkpointing, "optim": optim}
+        for checkpointing in ((False, True) if given_checkpointing == AUTO else (None,))
+        for optim in (optims if given_optim == AUTO else (None,))
+    ]
+    settings = [{k: v for k, v in item.items() if v is not None} for item in settings]
+    # paged states may stall on PCIe transfers, so try them last
+    settings.sort(key=lambda item: item.get("optim") == OPTIMIZERS[2])
+    return settings
 
 
 def _rows(count: int | None) -> str:
@@ -284,9 +292,12 @@ def plan_run(
         other = with_settings(stage, gradient_checkpointing=not plan.checkpointing)
         stages[name] = plan.as_data() | {
             "peak_with_checkpointing_changed": plan_stage(recipe, other, limit, device).peak,
-            "seconds_per_step": time_step(recipe, stage)
-            if time_step is not None
-            else estimated_seconds(plan, stage.lora is not None),
+            "seconds_per_step": plan.seconds_sent
+            + (
+                time_step(recipe, stage)
+                if time_step is not None
+                else estimated_seconds(plan, stage.lora is not None)
+            ),
             "timed": time_step is not None,
             "auto": why,
             "nearest": [

@@ -11,14 +11,14 @@ from typing import Any
 
 import psutil
 import torch
-from accelerate import PartialState
 from transformers import AttentionInterface, AutoConfig
 
-from hfsft.errors import ModelError, first_line
-from hfsft.hub.client import require_model
+from hfsft.errors import ModelError
+from hfsft.hub.client import NOT_LOADED, require_model, why_not_loaded
 from hfsft.model.attention import document_attention
 from hfsft.model.loading import bf16_is_native, fresh_config
 from hfsft.plan.sizes import most_checkpoints
+from hfsft.plan.spread import spread
 from hfsft.plan.step_memory import (
     KINDS,
     PLANNED,
@@ -57,6 +57,9 @@ class Plan:
 
     stage: str
     device: str  # cuda or cpu
+    processes: int  # sizes are of one of them
+    layout: str  # DDP, ZeRO-2 or FSDP2
+    seconds_sent: float  # of a step's gradients over PCIe, if nothing hides them
     precision: str  # bf16, fp16 or fp32
     rows: int  # of a micro-batch
     length: int  # tokens per row
@@ -122,13 +125,17 @@ def plan_stage(
     if limit_bytes is None:
         limit_bytes = limit_of(stage, device)
     step = planned_step(recipe, stage, device == "cuda")
-    peaks = peaks_of(step)
-    phase, highest = max(peaks.items(), key=lambda item: sum(item[1].values()))
     parameters, trained = count_parameters(step)
+    gathered = _gathered(step, parameters)
+    peaks = {name: spread().own(kinds, gathered) for name, kinds in peaks_of(step).items()}
+    phase, highest = max(peaks.items(), key=lambda item: sum(item[1].values()))
     settings = stage.trainer
     return Plan(
         stage=stage.name,
         device=device,
+        processes=spread().processes,
+        layout=spread().kind,
+        seconds_sent=spread().seconds_sent(trained),
         precision={"bfloat16": "bf16", "float16": "fp16", None: "fp32"}[step.half],
         rows=step.rows,
         length=step.length,
@@ -145,7 +152,7 @@ def plan_stage(
         steps=stage.max_steps,
         tokens_per_step=examples_of_step(recipe, stage) * step.length,
         flops_per_step=examples_of_step(recipe, stage) * step.length * _token_flops(step),
-        disk=_disk(stage, peaks["optimizer step"], parameters, trained),
+        disk=_disk(stage, peaks_of(step)["optimizer step"], parameters, trained),
         notes=tuple(_notes(step)),
     )
 
@@ -170,7 +177,7 @@ def planned_step(recipe: Recipe, stage: Stage, cuda: bool) -> TracedStep:
     """The step of a stage on a device."""
     length = row_length(recipe, stage)
     rows = stage.trainer["per_device_train_batch_size"]
-    processes = PartialState().num_processes
+    processes = spread().processes
     share = examples_per_rank(recipe, stage)
     config = planned_config(recipe, stage)
     builds = stage.name == "base"
@@ -215,14 +222,14 @@ def examples_of_step(recipe: Recipe, stage: Stage) -> int:
     if stage.name == "sft":
         return stage.examples_per_step
     if stage.tokens_per_step is None:
-        return stage.trainer["per_device_train_batch_size"] * PartialState().num_processes
+        return stage.trainer["per_device_train_batch_size"] * spread().processes
     length = row_length(recipe, stage)
     return check_tokens_per_step(stage.name, stage.tokens_per_step, length, 1, recipe.path)
 
 
 def examples_per_rank(recipe: Recipe, stage: Stage) -> int:
     """`examples_of_step` of one rank, rounded up."""
-    return -(-examples_of_step(recipe, stage) // PartialState().num_processes)
+    return -(-examples_of_step(recipe, stage) // spread().processes)
 
 
 def planned_config(recipe: Recipe, stage: Stage) -> Any:
@@ -243,8 +250,8 @@ def planned_config(recipe: Recipe, stage: Stage) -> Any:
         return AutoConfig.from_pretrained(
             start, revision=stage.revision, trust_remote_code=stage.trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{start}: cannot be planned: {first_line(error)}") from None
+    except NOT_LOADED as error:
+        raise ModelError(f"{start}: cannot be planned: {why_not_loaded(error)}") from None
 
 
 def _vocab_size(recipe: Recipe) -> int:
@@ -272,14 +279,15 @@ def _token_flops(step: TracedStep) -> int:
 
 
 def estimated_seconds(plan: Plan, lora: bool = False) -> float:
-    """Seconds of a step of full rows: its arithmetic, or the launches of its kernels if more.
+    """Seconds of a process' share of a step of full rows: arithmetic, or kernel launches if more.
 
     A recomputed layer launches half as many kernels again, and one with an adapter too.
     """
-    arithmetic = plan.flops_per_step / (UTILISATION * matmul_rate(plan.device, plan.precision))
+    rate = UTILISATION * matmul_rate(plan.device, plan.precision)
+    arithmetic = plan.flops_per_step / plan.processes / rate
     if plan.device != "cuda":
         return arithmetic
-    micro_batches = -(-plan.tokens_per_step // (plan.rows * plan.length))
+    micro_batches = -(-plan.tokens_per_step // (plan.rows * plan.length * plan.processes))
     launches = LAYER_LAUNCH * plan.layers * micro_batches
     return max(arithmetic, launches * (1.5 if plan.checkpointing else 1) * (1.5 if lora else 1))
 
@@ -304,6 +312,13 @@ def matmul_rate(device: str, precision: str) -> float:
     return count * 2 * size**3 / seconds
 
 
+def _gathered(step: TracedStep, parameters: int) -> int:
+    """Bytes that FSDP2 keeps whole: embedding and head, and two layers, one of them ahead."""
+    text = step.config.get_text_config()
+    outside = text.vocab_size * text.hidden_size * (1 if text.tie_word_embeddings else 2)
+    return 4 * (outside + 2 * (parameters - outside) // max(1, step.layers))
+
+
 def _disk(stage: Stage, update: dict[str, int], parameters: int, trained: int) -> int:
     """Bytes of a stage's checkpoints, with the one being written, and of its finished model."""
     settings = stage.trainer
@@ -321,6 +336,11 @@ def _notes(step: TracedStep) -> Iterator[str]:
         yield f"{gigabytes(CUDA_OVERHEAD)} of runtime overhead were measured on an H100"
         if not torch.cuda.is_available():
             yield "no CUDA GPU on this machine: times assume an RTX 4060 at 30 TFLOP/s"
+    if spread().processes > 1:
+        yield (
+            f"{spread().processes} processes by formula, not measured: their gradients are sent at "
+            "an assumed 12 GB/s (PCIe), and no computation hides it"
+        )
     if step.stage.load_in_4bit:
         yield "4-bit weights are by formula, not traced"
     if str(step.stage.trainer.get("optim")).startswith("paged"):

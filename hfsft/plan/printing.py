@@ -10,10 +10,11 @@ from hfsft.plan.step_memory import KINDS
 def print_plan(planned: dict[str, Any]) -> None:
     """Print what `plan_run` returns: a table with a column for each stage, and what fits."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    from hfsft.terminal import Terminal
+
+    console = Terminal(highlight=False)
     stages = planned["stages"]
     table = Table(box=box.SIMPLE_HEAD, header_style="bold")
     table.add_column("GB")
@@ -24,6 +25,9 @@ def print_plan(planned: dict[str, Any]) -> None:
         table.add_row(label, *(shown(data) for data in stages.values()), **style)
 
     row("device", lambda data: f"{data['device']}, {data['precision']}")
+    several = any(data["processes"] > 1 for data in stages.values())
+    if several:
+        row("processes", lambda data: f"{data['processes']}, {data['layout']}")
     row("micro-batch", lambda data: f"{data['rows']} x {data['length']:,}")
     row("optimizer", lambda data: data["optim"])
     row("checkpointing", lambda data: "yes" if data["checkpointing"] else "no", end_section=True)
@@ -40,6 +44,8 @@ def print_plan(planned: dict[str, Any]) -> None:
     row("steps", lambda data: f"{data['steps']:,}" if data["steps"] else "by epoch")
     row("tokens/step, at most", lambda data: f"{data['tokens_per_step']:,}")
     row("seconds/step, at most", lambda data: f"{data['seconds_per_step']:.3g}")
+    if several:
+        row("of these sending gradients", lambda data: f"{data['seconds_sent']:.3g}")
     row("tokens/s", lambda data: f"{data['tokens_per_step'] / data['seconds_per_step']:,.0f}")
     row("minutes, at most", _minutes)
     row("disk", lambda data: f"{data['disk'] / 1e9:.2f}")
@@ -70,10 +76,11 @@ def print_plan(planned: dict[str, Any]) -> None:
 def print_largest(found: list[dict[str, Any]]) -> None:
     """Print what `largest_models` returns."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    from hfsft.terminal import Terminal
+
+    console = Terminal(highlight=False)
     table = Table(box=box.SIMPLE_HEAD, header_style="bold")
     for title in ("method", "parameters", "layers x width", "peak", "settings"):
         table.add_column(title, justify="left" if title in ("method", "settings") else "right")

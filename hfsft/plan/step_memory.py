@@ -410,7 +410,7 @@ def _loss(step: TracedStep, model: Any, fused: bool, rows: int) -> torch.Tensor:
 def _correct(
     peaks: Peaks, step: TracedStep, optimizer: Any, trained: list[Any], saved: tuple[int, int]
 ) -> None:
-    """Add what a trace on the CPU cannot show: 4-bit weights, paged states, DDP's buckets."""
+    """Add what a trace on the CPU cannot show: 4-bit weights, paged states."""
     paged = 0
     if step.cuda and getattr(optimizer, "is_paged", False):
         paged = sum(
@@ -421,11 +421,9 @@ def _correct(
             if isinstance(value, torch.Tensor) and value.shape == parameter.shape
             if parameter.numel() >= 1e5
         )
-    buckets = sum(p.numel() * 4 for p in trained) if PartialState().num_processes > 1 else 0
     for phase, kinds in peaks.items():
         kinds["weights"] -= saved[0]
         kinds["optimizer"] -= paged
-        kinds["gradients"] += buckets
         if phase != "optimizer step":
             kinds["activations"] += saved[1]
 

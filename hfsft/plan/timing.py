@@ -10,7 +10,7 @@ from hfsft.errors import RecipeError
 from hfsft.model.activation import square_in_half
 from hfsft.model.attention import packed_attention
 from hfsft.model.loading import with_lora
-from hfsft.plan.plan import examples_of_step, planned_step
+from hfsft.plan.plan import examples_per_rank, planned_step
 from hfsft.plan.step_memory import make_optimizer, model_of
 from hfsft.recipe.schema import Recipe, Stage
 
@@ -65,7 +65,7 @@ def seconds_per_step(recipe: Recipe, stage: Stage) -> float:
     model.train()
     micro_batch()
     update()  # allocates the optimizer's states
-    count = -(-examples_of_step(recipe, stage) // step.rows)
+    count = -(-examples_per_rank(recipe, stage) // step.rows)
     return count * _seconds(micro_batch, MICRO_BATCHES) + _seconds(update, 1)
 
 

@@ -73,6 +73,12 @@ class Source:
         high=2**32 - 1,
     )
     streaming: bool = key("read while training instead of before; base text only", default=False)
+    max_row_bytes: int = key(
+        "a longer line of a JSON file is refused, and counted; bounds what one row takes in memory",
+        default=64 * 2**20,
+        low=1,
+        high=2**33,
+    )
     columns: dict = key("renames columns: the format's column → the source's", default={})
     format: str | None = key(
         "null: recognised by the columns; `text` is for base, the rest for mid and sft",

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from hfsft.errors import HfsftError
-from hfsft.hub.client import without_tokens
+from hfsft.hub.bounds import without_tokens
 from hfsft.noise import Z95, ratio_error
 from hfsft.report.markdown import plain, table, write_page
 from hfsft.run.files import read_json_lines

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hfsft.errors import HfsftError
-from hfsft.hub.client import without_tokens
+from hfsft.hub.bounds import without_tokens
 from hfsft.noise import Z95
 from hfsft.report.markdown import code, fenced, plain, table, write_page
 from hfsft.run.results import accuracies, forgetting, read_run, validated_sources

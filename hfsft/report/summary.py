@@ -2,13 +2,13 @@
 
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from hfsft.errors import printable
 from hfsft.recipe.schema import Recipe
 from hfsft.run.record import read_record
+from hfsft.terminal import Terminal
 
 
 def run_summary(recipe: Recipe) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def print_summary(summary: dict[str, Any]) -> None:
     Args:
         summary: what `run_summary` returns, and the path of the `report`.
     """
-    console = Console(highlight=False)
+    console = Terminal(highlight=False)
     table = Table(
         title=escape(printable(summary["run"])), title_justify="left", header_style="bold"
     )
@@ -94,7 +94,7 @@ def _memory_of(summary: dict[str, Any]) -> str:
     return "GPU (reserved)" if kinds == {"GPU reserved"} else "whole process"
 
 
-def _print_accuracy(console: Console, accuracy: dict[str, Any]) -> None:
+def _print_accuracy(console: Terminal, accuracy: dict[str, Any]) -> None:
     table = Table(header_style="bold")
     table.add_column("held-out task")
     for stage in accuracy:

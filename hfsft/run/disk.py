@@ -1,6 +1,5 @@
 """Disk space: checked before a stage trains, and reported clearly where it runs out."""
 
-import errno
 import os
 import re
 import shutil
@@ -8,9 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hfsft.errors import DiskShortage, HfsftError, first_line
-
-DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
+from hfsft.errors import DISK_ERRNOS, DiskShortage, HfsftError, first_line
 
 # messages of libraries that raise errors without an errno
 DISK_MESSAGES = re.compile(

@@ -2,6 +2,8 @@
 
 import json
 import os
+import secrets
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,11 @@ def write_text_atomically(path: Path, text: str) -> None:
         OSError: if the disk is full or not writable; the old file is untouched.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # the pid: two evaluations of one model may write the same file at the same time
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    # a new name each time: two evaluations of one model may write the same file at the same time,
+    # and "x" follows no link that somebody put there
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        with partial.open("w", encoding="utf-8") as file:
+        with partial.open("x", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -31,6 +34,29 @@ def write_text_atomically(path: Path, text: str) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def remove(path: Path) -> None:
+    """Remove what hfsft left behind at a path: a folder with its content, a file, or a link alone.
+
+    Args:
+        path: need not exist; the target of a link is not touched.
+
+    Raises:
+        OSError: if it cannot be removed.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def first_free(path: Path, ending: str) -> Path:
+    """The first of `NAME.ENDING-1`, `NAME.ENDING-2`, ... beside a path that does not exist."""
+    count = 1
+    while os.path.lexists(aside := path.with_name(f"{path.name}.{ending}-{count}")):
+        count += 1
+    return aside
 
 
 def read_json_lines(path: Path, nan_as_none: bool = False) -> list[dict[str, Any]]:

@@ -5,6 +5,9 @@ import json
 from functools import cache
 from pathlib import Path
 
+from hfsft.errors import CheckpointError
+from hfsft.run.manifest import read_manifest
+
 # the files of a model folder that its answers, and training from it, depend on
 FINGERPRINTED = (
     "*.safetensors",
@@ -21,8 +24,8 @@ def model_digest(folder: Path) -> str:
         folder: the model's; a copy of it elsewhere has the same digest.
     """
     try:
-        listed = json.loads((folder / "manifest.json").read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+        listed = read_manifest(folder)["files"]
+    except CheckpointError:
         listed = {}
     named = []
     for path in sorted({path for name in FINGERPRINTED for path in folder.glob(name)}):

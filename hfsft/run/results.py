@@ -12,6 +12,7 @@ from hfsft.errors import HfsftError
 from hfsft.noise import Z95, mean_change
 from hfsft.recipe.key import STAGES
 from hfsft.run.files import read_json_lines
+from hfsft.run.record import RECORD, read_record
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -35,7 +36,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise HfsftError(f"{folder} cannot be read: {' '.join(str(error).split())}") from None
     if not any(started.values()):
-        is_stage = (folder / "stage.json").is_file()
+        is_stage = (folder / RECORD).is_file()
         hint = f"; its run is {folder.absolute().parent}" if is_stage else ""
         raise HfsftError(
             f"{folder} is not a run: it holds no base, mid or sft with a stage.json{hint}"
@@ -53,7 +54,7 @@ def read_stage(folder: Path) -> dict[str, Any] | None:
         `general_changes` returns; and `reached`, the figures at its last step, taken from the log
         if the stage never closed its record.
     """
-    record = _read_json(folder / "stage.json")
+    record = read_record(folder, parse_constant=lambda name: None)
     if record is None:
         return None
     lines = read_json_lines(folder / "metrics.jsonl", nan_as_none=True)

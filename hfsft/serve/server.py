@@ -14,6 +14,7 @@ from hfsft.errors import ServingError, first_line, printable
 from hfsft.serve.app import make_app
 from hfsft.serve.guard import is_loopback
 from hfsft.serve.served import ServedModel, load_served
+from hfsft.terminal import say
 
 KEY_VARIABLE = "HFSFT_API_KEY"
 GRACE = 60  # seconds that running answers get after SIGTERM
@@ -161,5 +162,5 @@ def print_address(served: list[ServedModel], listener: socket.socket, has_key: b
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     names = " and ".join(printable(model.name) for model in served)
     needs = ", with the API key" if has_key else ""
-    print(f"{names}: talk to it at {url}", flush=True)
-    print(f"OpenAI-compatible endpoint: {url}/v1{needs}. Ctrl-C stops the server.", flush=True)
+    say(f"{names}: talk to it at {url}")
+    say(f"OpenAI-compatible endpoint: {url}/v1{needs}. Ctrl-C stops the server.")

@@ -5,19 +5,22 @@ turns, and a pad token that is not its EOS token.
 """
 
 import contextlib
+import hashlib
+import json
+import math
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from accelerate import PartialState
-
 from hfsft.errors import ModelError, RecipeError
 from hfsft.hub.client import NOT_LOADED, require_model, why_not_loaded
+from hfsft.process_group import is_first_of_machine, is_main, is_shared, meet
 from hfsft.recipe.schema import DEFAULT_PRE_TOKENIZER, Recipe, Stage
 from hfsft.run.disk import writing_to
-from hfsft.tokens.foreign_templates import TemplateError, end_of_turn
+from hfsft.tokens.foreign_templates import TemplateError
+from hfsft.tokens.turns import end_of_turn
 
 # karpathy/nanochat's nine, in its order, and a pad token of its own: as the embedding's padding_idx
 # it gets no gradient, so no token with a meaning can serve
@@ -53,6 +56,46 @@ PRE_TOKENIZERS = {
         r"|\s*[\r\n]|\s+(?!\S)|\s+"
     ),
 }
+
+
+# hfsft's templates in their earlier versions, by the BLAKE2 digest of their text: they could write
+# neither tools nor reasoning, and everything else, tool calls aside, as the present ones do
+EARLIER = {
+    "c859467a259c932e04448b2f707bf81a": "nanochat",
+    "9d5e6cfc74fc68b53531cd4245c3e4a2": "chatml",
+}
+
+# how a server takes an answer apart, as transformers' `parse_response` reads it
+REASONING = {"open_pattern": r"<think>\s*", "close_pattern": r"\s*</think>\s*"}
+CALLS = {
+    "repeats": True,
+    "content": "json",
+    "transform": {"type": "function", "function": "{content}"},
+}
+RESPONSES: dict[str, dict[str, Any]] = {
+    "nanochat": {
+        "defaults": {"role": "assistant"},
+        "start_anchor": "<|assistant_start|>",
+        "fields": {
+            "reasoning_content": REASONING,
+            # a calculator call is a python part too, but no JSON
+            "tool_calls": CALLS
+            | {"open_pattern": r'<\|python_start\|>(?=\{"name": )', "close": "<|python_end|>"},
+            "content": {"close_pattern": r"<\|assistant_end\|>"},
+        },
+    },
+    "chatml": {
+        "defaults": {"role": "assistant"},
+        "start_anchor": "<|im_start|>assistant\n",
+        "fields": {
+            "reasoning_content": REASONING,
+            # with the line break before it, or that would be a content of its own
+            "tool_calls": CALLS | {"open_pattern": r"\s*<tool_call>", "close": "</tool_call>"},
+            "content": {"close_pattern": r"<\|im_end\|>\s*"},
+        },
+    },
+}
+MOST_GROWTH = 16  # of a text's length, by a normalizer
 
 
 @cache
@@ -179,7 +222,9 @@ def _load(start: str, revision: str | None, trust_remote_code: bool) -> Any:
     """A fast tokenizer from a folder or the Hub, as it is."""
     from transformers import AutoTokenizer
 
-    if not (Path(start) / "tokenizer.json").is_file():
+    folder = Path(start)
+    # a run's tokenizer/ holds no model
+    if not (folder / "tokenizer.json").is_file() or (folder / "config.json").is_file():
         require_model(start, revision)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -192,7 +237,40 @@ def _load(start: str, revision: str | None, trust_remote_code: bool) -> Any:
         raise ModelError(f"{start}: cannot load its tokenizer: {why_not_loaded(error)}") from None
     if not tokenizer.is_fast:
         raise ModelError(f"{start}: has no fast tokenizer (tokenizer.json), which training needs")
+    require_bounded(tokenizer, start)
     return tokenizer
+
+
+def require_bounded(tokenizer: Any, start: str) -> None:
+    """Check that a tokenizer's normalizer and decoder make no text many times as long.
+
+    Raises:
+        ModelError: if they can.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    for part in ("normalizer", "decoder"):
+        if (made := getattr(backend, part, None)) is None:
+            continue
+        growth = _growth(json.loads(made.__getstate__()))
+        if growth > MOST_GROWTH:
+            raise ModelError(
+                f"{start}: its tokenizer's {part} can make a text {growth:,.0f} times as long, "
+                f"more than {MOST_GROWTH}"
+            )
+
+
+def _growth(step: Any) -> float:
+    """The largest factor by which the steps of a normalizer or decoder lengthen a text."""
+    if isinstance(step, list):
+        return math.prod(map(_growth, step))
+    if not isinstance(step, dict):
+        return 1.0
+    if step.get("type") == "Prepend":
+        return 1 + len(step["prepend"]) / 100  # once a text
+    if step.get("type") == "Replace":
+        pattern = step["pattern"].get("String") or ""  # a regular expression may match nothing
+        return max(1.0, len(step["content"]) / max(1, len(pattern)))
+    return math.prod(_growth(held) for held in step.values())
 
 
 def _with_template(tokenizer: Any, name: str) -> Any:
@@ -211,13 +289,23 @@ def _with_template(tokenizer: Any, name: str) -> Any:
 
 
 def _recognise_template(tokenizer: Any, start: str) -> Any:
-    """Set `hfsft_template` and `hfsft_training_template`, and the EOS token of another template."""
-    tokenizer.hfsft_template = next(
-        (name for name in ("nanochat", "chatml") if tokenizer.chat_template == template(name)), None
-    )
+    """Set `hfsft_template` and `hfsft_training_template`, and the EOS token of another template.
+
+    One of hfsft's own in an earlier version is replaced by the present one.
+    """
+    names = EARLIER | {_digest(template(name)): name for name in RESPONSES}
+    text = tokenizer.chat_template
+    tokenizer.hfsft_template = names.get(_digest(text)) if isinstance(text, str) else None
     tokenizer.hfsft_training_template = None
-    if tokenizer.hfsft_template is None:
-        from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+    if tokenizer.hfsft_template is not None:
+        tokenizer.chat_template = template(tokenizer.hfsft_template)
+        tokenizer.response_template = RESPONSES[tokenizer.hfsft_template]
+    else:
+        from trl.chat_template_utils import (
+            add_response_schema,
+            get_training_chat_template,
+            has_generation_markers,
+        )
 
         if not isinstance(tokenizer.chat_template, str):
             raise ModelError(
@@ -233,6 +321,9 @@ def _recognise_template(tokenizer: Any, start: str) -> Any:
             )
             with contextlib.suppress(ValueError):  # trl does not know the template
                 tokenizer.hfsft_training_template = get_training_chat_template(stand_in)
+        if tokenizer.response_template is None:
+            with contextlib.suppress(ValueError):
+                add_response_schema(tokenizer)
         try:
             tokenizer.eos_token = end_of_turn(tokenizer)
         except TemplateError as error:
@@ -241,6 +332,10 @@ def _recognise_template(tokenizer: Any, start: str) -> Any:
                 "tokenizer: {chat_template: FILE}, or chatml, or nanochat"
             ) from None
     return tokenizer
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 # --- a stage's ---
@@ -259,12 +354,13 @@ def base_tokenizer(recipe: Recipe, texts: Iterable[str], resuming: bool) -> Any:
     """
     folder = recipe.folder / "tokenizer"
     if recipe.tokenizer.get("train"):
-        state = PartialState()
-        if state.is_main_process and not resuming:
+        # a machine that does not see rank 0's folder trains the same one for itself
+        trains = is_first_of_machine() if not is_shared(recipe.folder) else is_main()
+        if trains and not resuming:
             trained = new_tokenizer(recipe, texts)
             with writing_to(folder):
                 trained.save_pretrained(folder)
-        state.wait_for_everyone()
+        meet("trains the tokenizer", recipe.base.quiet)
         return load_tokenizer(str(folder))
     return new_tokenizer(recipe, texts)
 

@@ -4,7 +4,9 @@ import math
 import os
 from typing import Any
 
+import torch
 from accelerate import PartialState
+from accelerate.utils import DistributedType
 from transformers import TrainingArguments
 from trl import SFTConfig
 
@@ -15,6 +17,12 @@ from hfsft.model.optimizer import INSTALL, missing_package, optimizer_settings
 from hfsft.recipe.checks import check_tokens_per_step
 from hfsft.recipe.schema import MUON, Stage
 from hfsft.train.schedule import scaled_notice, scheduler_settings, warmup_steps
+
+
+def trains_on_cpu(stage: Stage) -> bool:
+    """Whether a stage trains on the CPU: as asked for, or because nothing else is here."""
+    wanted = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+    return wanted or bool(stage.trainer.get("use_cpu")) or not torch.accelerator.is_available()
 
 
 def precision() -> dict[str, bool]:
@@ -64,6 +72,9 @@ def arguments(stage: Stage, train: Any, examples: int) -> TrainingArguments:
     _check_optimizer(stage)
     settings |= optimizer_settings(stage)
     on_cpu = PartialState().device.type == "cpu"
+    use_cpu = on_cpu
+    if PartialState().distributed_type == DistributedType.DEEPSPEED and on_cpu:
+        use_cpu, settings["ddp_backend"] = False, "gloo"  # `use_cpu` would turn DeepSpeed off
     if not stage.validates:
         settings["eval_strategy"] = "no"
         settings.pop("eval_steps", None)
@@ -78,7 +89,12 @@ def arguments(stage: Stage, train: Any, examples: int) -> TrainingArguments:
             include_num_input_tokens_seen="non_padding",
             ignore_data_skip=isinstance(train, TextStream),  # a stream resumes from its own state
             logging_nan_inf_filter=False,  # it would log a NaN as the mean of earlier losses
-            **{"use_cpu": on_cpu, "dataloader_pin_memory": not on_cpu} | settings,
+            **{
+                "use_cpu": use_cpu,
+                "dataloader_pin_memory": not on_cpu,
+                "log_level_replica": "error",  # they would warn where rank 0 does not
+            }
+            | settings,
         )
     except (ValueError, TypeError, ImportError) as error:
         raise RecipeError(f"{stage.name}: {' '.join(str(error).split())}") from None

@@ -11,13 +11,14 @@ from typing import Any
 
 import psutil
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
 from hfsft.errors import Interrupted, first_line
 from hfsft.process import unignored
+from hfsft.process_group import from_main
 from hfsft.run.files import read_json_lines, write_text_atomically
+from hfsft.terminal import Terminal
 from hfsft.train.advice import Advice
 
 
@@ -86,14 +87,33 @@ class StepLog:
             writes: whether this process is the one that writes it.
         """
         self.path, self.writes = path, writes
-        self.lines = read_json_lines(path)
+        self.lines = [line for line in read_json_lines(path) if type(line.get("step")) is int]
+
+    def text(self) -> str:
+        """The content of the file."""
+        return "".join(json.dumps(line) + "\n" for line in self.lines)
+
+    def restore(self, copy: Path) -> bool:
+        """Take the lines of a checkpoint's copy where the file has lost some of them.
+
+        Args:
+            copy: of the file as it was when the checkpoint was written; need not exist.
+
+        Returns:
+            Whether lines had been lost.
+        """
+        saved = [json.dumps(line) for line in read_json_lines(copy)]
+        # compared as text, in which NaN equals NaN
+        if [json.dumps(line) for line in self.lines[: len(saved)]] == saved:
+            return False
+        self.lines = read_json_lines(copy)
+        return True
 
     def keep(self, step: int) -> None:
         """Drop the lines after a step and rewrite the file atomically."""
         self.lines = [line for line in self.lines if line["step"] <= step]
         if self.writes:
-            text = "".join(json.dumps(line) + "\n" for line in self.lines)
-            write_text_atomically(self.path, text)
+            write_text_atomically(self.path, self.text())
 
     def append(self, line: dict[str, Any]) -> None:
         """Append a line, in memory and to the file."""
@@ -133,6 +153,16 @@ class MetricsCallback(TrainerCallback):
         validated = step if self.has_validation(step) else step - 1
         self.validation.keep(validated)
         self.samples.keep(validated)
+
+    def share_lines(self) -> None:
+        """Give every rank rank 0's lines: another machine may not see the files."""
+        for log in (self.metrics, self.validation, self.samples):
+            log.lines = from_main(lambda log=log: log.lines)
+
+    @property
+    def logs(self) -> tuple[StepLog, StepLog, StepLog]:
+        """The three files."""
+        return self.metrics, self.validation, self.samples
 
     @property
     def lines(self) -> list[dict[str, Any]]:
@@ -193,7 +223,7 @@ class ConsoleCallback(TrainerCallback):
 
     def __init__(self, stage: str, metrics_log: MetricsCallback):
         self.stage, self.metrics_log = stage, metrics_log
-        self.console = Console()
+        self.console = Terminal(markup=False)
         self.progress: Progress | None = None
         self.task: Any = None
         self.began = 0.0

@@ -13,15 +13,17 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState, TrainerControl
 
 from hfsft.data.stream import TextStream
-from hfsft.errors import CheckpointError, first_line
+from hfsft.errors import CheckpointError, ModelError, RecipeError, first_line
 from hfsft.hub.push import Pusher
 from hfsft.model.loading import name_base
 from hfsft.plan.sizes import checkpoint_bytes
+from hfsft.process_group import from_main, is_shared, meet
 from hfsft.recipe.schema import Stage
 from hfsft.run.disk import free_bytes, shown
 from hfsft.run.manifest import (
@@ -34,6 +36,9 @@ from hfsft.run.manifest import (
     rotate,
     step_of,
 )
+from hfsft.tokens.encoding import tokenizer_key
+from hfsft.train.agreement import agree, weights_digest
+from hfsft.train.layout import active_layout, check_resumable
 from hfsft.train.schedule import decay_start
 from hfsft.train.step import PackedStep, StepAbandoned, last_good_checkpoint
 
@@ -47,7 +52,10 @@ class ResumableStep(PackedStep):
         self.resumed_from: dict[str, Any] | None = None  # `place.json` of the checkpoint
         self.stream_checkpoint: Path | None = None  # whose random state is still to be loaded
         # goes into the manifest of every checkpoint
-        self.manifest_facts = {"data": data_fingerprint(self.train_dataset)}
+        self.layout = active_layout(self.accelerator)
+        data = data_fingerprint(self.train_dataset)
+        self.manifest_facts = {"data": data, "layout": self.layout.as_data()}
+        self._agree(data)
         pushes = stage.push_to_hub and self.is_world_process_zero()
         self.pusher = Pusher(stage) if pushes else None
         # the checkpoint that a longer run resumes from; see extending.py
@@ -57,6 +65,29 @@ class ResumableStep(PackedStep):
     def has_every_step(self) -> bool:
         """Whether no step is left to train."""
         return self.state.global_step >= self.args.max_steps
+
+    def _agree(self, data: dict[str, Any]) -> None:
+        """Compare what every rank has prepared.
+
+        Raises:
+            RecipeError: if a rank differs, or if sharded states have no folder that all see.
+        """
+        if self.args.world_size == 1:
+            return
+        facts = {"the training data": data["digest"]}
+        facts["the tokenizer"] = tokenizer_key(self.processing_class)
+        agree(self.stage, facts, "Every machine needs the same files, or the same Hub revision")
+        if not self.is_sharded():
+            facts = {"the model's weights": weights_digest(self.model)}
+            agree(self.stage, facts, "Every machine needs the same model to start from")
+        needs = self.layout.kind if self.is_sharded() else None
+        if self.args.load_best_model_at_end:
+            needs = "load_best_model_at_end"
+        if needs and not is_shared(self.stage.checkpoints):
+            raise RecipeError(
+                f"{self.stage.name}: {needs} needs a folder that every machine sees, and "
+                f"{self.stage.checkpoints} is not\n  Give an output_dir on a shared disk"
+            )
 
     # --- saving ---
 
@@ -69,11 +100,7 @@ class ResumableStep(PackedStep):
         """
         folder, main = self.stage.checkpoints, self.is_world_process_zero()
         partial, final = folder / PARTIAL, folder / f"checkpoint-{self.state.global_step}"
-        if not self._is_finite():
-            raise CheckpointError(
-                f"{self.stage.name}: a weight is not a finite number at step "
-                f"{self.state.global_step}, which is not saved; {last_good_checkpoint(self.stage)}"
-            )
+        self.require_finite()
         # the sums behind the next log line, of every rank
         sums = gather_object([(self._tr_loss.item(), self.correct.item(), self.predicted)])
         problem = None
@@ -95,6 +122,7 @@ class ResumableStep(PackedStep):
                 rotate(folder, self.args.save_total_limit, needed)
             except OSError as error:
                 problem = first_line(error)
+        meet("hashes the checkpoint", self.stage.quiet)
         problem = next(filter(None, gather_object([problem])), None)
         if problem is not None:
             self._report_failed_save(final, problem)
@@ -106,7 +134,9 @@ class ResumableStep(PackedStep):
     def save_if_new(self) -> None:
         """Write a checkpoint of the current step, unless there is one."""
         step = self.state.global_step
-        if step and step not in map(step_of, checkpoints(self.stage.checkpoints)):
+        if step and step not in from_main(
+            lambda: list(map(step_of, checkpoints(self.stage.checkpoints)))
+        ):
             self.save_checkpoint()
 
     def _write_state(self, partial: Path, sums: list[tuple[float, float, int]]) -> None:
@@ -114,13 +144,15 @@ class ResumableStep(PackedStep):
         self.save_model(str(partial), _internal_call=True)
         self._save_optimizer_and_scheduler(str(partial))
         self._save_scaler(str(partial))
-        self._save_rng_state(str(partial))
         if not self.is_world_process_zero():
             return
+        self._save_rng_state(str(partial))  # Trainer's; a step derives its own numbers
         (partial / "training_args.bin").unlink()  # a pickle that nothing reads
         (partial / "README.md").unlink(missing_ok=True)  # peft's empty card
         if self.stage.lora is not None:
             name_base(partial, self.stage)
+        for log in self.metrics_log.logs:
+            (partial / log.path.name).write_text(log.text(), encoding="utf-8")
         (partial / PLACE).write_text(json.dumps(self._resume_state(sums)) + "\n")
         if best := self.state.best_global_step:
             # the name alone: a path of this machine would be pushed to the Hub
@@ -152,15 +184,34 @@ class ResumableStep(PackedStep):
         if best := self.state.best_global_step:
             self.state.best_model_checkpoint = str(self.stage.checkpoints / f"checkpoint-{best}")
 
-    def _is_finite(self) -> bool:
-        broken = torch.stack([~p.isfinite().all() for p in self.model.parameters()]).sum()
-        return int(self.accelerator.reduce(broken)) == 0
+    def require_finite(self) -> None:
+        """Check that every weight is finite, before training and before each save; a collective.
+
+        Raises:
+            CheckpointError: if one is not; with the stage's last good checkpoint.
+            ModelError: if it is one of the model that the stage starts from.
+        """
+        own = (p.to_local() if isinstance(p, DTensor) else p for p in self.model.parameters())
+        broken = torch.stack([~p.isfinite().all() for p in own]).sum()
+        # before a sharded run begins, the model is still on the CPU
+        if int(self.accelerator.reduce(broken.to(self.args.device))) == 0:
+            return
+        stage, step = self.stage, self.state.global_step
+        if step == 0:
+            raise ModelError(
+                f"{stage.name}: {stage.model_name_or_path or 'the model'} has a weight that is not "
+                "a finite number\n  Start from another model, or train that one again"
+            )
+        raise CheckpointError(
+            f"{stage.name}: a weight is not a finite number at step {step}, which is not saved; "
+            f"{last_good_checkpoint(stage)}"
+        )
 
     def _report_failed_save(self, final: Path, problem: str) -> None:
         if self.is_world_process_zero():
             clear(self.stage.checkpoints)
         needed = checkpoint_bytes(self.model, self.optimizer)
-        last = last_good_checkpoint(self.stage)
+        last = from_main(lambda: last_good_checkpoint(self.stage))
         message = (
             f"{self.stage.name}: cannot save {final}: {problem}\n"
             f"  {shown(free_bytes(final))} are free on its disk, and a checkpoint takes about "
@@ -176,14 +227,20 @@ class ResumableStep(PackedStep):
         """Read what Trainer does not keep, before `train` resumes.
 
         Raises:
-            CheckpointError: if the data is not what the checkpoint was trained on.
+            CheckpointError: if the data is not what the checkpoint was trained on, or its layout is
+                another one that it cannot be loaded into.
         """
-        then = read_manifest(checkpoint)["data"]
+        manifest = read_manifest(checkpoint)
+        check_resumable(checkpoint, manifest, self.layout)
+        then = manifest["data"]
         if then != data_fingerprint(self.train_dataset, then["examples"]):
             raise CheckpointError(
                 f"{self.stage.name}: the data has changed since {checkpoint} was written\n"
                 "  Give this run another --name, or pass --restart, which moves the old stage aside"
             )
+        for log in self.metrics_log.logs:
+            if log.restore(checkpoint / log.path.name):
+                self.say(f"{log.path} lacked lines; they are restored from {checkpoint}")
         self.resumed_from = json.loads((checkpoint / PLACE).read_text())
         if "stream" in self.resumed_from:
             self.train_dataset.resume(self.resumed_from["stream"])
@@ -197,7 +254,8 @@ class ResumableStep(PackedStep):
         if self.resumed_from is not None:
             self._globalstep_last_logged = self.resumed_from["logged_at"]
             self.bad_steps = self.resumed_from["bad_steps"]
-            loss, correct, self.predicted = self.resumed_from["sums"][self.args.process_index]
+            sums = share_of_sums(self.resumed_from["sums"], self.args.world_size)
+            loss, correct, self.predicted = sums[self.args.process_index]
             self._tr_loss.fill_(loss)
             self.correct.fill_(correct)
 
@@ -229,6 +287,21 @@ class ResumeCallback(TrainerCallback):
         """Save the last checkpoint before the decay, which a longer run can resume from."""
         if state.global_step == self.trainer.decay_start and args.save_strategy != "no":
             control.should_save = True
+
+
+def share_of_sums(sums: list[list[float]], ranks: int) -> list[list[float]]:
+    """The sums behind the next log line for another number of ranks; unchanged for the same.
+
+    Args:
+        sums: of each rank that saved: its loss, which the log averages over ranks; its top-1
+            predictions and trained tokens, which the log adds up.
+        ranks: that resume.
+    """
+    if len(sums) == ranks:
+        return sums
+    losses, correct, predicted = zip(*sums, strict=True)
+    loss = sum(losses) / len(losses)
+    return [[loss, sum(correct), sum(predicted)]] + [[loss, 0.0, 0]] * (ranks - 1)
 
 
 def data_fingerprint(train: Any, examples: int | None = None) -> dict[str, Any]:

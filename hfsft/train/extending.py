@@ -5,12 +5,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-
 from hfsft.errors import CheckpointError, RecipeError
+from hfsft.process_group import from_main
 from hfsft.recipe.schema import Recipe, Stage
+from hfsft.run.files import remove
 from hfsft.run.manifest import checkpoints, newest_valid, step_of, verify
 from hfsft.run.record import LOGS, settings_of, write_record
+from hfsft.terminal import say
 from hfsft.train.folder import lock_stage, move_aside
 from hfsft.train.schedule import STABLE, shared_steps
 
@@ -28,21 +29,22 @@ def extend(recipe: Recipe, stage: Stage, record: dict[str, Any]) -> None:
     Raises:
         RecipeError: if no checkpoint can be resumed from, with the reason.
     """
-    state = PartialState()
-    checkpoint = checkpoint_to_extend(stage, record)
-    state.wait_for_everyone()
-    if checkpoint is not None:
-        lock_stage(stage).release()  # a collective
-    if checkpoint is not None and state.is_main_process:
+    checkpoint = from_main(lambda: checkpoint_to_extend(stage, record))
+    if checkpoint is None:
+        return
+    lock_stage(stage).release()  # a collective
+
+    def begin() -> None:
         # the record of a stage that was killed has no steps
         reached = record.get("steps", step_of(checkpoints(stage.checkpoints)[0]))
         aside = begin_from(recipe, stage, record, checkpoint)
         if not stage.quiet:
-            print(
+            say(
                 f"{stage.name}: resuming from step {step_of(checkpoint)}, up to {stage.max_steps}; "
                 f"what was trained to step {reached} is now in {aside}"
             )
-    state.wait_for_everyone()
+
+    from_main(begin)
 
 
 def checkpoint_to_extend(stage: Stage, record: dict[str, Any]) -> Path | None:
@@ -99,12 +101,12 @@ def begin_from(recipe: Recipe, stage: Stage, record: dict[str, Any], checkpoint:
         The folder that holds the old stage now.
     """
     fresh = _prepared_folder(stage).with_name(f"{stage.name}.longer.partial")
-    shutil.rmtree(fresh, ignore_errors=True)  # ours, of a command that was killed
+    remove(fresh)  # ours, of a command that was killed
     (fresh / "checkpoints").mkdir(parents=True)
     try:
         shutil.copytree(checkpoint, fresh / "checkpoints" / checkpoint.name, copy_function=os.link)
     except OSError:  # a disk without hard links
-        shutil.rmtree(fresh / "checkpoints" / checkpoint.name, ignore_errors=True)
+        remove(fresh / "checkpoints" / checkpoint.name)
         shutil.copytree(checkpoint, fresh / "checkpoints" / checkpoint.name)
     for name in LOGS:
         if (stage.folder / name).is_file():
@@ -122,9 +124,10 @@ def begin_from(recipe: Recipe, stage: Stage, record: dict[str, Any], checkpoint:
 
 def finish_extending(stage: Stage) -> None:
     """Complete a `begin_from` that was killed between its last two renames."""
-    if _prepared_folder(stage).is_dir() and not stage.folder.exists():
-        _prepared_folder(stage).rename(stage.folder)
-    shutil.rmtree(_prepared_folder(stage), ignore_errors=True)  # killed before the first of them
+    prepared = _prepared_folder(stage)
+    if prepared.is_dir() and not prepared.is_symlink() and not stage.folder.exists():
+        prepared.rename(stage.folder)
+    remove(prepared)  # killed before the first of them
 
 
 def _prepared_folder(stage: Stage) -> Path:

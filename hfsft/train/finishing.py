@@ -1,6 +1,5 @@
 """Train a stage and leave a complete model folder: the model first, everything else after it."""
 
-import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,8 @@ from hfsft.plan.sizes import SMALL_FILES, checkpoint_size, model_size, most_chec
 from hfsft.process import Stopped
 from hfsft.recipe.schema import Recipe, Stage
 from hfsft.run.disk import require_room, shown, writing_to
-from hfsft.run.files import write_text_atomically
-from hfsft.run.manifest import PARTIAL, clear
+from hfsft.run.files import remove, write_text_atomically
+from hfsft.run.manifest import MANIFEST, PARTIAL, clear, seal
 from hfsft.run.record import write_record
 from hfsft.run.results import forgetting, general_changes
 from hfsft.train.card import model_card
@@ -60,6 +59,7 @@ def _require_room(trainer: Any, stage: Stage) -> None:
 
 def _save_stage(trainer: Any, stage: Stage, record: dict[str, Any]) -> None:
     """Save the model, then its card and record; every rank calls it."""
+    trainer.require_finite()
     partial, is_main = stage.checkpoints / PARTIAL, trainer.is_world_process_zero()
     if is_main:
         clear(stage.checkpoints)  # of a save that was interrupted
@@ -68,6 +68,7 @@ def _save_stage(trainer: Any, stage: Stage, record: dict[str, Any]) -> None:
         return
     write_rope_theta(partial / "config.json")
     write_generation_config(partial, stage, trainer.model.config, trainer.processing_class)
+    seal(partial, {"record": record})
     _move_into(stage.folder, partial)
     optional(
         trainer,
@@ -101,9 +102,12 @@ def _save_model(trainer: Any, stage: Stage, folder: Path) -> None:
 
 
 def _move_into(folder: Path, partial: Path) -> None:
-    """Move a saved model into the stage's folder, config.json, which makes it a model, last."""
-    shutil.rmtree(folder / "adapter", ignore_errors=True)  # of a move that was interrupted
-    for made in sorted(partial.iterdir(), key=lambda made: made.name == "config.json"):
+    """Move a saved model into the stage's folder; config.json, which makes it one, near the end."""
+    remove(folder / "adapter")  # of a move that was interrupted
+    last = ("config.json", MANIFEST)
+    for made in sorted(
+        partial.iterdir(), key=lambda made: last.index(made.name) if made.name in last else -1
+    ):
         made.rename(folder / made.name)
     partial.rmdir()
 

@@ -9,6 +9,7 @@ from filelock import FileLock, Timeout
 
 from hfsft.errors import RecipeError
 from hfsft.recipe.schema import Stage
+from hfsft.run.files import first_free
 
 
 def lock_stage(stage: Stage) -> Any:
@@ -37,7 +38,4 @@ def lock_stage(stage: Stage) -> Any:
 
 def move_aside(folder: Path) -> Path:
     """Rename a stage's folder to the first free `NAME.old-N`; returns it."""
-    count = 1
-    while (aside := folder.with_name(f"{folder.name}.old-{count}")).exists():
-        count += 1
-    return folder.rename(aside)
+    return folder.rename(first_free(folder, "old"))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from hfsft.recipe.schema import Recipe, Stage
+from hfsft.run.manifest import checkpoints
 from hfsft.run.record import read_record, settings_of
 
 LIBRARIES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "bitsandbytes")
@@ -18,10 +19,13 @@ LIBRARIES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "
 def new_record(trainer: Any, recipe: Recipe, stage: Stage) -> dict[str, Any]:
     """A stage's record as it starts: settings, versions, device, lineage."""
     start = read_record(Path(stage.model_name_or_path)) if stage.model_name_or_path else None
+    earlier = read_record(stage.folder) if checkpoints(stage.checkpoints) else None
+    now = datetime.now(UTC).isoformat(timespec="seconds")
     return {
         "stage": stage.name,
         "status": "running",
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        # a resumed stage is the same one to the stages that start from it
+        "started": (earlier or {}).get("started", now),
         "max_steps": trainer.args.max_steps,
         "examples_per_step": trainer.get_total_train_batch_size(trainer.args),
         "device": _device_name(trainer.args.device),
@@ -38,7 +42,7 @@ def new_record(trainer: Any, recipe: Recipe, stage: Stage) -> dict[str, Any]:
         "lineage": {
             "model": stage.model_name_or_path,
             "revision": stage.revision,
-            "stage": start and {key: start[key] for key in ("stage", "steps", "lineage")},
+            "stage": start and {key: start.get(key) for key in ("stage", "steps", "lineage")},
         },
     }
 

@@ -2,11 +2,12 @@
 
 Every second each rank writes a heartbeat to the process group's store, from a thread of its own,
 and reads those of its peers. A collective alone does not notice: gloo sees a dead peer but not a
-stopped one, and NCCL waits for ten minutes or more.
+stopped one, and NCCL waits for half an hour.
 
-The store is the launcher's. While the launcher is stopped, as by Ctrl-Z, no rank is watched; when
-it is gone, the stage saves a checkpoint and stops. Without torchrun (mpirun) rank 0 holds the
-store, and a stopped rank 0 goes unnoticed. A rank in an endless loop counts as alive.
+The store is held by the launcher of machine 0, or without torchrun (mpirun) by rank 0. A call on it
+blocks while its holder is stopped or unplugged, so a second thread counts how long that lasts. When
+a launcher is gone, the stage saves a checkpoint and stops. A rank in an endless loop counts as
+alive.
 """
 
 import atexit
@@ -25,6 +26,8 @@ from accelerate import PartialState
 from torch.distributed import DistError, distributed_c10d
 
 from hfsft import process
+from hfsft.errors import Interrupted, printable
+from hfsft.process_group import machine
 from hfsft.run.manifest import checkpoints
 
 BEAT = 1.0  # seconds between heartbeats
@@ -33,11 +36,14 @@ BEAT = 1.0  # seconds between heartbeats
 # numbers on two busy cores)
 SILENT = 25
 STARVED = 300  # the same for a peer that /proc shows running: a long call can hold its GIL
+LAST_STEP = 40  # seconds that a step and its checkpoint get once a launcher is gone
 LEFT = "left "  # a rank's last message, followed by its exit status
+LOST = "lost"  # the key that says whose launcher is gone
+FAILED = 2  # the exit status when another process failed
 
 
 class Watchdog:
-    """Watches the other ranks until this process ends."""
+    """Watches the other ranks and the launchers until this process ends."""
 
     def __init__(self, folder: Path, store: Any, rank: int, ranks: int):
         """Announce this rank to its peers.
@@ -54,50 +60,87 @@ class Watchdog:
         self.identities: dict[int, dict[str, Any]] = {}  # rank → its process and host
         self.messages: dict[int, str] = {}  # rank → the last one: a heartbeat, or `LEFT`
         self.silent = dict.fromkeys(self.peers, 0)  # rank → our heartbeats since its last one
+        self.beats = 0
         self.has_left = False
+        self.lost = ""  # whose launcher is gone
+        self.launcher = os.getppid()
         self.sending, self.ending, self.over = threading.Lock(), threading.Lock(), threading.Event()
         me = {"pid": os.getpid(), "host": platform.node(), "machine": self.machine}
-        self.store.set(f"process {rank}", json.dumps(me | {"began": _proc(os.getpid())[1]}))
+        self.identities[rank] = me | {"began": _proc(os.getpid())[1]}
+        self.store.set(f"process {rank}", json.dumps(self.identities[rank]))
+        if rank and self.store.check(["process 0"]):
+            self._read_identity(0)
 
     def start(self) -> None:
-        """Start watching, in a thread that ends with the process."""
-        thread = threading.Thread(target=self._watch, name="hfsft-watchdog", daemon=True)
+        """Start watching, in threads that end with the process."""
+        threads = [
+            threading.Thread(target=run, name=f"hfsft-{run.__name__}", daemon=True)
+            for run in (self._watch, self._watch_store)
+        ]
 
         def end() -> None:
-            with contextlib.suppress(RuntimeError):  # the store may be gone already
-                self._send(f"{LEFT}0")
+            if not self.lost:
+                with contextlib.suppress(RuntimeError):  # the store may be gone already
+                    self._send(f"{LEFT}0")
             self.over.set()
-            thread.join(
-                process.PATIENCE
-            )  # a thread inside torch would abort the interpreter's exit
+            for thread in threads:  # a thread inside torch would abort the interpreter's exit
+                thread.join(process.PATIENCE)
 
         process.before_leaving = self.leave
         atexit.register(end)
-        thread.start()
+        for thread in threads:
+            thread.start()
+
+    # --- watching ---
 
     def _watch(self) -> None:
-        beats = 0
         while not self.over.wait(BEAT):
-            beats += 1
             try:
-                self._send(str(beats))
+                self._send(str(self.beats + 1))
                 self._read_peers()
             except RuntimeError:
                 return self._handle_lost_store()
+            self.beats += 1
+            if _has_launcher() and os.getppid() != self.launcher:
+                host = platform.node()
+                return self._stop_without_launcher(f"rank {self.rank} (on {host})")
             for rank, silent in self.silent.items():
                 # counted in our own heartbeats: a laptop's sleep, which stops all, is no silence
                 if silent >= (STARVED if self._state(rank) in ("R", "S", "D") else SILENT):
                     self._exit_because_of(rank)
 
+    def _watch_store(self) -> None:
+        """Exit if the store answers no more; calls on it have no time-out of their own."""
+        blocked, before = 0, 0
+        while not self.over.wait(BEAT):
+            blocked = 0 if self.beats != before else blocked + 1
+            before = self.beats
+            if blocked >= SILENT and not self.lost:
+                why = f"{self._holder()} has been silent for {blocked} s"
+                self._exit(why, answers=False)
+
+    def _holder(self) -> str:
+        """Who holds the store, for a message."""
+        first = self.identities.get(0, {"pid": "unknown", "host": "an unknown host"})
+        what = f"rank 0 (process {first['pid']})"
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            what = "the launcher of machine 0"
+        return f"{what} on {first['host']}"
+
     def _handle_lost_store(self) -> None:
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-            if not self.over.wait(SILENT):  # this rank may be finishing just as rank 0 did
-                self._exit_because_of(0)
-            return
-        print("hfsft: the launcher is gone", file=sys.stderr, flush=True)
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            self._stop_without_launcher("machine 0")
+        elif not self.over.wait(SILENT):  # this rank may be finishing just as rank 0 did
+            self._exit_because_of(0)
+
+    def _stop_without_launcher(self, whose: str) -> None:
+        """Stop every rank with a checkpoint, and exit after `LAST_STEP` seconds if one hangs."""
+        self.lost = f"the launcher of {whose} is gone"
+        with contextlib.suppress(RuntimeError):
+            self.store.set(LOST, self.lost)
         os.kill(os.getpid(), signal.SIGTERM)
-        if not self.over.wait(STARVED):  # for the step and its checkpoint, unless that hangs
-            os._exit(128 + signal.SIGTERM)
+        if not self.over.wait(LAST_STEP):
+            self._exit(f"{self.lost}, silent for {LAST_STEP} s")
 
     def _send(self, message: str) -> None:
         with self.sending:
@@ -109,10 +152,13 @@ class Watchdog:
         key = f"{what} {rank}"
         return self.store.get(key).decode() if self.store.check([key]) else ""
 
+    def _read_identity(self, rank: int) -> None:
+        if rank not in self.identities and (identity := self._received("process", rank)):
+            self.identities[rank] = json.loads(identity)
+
     def _read_peers(self) -> None:
         for rank in self.peers:
-            if rank not in self.identities and (identity := self._received("process", rank)):
-                self.identities[rank] = json.loads(identity)
+            self._read_identity(rank)
             message = self._received("beat", rank)
             alive = message != self.messages.get(rank, "") and not message.startswith(LEFT)
             self.silent[rank] = 0 if alive or message == f"{LEFT}0" else self.silent[rank] + 1
@@ -126,6 +172,8 @@ class Watchdog:
         state, began = _proc(identity["pid"])
         return "X" if state == "Z" or began != identity["began"] else state
 
+    # --- leaving ---
+
     def leave(self, error: BaseException) -> bool:
         """Called before this process exits with an error; blames a peer where that is the cause.
 
@@ -135,59 +183,101 @@ class Watchdog:
         Returns:
             Whether to print it here: what every rank reports is printed once per machine.
         """
-        broken = isinstance(error, DistError) or any(
-            words in str(error).lower() for words in ("gloo", "nccl")
-        )
+        if threading.current_thread() is threading.main_thread():
+            for number in process.STOPPING:  # torchrun's SIGTERM must not change the exit status
+                signal.signal(number, signal.SIG_IGN)
+        broken = _is_broken(error)
         try:
             if broken or isinstance(error, process.Stopped):
-                for _ in range(SILENT + 5 if broken else 1):
-                    self._read_peers()
-                    for rank in self.peers:
-                        gone = self._state(rank) == "X" or self.messages[rank].startswith(LEFT)
-                        if gone and self.messages[rank] != f"{LEFT}0":
-                            self._exit_because_of(rank)
-                    if broken:
-                        self.over.wait(BEAT)  # the watching thread may find the cause
+                self._blame_peer(SILENT + 5 if broken else 1)
+            lost = self.lost or (self.store.check([LOST]) and self.store.get(LOST).decode())
+            if lost and (broken or isinstance(error, (process.Stopped, Interrupted))):
+                self._exit(lost, printable(str(error)).partition("\n")[0])
             interrupted = isinstance(error, KeyboardInterrupt)
             status = getattr(error, "exit_status", getattr(error, "code", 1))
             self._send(f"{LEFT}{130 if interrupted else status}")
             return self._is_first_to_print(f"{type(error).__name__}: {error}")
         except RuntimeError:  # the store is gone
+            stopped = isinstance(error, (process.Stopped, Interrupted))
+            if broken or (self.lost and stopped):
+                saved = printable(str(error)).partition("\n")[0] if stopped else ""
+                self._exit(self.lost or f"{self._holder()} is gone", saved)
             return True
+
+    def _blame_peer(self, beats: int) -> None:
+        """Exit because of a peer that has died or left; look for it during some heartbeats."""
+        for beat in range(beats):
+            if beat:
+                self.over.wait(BEAT)  # the watching thread may find the cause
+            self._read_peers()
+            for rank in self.peers:
+                gone = self._state(rank) == "X" or self.messages[rank].startswith(LEFT)
+                if gone and self.messages[rank] != f"{LEFT}0":
+                    self._exit_because_of(rank)
 
     def _is_first_to_print(self, text: str) -> bool:
         try:
             return self.store.add(f"said {self.machine or self.rank} {text}", 1) == 1
         except RuntimeError:  # the store is gone
-            return True
+            return _is_first_of_machine()
 
     def _exit_because_of(self, rank: int) -> None:
         """Exit this process at once: its main thread may be stuck in a collective."""
         self.ending.acquire()  # never released: another thread may come to the same conclusion
         message, state = self.messages.get(rank, ""), self._state(rank)
         identity = self.identities.get(rank, {"pid": "unknown", "host": "an unknown host"})
-        status = 2
+        status = FAILED
         how = f"has been silent for {self.silent[rank]} s"
         if message.startswith(LEFT):
             status, how = int(message.removeprefix(LEFT)), "has exited, and prints its own error"
         elif state == "X":
-            how = "is dead"
+            how = f"is dead, silent for {self.silent[rank]} s"
         elif state in ("T", "t"):
-            how = "was stopped, and is now killed"  # it would keep the folder's lock
-            psutil.Process(identity["pid"]).kill()
+            how = f"was stopped, silent for {self.silent[rank]} s, and is now killed"
+            psutil.Process(identity["pid"]).kill()  # it would keep the folder's lock
+        who = f"rank {rank} (process {identity['pid']} on {identity['host']})"
+        prints_itself = message.startswith(LEFT) and state is not None
+        self._finish(status, "" if prints_itself else f"{who} {how}")
+
+    def _exit(self, why: str, saved: str = "", answers: bool = True) -> None:
+        """Exit with status 2 at once, because of a process that is no rank."""
+        self.ending.acquire()
+        self._finish(FAILED, f"{why}; {saved}" if saved else why, answers)
+
+    def _finish(self, status: int, why: str, answers: bool = True) -> None:
+        """Say why, unless that is empty; tell the peers, if the store answers; and exit."""
         found = checkpoints(self.folder)
         newest = f"the newest checkpoint is {found[0]}" if found else "there is no checkpoint yet"
-        text = (
-            f"hfsft: rank {rank} (process {identity['pid']} on {identity['host']}) {how}; "
-            f"{newest}\n"
-            f"  The same command {'resumes from it' if found else 'starts over'}"
-        )
-        prints_itself = message.startswith(LEFT) and state is not None
-        if not prints_itself and self._is_first_to_print(text):
+        if not found and machine():  # which may not see the folder
+            newest = "machine 0 keeps the checkpoints"
+        how = "resumes from it" if found or machine() else "starts over"
+        text = f"hfsft: {why}; {newest}\n  The same command {how}"
+        if why and (self._is_first_to_print(text) if answers else _is_first_of_machine()):
             print(text, file=sys.stderr, flush=True)
-        with contextlib.suppress(RuntimeError):
-            self._send(f"{LEFT}{status}")
+        if answers:
+            with contextlib.suppress(RuntimeError):
+                self._send(f"{LEFT}{status}")
         os._exit(status)
+
+
+def _is_broken(error: BaseException) -> bool:
+    """Whether an error, or one that it followed, is a connection to a peer that broke."""
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        text = str(error).lower()
+        if isinstance(error, DistError) or "gloo" in text or "nccl" in text:
+            return True
+        seen.append(error)
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _has_launcher() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def _is_first_of_machine() -> bool:
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
 def _machine() -> str | None:

@@ -8,10 +8,12 @@ from typing import Any
 import yaml
 
 from hfsft.errors import Interrupted, first_line
+from hfsft.process_group import from_main
 from hfsft.recipe.schema import Recipe, Stage
 from hfsft.run.files import write_text_atomically
-from hfsft.run.manifest import checkpoints, newest_valid, step_of
+from hfsft.run.manifest import newest_valid, step_of
 from hfsft.run.record import write_record
+from hfsft.train.agreement import receive_checkpoint
 from hfsft.train.measuring import figures, joules, new_record, peak_memory
 from hfsft.train.step import StepAbandoned
 
@@ -24,12 +26,14 @@ def train_with_record(trainer: Any, recipe: Recipe, stage: Stage) -> dict[str, A
     """
     is_main, device = trainer.is_world_process_zero(), trainer.args.device
     record = new_record(trainer, recipe, stage)
+    trainer.manifest_facts["record"] = record  # a copy of it, in case stage.json is lost
     if is_main:
         _write_recipe(recipe)
         write_record(stage.folder, record)
     before = optional(trainer, "energy", lambda: joules(device))
     try:
         try:
+            trainer.require_finite()
             _train(trainer, stage)
         except StepAbandoned:
             trainer.save_if_new()
@@ -73,11 +77,15 @@ def optional(trainer: Any, what: str, make: Callable[[], Any]) -> Any:
 
 def _train(trainer: Any, stage: Stage) -> None:
     """Train from the newest valid checkpoint, and validate where that is still due."""
-    checkpoint, skipped = newest_valid(stage.checkpoints)
+    checkpoint, skipped = from_main(
+        lambda: newest_valid(stage.checkpoints), "verifies the checkpoints", stage.quiet
+    )
     for problem in skipped:
         trainer.say(f"skipping an invalid checkpoint: {problem}")
+    trainer.metrics_log.share_lines()
     trainer.args.eval_on_start = stage.validates
     if checkpoint is not None:
+        checkpoint = receive_checkpoint(stage, checkpoint)
         trainer.prepare_resume(checkpoint)
         trainer.say(f"{stage.name}: resuming from {checkpoint}")
         trainer.args.eval_on_start = trainer.validation_is_due(step_of(checkpoint))
@@ -96,7 +104,8 @@ def _interrupted(trainer: Any, stage: Stage) -> Interrupted:
     if step == 0:
         return Interrupted(f"{reached}, before there was anything to save", number)
     return Interrupted(
-        f"{reached} of {trainer.args.max_steps}, saved in {checkpoints(stage.checkpoints)[0]}\n"
+        f"{reached} of {trainer.args.max_steps}, saved in "
+        f"{stage.checkpoints / f'checkpoint-{step}'}\n"
         "  The same command resumes from there",
         number,
     )

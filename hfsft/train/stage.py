@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import datasets
@@ -13,7 +14,9 @@ import torch
 import transformers
 from accelerate import PartialState
 
+from hfsft.errors import RecipeError
 from hfsft.hub.push import check_push
+from hfsft.process_group import from_main
 from hfsft.recipe.key import AUTO
 from hfsft.recipe.schema import PER_PARAMETER, Recipe, Stage
 from hfsft.run.disk import require_writable
@@ -22,14 +25,19 @@ from hfsft.run.record import (
     changed_keys,
     finished_line,
     is_finished,
+    mend_record,
     only_longer,
     other_settings,
     read_record,
     resume_notice,
     settings_of,
 )
+from hfsft.terminal import say
+from hfsft.train.agreement import agree_on_run, receive_start
+from hfsft.train.arguments import precision, trains_on_cpu
 from hfsft.train.extending import extend, finish_extending
 from hfsft.train.folder import lock_stage, move_aside
+from hfsft.train.layout import require_layout, require_shardable, uses_deepspeed
 from hfsft.train.ranks import watch_ranks
 
 
@@ -46,25 +54,50 @@ def open_stage(recipe: Recipe, stage: Stage) -> Stage | None:
     """
     set_up_device(stage)
     set_up_libraries(stage)
+    agree_on_run(recipe, stage)
     stage = with_known_steps(recipe, stage)
     if not open_folder(recipe, stage):
         return None
+    receive_start(recipe, stage)
     chosen = resume_or_extend(recipe, stage)
-    return with_plan(recipe, stage, chosen)
+    stage = from_main(lambda: with_plan(recipe, stage, chosen), "plans", stage.quiet)
+    require_shardable(stage)
+    return stage
 
 
 # --- device ---
 
 
 def set_up_device(stage: Stage) -> None:
-    """Join the process group, watch its ranks, set threads or the memory limit, and seed."""
-    # without an accelerator several processes train on the CPU only if Accelerate is told so
-    state = PartialState(cpu=_on_cpu(stage))
+    """Join the process group, watch its ranks, set threads or the memory limit, and seed.
+
+    Raises:
+        RecipeError: if the processes or the sharding that were asked for are not what runs.
+    """
+    cpu = trains_on_cpu(stage)
+    _require_gpus(stage, cpu)
+    # of the group's collectives; transformers reads it only after the group is made
+    timeout = timedelta(seconds=stage.trainer.get("ddp_timeout") or 1800)
+    # without an accelerator several processes train on the CPU only if Accelerate is told so;
+    # DeepSpeed must not be told, only given the backend
+    deepspeed = cpu and uses_deepspeed()
+    backend = {"backend": "gloo"} if deepspeed else {}
+    try:
+        state = PartialState(cpu=cpu and not deepspeed, timeout=timeout, **backend)
+    except ImportError:  # of DeepSpeed
+        state = PartialState(cpu=True, timeout=timeout)
     watch_ranks(stage.checkpoints)
+    layout = require_layout(stage, state._cpu)
+    if state.is_main_process and not stage.quiet:
+        settings = {key: stage.trainer.get(key) for key in ("bf16", "fp16")}
+        half = settings if any(value is not None for value in settings.values()) else precision()
+        chosen = next((name for name, used in half.items() if used), "fp32")
+        print(f"{stage.name}: {layout}, {state.device.type}, {chosen}", flush=True)
     if state.device.type == "cpu":
         # `accelerate launch` sets OMP_NUM_THREADS to 1 unless it is given a number
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, (cores or 1) // state.num_processes))
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
+        torch.set_num_threads(max(1, (cores or 1) // here))
     elif stage.memory_limit is not None and state.device.type == "cuda":
         from hfsft.plan.plan import CUDA_CONTEXT
 
@@ -75,9 +108,15 @@ def set_up_device(stage: Stage) -> None:
     transformers.set_seed(stage.seed)
 
 
-def _on_cpu(stage: Stage) -> bool:
-    wanted = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
-    return wanted or bool(stage.trainer.get("use_cpu")) or not torch.accelerator.is_available()
+def _require_gpus(stage: Stage, cpu: bool) -> None:
+    """Refuse more processes on this machine than it has GPUs."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if not cpu and torch.cuda.is_available() and here > torch.cuda.device_count():
+        raise RecipeError(
+            f"{stage.name}: {here} processes were asked for on this machine, which has "
+            f"{torch.cuda.device_count()} GPU(s)\n  A lower --num_processes, or "
+            "ACCELERATE_USE_CPU=true for the CPU"
+        )
 
 
 # --- libraries ---
@@ -147,23 +186,27 @@ def open_folder(recipe: Recipe, stage: Stage) -> bool:
         RecipeError: if it is finished with other settings.
     """
     state = PartialState()
-    if state.is_main_process:
+
+    def is_done() -> bool:
         require_writable(stage.folder)
         finish_extending(stage)
-    state.wait_for_everyone()
-    finished = not recipe.restart and is_finished(recipe, stage)
-    if stage.push_to_hub and state.is_main_process and not finished:
-        check_push(stage)
+        line = None if recipe.restart else mend_record(stage.folder)
+        if line and not stage.quiet:
+            say(line)
+        done = not recipe.restart and is_finished(recipe, stage)
+        if stage.push_to_hub and not done:
+            check_push(stage)
+        return done
+
+    finished = from_main(is_done, "looks at the folder", stage.quiet)
     if recipe.restart:
-        if stage.checkpoints.exists():
+        if from_main(stage.checkpoints.exists):
             lock_stage(stage)
-        with state.main_process_first():
-            if state.is_main_process and stage.folder.exists():
-                aside = move_aside(stage.folder)
-                if not stage.quiet:
-                    print(f"the old {stage.folder} is now {aside}")
+        aside = from_main(lambda: move_aside(stage.folder) if stage.folder.exists() else None)
+        if aside is not None and state.is_main_process and not stage.quiet:
+            say(f"the old {stage.folder} is now {aside}")
     if finished and state.is_main_process and not stage.quiet:
-        print(finished_line(stage))
+        say(finished_line(stage))
     return not finished
 
 
@@ -180,9 +223,10 @@ def resume_or_extend(recipe: Recipe, stage: Stage) -> dict[str, Any] | None:
     Raises:
         RecipeError: if settings differ that change the result.
     """
-    record, found = read_record(stage.folder), checkpoints(stage.checkpoints)
+    folder = stage.folder
+    record, found = from_main(lambda: (read_record(folder), checkpoints(stage.checkpoints)))
     if record is not None and (found or record["status"] == "finished"):
-        settings = settings_of(recipe, stage)
+        settings = from_main(lambda: settings_of(recipe, stage))
         changed = changed_keys(record["settings"], settings)
         if only_longer(stage, changed):
             extend(recipe, stage, record)
@@ -190,8 +234,8 @@ def resume_or_extend(recipe: Recipe, stage: Stage) -> dict[str, Any] | None:
             raise other_settings(stage, f"stopped at {found[0].name}", changed, record["settings"])
         line = resume_notice(stage, record["settings"], settings)
         if line and PartialState().is_main_process and not stage.quiet:
-            print(line)
-    return record["chosen"] if record is not None and found else None
+            say(line)
+    return record.get("chosen") if record is not None and found else None
 
 
 # --- plan ---
@@ -199,6 +243,8 @@ def resume_or_extend(recipe: Recipe, stage: Stage) -> dict[str, Any] | None:
 
 def with_plan(recipe: Recipe, stage: Stage, chosen: dict[str, Any] | None) -> Stage:
     """Choose a value for every `auto`, and refuse what does not fit a GPU or `memory_limit`.
+
+    Rank 0 does it for all of them.
 
     Args:
         recipe: whose stage.
@@ -218,7 +264,7 @@ def with_plan(recipe: Recipe, stage: Stage, chosen: dict[str, Any] | None) -> St
     # settings that the recipe gives by now override what was chosen then
     kept = {key: value for key, value in (chosen or {}).items() if key in automatic}
     stage, why = choose(recipe, with_settings(stage, **kept))
-    if why and PartialState().is_main_process and not stage.quiet:
-        print(why)
+    if why and not stage.quiet:
+        say(why)
     chosen = {key: stage.trainer[key] for key in automatic}
     return replace(stage, plan=require_fit(recipe, stage).as_data(), chosen=chosen)

@@ -4,6 +4,7 @@
 trainers: the step, saving and resuming (`checkpointing.py`), validating (`validating.py`).
 """
 
+import hashlib
 import itertools
 import json
 import math
@@ -17,7 +18,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from hfsft.data.order import RunOrder, run_order
+from hfsft.data.order import RunOrder, deal, run_order
 from hfsft.data.packing import (
     PackedConversations,
     StepCollator,
@@ -33,6 +34,7 @@ from hfsft.model.compiling import compile_layers
 from hfsft.model.head import fuse_head
 from hfsft.model.loading import plain_model
 from hfsft.model.optimizer import own_optimizer
+from hfsft.process_group import meet
 from hfsft.recipe.schema import Stage
 from hfsft.run.manifest import newest_valid
 from hfsft.tokens.encoding import IGNORED
@@ -54,6 +56,41 @@ class StepSampler(torch.utils.data.Sampler):
         return itertools.islice(run_order(list(range(self.examples)), self.seed), self.total)
 
 
+class DealtSampler(torch.utils.data.Sampler):
+    """A run's examples in order, each step's dealt to the ranks: consecutive ones are a rank's."""
+
+    def __init__(self, lengths: list[int], examples: int, ranks: int):
+        """Set up; see `deal`.
+
+        Args:
+            lengths: tokens of each example of the run.
+            examples: per step.
+            ranks: the world size; with one the order is unchanged.
+        """
+        self.lengths, self.examples, self.ranks = lengths, examples, ranks
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        for start in range(0, len(self.lengths), self.examples):
+            lengths = self.lengths[start : start + self.examples]
+            if self.ranks == 1 or len(lengths) < self.examples:
+                yield from range(start, start + len(lengths))
+            else:
+                yield from (start + i for hand in deal(lengths, self.ranks) for i in hand)
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Derive a step's random numbers, dropout's, from the run's seed, the step and the rank.
+
+    A checkpoint then resumes the same under any number of processes: none has a random state that
+    the others lack.
+    """
+    digest = hashlib.blake2b(f"{seed}:{step}:{rank}".encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(digest) % 2**63)
+
+
 class StepAbandoned(Exception):
     """Training stopped between two updates: a step or validation was abandoned, or none is left."""
 
@@ -73,22 +110,17 @@ class PackedStep:
         Raises:
             RecipeError: if upstream refuses the settings, or the step does not divide.
         """
+        meet("loads its data and model", stage.quiet)  # no collective yet: they have a time-out
         args = kwargs["args"]
-        if examples % args.world_size:
-            raise RecipeError(
-                f"{stage.name}: {examples} examples per step are not divisible by "
-                f"{args.world_size} devices"
-            )
-        if isinstance(kwargs["train_dataset"], TextStream):
-            # it reads ahead in a thread of its own, and must know its position for a checkpoint
-            args.dataloader_num_workers = 0
-            args.dataloader_prefetch_factor, args.dataloader_persistent_workers = None, False
+        _fit_arguments(args, stage, examples, kwargs["train_dataset"], kwargs["model"])
         collator = StepCollator(kwargs["processing_class"].pad_token_id, length)
         try:
             own = own_optimizer(stage, args)
             super().__init__(data_collator=collator, optimizer_cls_and_kwargs=own, **kwargs)
         except (ValueError, ImportError, RuntimeError) as error:
             raise RecipeError(f"{stage.name}: {' '.join(str(error).split())}") from None
+        if self.accelerator.ddp_handler is not None:
+            self.accelerator.ddp_handler.gradient_as_bucket_view = True  # no second copy of them
         self.stage = stage
         self._train_batch_size = examples // args.world_size  # the data loader yields whole steps
         self.rows = args.per_device_train_batch_size  # of a micro-batch; 0: one document each
@@ -209,6 +241,7 @@ class PackedStep:
         Raises:
             MemoryShortage: if a single document does not fit.
         """
+        seed_step(self.args.seed, self.state.global_step, self.args.process_index)
         cuda = torch.cuda.is_available()
         random_state = torch.get_rng_state(), torch.cuda.get_rng_state() if cuda else None
         counted = self.correct.clone(), self.predicted
@@ -369,6 +402,26 @@ class SkipBadUpdates(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         """Check the step's loss and gradient."""
         self.trainer.skip_bad_update()
+
+
+def _fit_arguments(args: Any, stage: Stage, examples: int, dataset: Any, model: Any) -> None:
+    """Fit a trainer's arguments to the step, the data and the model, in place."""
+    if examples % args.world_size:
+        raise RecipeError(
+            f"{stage.name}: {examples} examples per step are not divisible by "
+            f"{args.world_size} devices"
+        )
+    if isinstance(dataset, TextStream):
+        # it reads ahead in a thread of its own, and must know its position for a checkpoint
+        args.dataloader_num_workers = 0
+        args.dataloader_prefetch_factor, args.dataloader_persistent_workers = None, False
+    if args.ddp_find_unused_parameters is None and not _has_experts(model):
+        args.ddp_find_unused_parameters = False  # transformers' default walks the graph
+
+
+def _has_experts(model: Any) -> bool:
+    """Whether a micro-batch may leave weights without a gradient: those of experts."""
+    return any("expert" in name for name, _ in model.named_parameters())
 
 
 def _origins(dataset: Any, examples: list[int]) -> dict[str, list[Any]]:

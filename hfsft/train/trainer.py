@@ -6,6 +6,7 @@ import torch
 from transformers import Trainer
 from trl import SFTTrainer
 
+from hfsft.train.step import DealtSampler
 from hfsft.train.validating import ValidatingStep
 
 # what hfsft uses or overrides of its libraries that is not public API, and what for; a test fails,
@@ -53,7 +54,8 @@ class SFTStageTrainer(ValidatingStep, SFTTrainer):
     """The trainer of sft, whose training set lists the examples of the run in their order."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler:
-        return torch.utils.data.SequentialSampler(train_dataset or self.train_dataset)
+        examples, ranks = self.get_total_train_batch_size(self.args), self.args.world_size
+        return DealtSampler(self.train_dataset.lengths, examples, ranks)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write no card beside a checkpoint: the finished stage gets its own."""

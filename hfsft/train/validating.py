@@ -18,6 +18,7 @@ from hfsft.data.packing import micro_batches, model_inputs, on_device
 from hfsft.data.stream import TextStream
 from hfsft.model.loading import plain_model
 from hfsft.plan.sizes import steps_of
+from hfsft.process_group import meet
 from hfsft.recipe.schema import Stage
 from hfsft.tokens.encoding import IGNORED
 from hfsft.tokens.foreign_templates import prompt_text
@@ -133,6 +134,7 @@ class ValidatingStep(ResumableStep):
         # with sharded weights every generated token would gather them all
         if self.is_world_process_zero() and self.stage.sample_prompts and not self.is_sharded():
             self._answer_samples()
+        meet("answers the sample prompts", self.stage.quiet)
         self.metrics_log.sample_seconds = time.perf_counter() - began
         return super().evaluate(*args, **kwargs)
 

@@ -10,7 +10,9 @@ from rich.console import Console
 
 from hfsft.cli import app
 from hfsft.data.audit import audit_source, print_audit
+from hfsft.data.mixture import load_conversations
 from hfsft.data.preview import preview, text_segments
+from hfsft.errors import DataError
 from hfsft.recipe.loading import load_recipe
 
 RECIPE = {
@@ -108,3 +110,42 @@ def test_command_prints_a_table_or_json(recipe, capsys):
     with pytest.raises(SystemExit):
         app(["data", recipe, "--json", "--sft.held_out", "5"])
     assert json.loads(capsys.readouterr().out)["sft"]["audit"]["held_out"] == 5
+
+
+def bad_rows(tmp_path, bad: int) -> str:
+    """A recipe whose sft has 20 rows, some of them bad."""
+    rows = [
+        {"prompt": f"What is {n}?", "completion": "" if n < bad else "A number."} for n in range(20)
+    ]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = RECIPE | {"sft": {"data": [{"path": str(path)}], "max_length": 96, "max_steps": 1}}
+    (tmp_path / "bad.yaml").write_text(
+        yaml.safe_dump(made | {"output_dir": str(tmp_path / "runs")})
+    )
+    return str(tmp_path / "bad.yaml")
+
+
+def test_what_training_would_refuse_is_said_first(tmp_path, capsys):
+    recipe = bad_rows(tmp_path, 3)
+    app(["data", recipe], standalone_mode=False)
+    said = capsys.readouterr().out
+    mine = said[said.index("sft: training would stop: ") :]
+    assert mine.startswith(
+        f"sft: training would stop: {tmp_path}/chats.jsonl: 3 of 20 rows are bad, the first is "
+        "row 0 (empty content)\nTo train on the rest: --on_bad_rows skip\n"
+    )
+    assert said.count("training would stop") == 1
+    app(["data", recipe, "--json"], standalone_mode=False)
+    seen = json.loads(capsys.readouterr().out)
+    assert [data["refused"] is None for data in seen.values()] == [True, True, False]
+    app(["data", recipe, "--sft.on_bad_rows", "skip"], standalone_mode=False)
+    assert "training would stop" not in capsys.readouterr().out
+
+
+def test_a_refusal_comes_without_a_table(tmp_path, make_stage, tokenizer, capsys):
+    bad_rows(tmp_path, 3)
+    stage = make_stage(str(tmp_path / "chats.jsonl"), quiet=False)
+    with pytest.raises(DataError, match="3 of 20 rows are bad"):
+        load_conversations(stage, tokenizer)
+    assert capsys.readouterr().out == ""

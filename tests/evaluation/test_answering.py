@@ -133,7 +133,9 @@ def test_choices_with_the_same_token_are_refused(folder):
 def test_a_base_stage_gets_plain_prompts(tmp_path, folder):
     made = folder()
     assert Evaluator(made).is_chat
-    (tmp_path / "nanochatTrue" / "stage.json").write_text('{"stage": "base"}')
+    (tmp_path / "nanochatTrue" / "stage.json").write_text(
+        '{"stage": "base", "status": "finished", "settings": {}}'
+    )
     evaluator = Evaluator(made)
     assert not evaluator.is_chat
     ids = evaluator.prompt_ids("Why?")

@@ -303,7 +303,7 @@ def test_held_out_loss_of_a_stage(tmp_path, make_model, tokenizer, monkeypatch):
     folder = tmp_path / "runs" / "tiny" / "sft"
     model = make_model()
     save(model, tokenizer, folder)
-    (folder / "stage.json").write_text('{"stage": "sft"}')
+    (folder / "stage.json").write_text('{"stage": "sft", "status": "finished", "settings": {}}')
     (folder.parent / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     found = evaluate("runs/tiny/sft", ["held_out"], batch_size=4)["tasks"]["held_out"]
     assert list(found) == ["kind", "rows", "tokens", "loss", "error", "bits_per_byte"]

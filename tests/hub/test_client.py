@@ -34,8 +34,8 @@ from pathlib import Path
 from hfsft.errors import HfsftError
 from hfsft.recipe.schema import Source, Stage
 
-MODULES = ("hub.client", "data.sources", "data.mixture", "data.text", "tokens.tokenizer")
-MODULES += ("model.loading",)
+MODULES = ("hub.bounds", "hub.client", "data.sources", "data.mixture", "data.text")
+MODULES += ("tokens.tokenizer", "model.loading")
 
 class Names(dict):
     def __missing__(self, name):  # import only the module of a name that is used
@@ -288,6 +288,83 @@ def test_permanent_failures_end_the_push(hub, tmp_path, folder, damage, words, a
     assert (kind, text) == ("HfsftError", f"cannot push {folder} to {name}: {words}")
     assert len(hub.seen(f"POST .*/{name}/commit/")) == attempts
     assert set(hub.files(name)) == {".gitattributes"}
+
+
+ODD = {
+    "auth-check": "GET .*/{}/auth-check",
+    "refs": "GET .*/{}/refs",
+    "preupload": "POST .*/{}/preupload/",
+    "commit": "POST .*/{}/commit/",
+}
+
+
+@pytest.mark.parametrize("body", [b"{}", b"[]", b"null", b"[[1]]", b'"x"', b"[" * 100_000])
+@pytest.mark.parametrize("step", ODD)
+def test_json_that_is_not_as_expected_is_one_error(hub, tmp_path, folder, step, body):
+    name = f"me/odd-{step}-{len(body)}-{body[:1].hex()}-{body[1:2].hex()}"
+    hub.add_repo(name)
+    hub.fail(ODD[step].format(name), times=99, body=body)
+    open_it = f"open_repository({name!r}, None, ['main'])"
+    push = f"push_folder(Path({str(folder)!r}), {name!r}, patience=3)"
+    answers = ask(hub.env(tmp_path / "home", "hf_write"), "bound_requests(5.0)", open_it, push)
+    failed = [answer for answer, _ in answers[1:] if isinstance(answer, list)]
+    for kind, text in failed:
+        assert kind == "HfsftError" and text.startswith("cannot ") and "\n" not in text
+    # what the client needs nothing of may be anything
+    assert failed or step == "auth-check" or set(hub.files(name)) == SENT
+
+
+@pytest.mark.parametrize("body", [b"{}", b"[]", b"null", b'{"name": {}}', b"[" * 100_000])
+def test_a_token_whose_owner_is_odd_is_one_error(hub, tmp_path, body):
+    hub.fail("GET /api/whoami-v2", body=body)
+    ((kind, text), _), *_ = ask(hub.env(tmp_path / "home", "hf_write"), "repository_id('x')")
+    assert kind == "HfsftError" and text.startswith("cannot ask the Hub whose token this is: ")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        ({"drip": 0.1, "body": b"{" + b" " * 10**6}, "takes longer than 1 s"),
+        ({"body": b"{" + b" " * 10**6 + b"}"}, "is larger than 100,000 bytes"),
+    ],
+    ids=["slow", "large"],
+)
+def test_an_answer_without_end_is_cut_off(hub, tmp_path, folder, damage, words):
+    name = f"me/endless-{len(damage)}"
+    hub.add_repo(name)
+    hub.fail(f"POST .*/{name}/commit/", **damage)
+    hub.fail(f"GET /api/models/{name}$", **damage)
+    limits = "globals()['Names'] and vars(__import__('hfsft.hub.bounds', fromlist=['x'])).update"
+    answers = ask(
+        hub.env(tmp_path / "home", "hf_write"),
+        "bound_requests(5.0)",
+        f"{limits}(LONGEST_ANSWER=1.0, LARGEST_ANSWER=100_000)",
+        f"push_folder(Path({str(folder)!r}), {name!r}, patience=30)",
+        f"require_model({name!r})",
+    )
+    assert answers[2][0] == [
+        "HfsftError",
+        f"cannot push {folder} to {name}: the Hub's answer {words}",
+    ]
+    assert answers[3][0] == [
+        "ModelError",
+        f"cannot find the model {name}: the Hub's answer {words}",
+    ]
+
+
+def test_a_push_that_is_repeated_for_long_says_so(hub, tmp_path, folder):
+    hub.add_repo("me/down-long")
+    hub.fail("POST .*/me/down-long/commit/", times=99, status=503)
+    push = f"push_folder(Path({str(folder)!r}), 'me/down-long', patience=8)"
+    done = subprocess.run(
+        [sys.executable, "-c", ASK, "bound_requests(1.0)", push],
+        cwd=Path(__file__).parents[2],
+        env=hub.env(tmp_path / "home", "hf_write"),
+        capture_output=True,
+        text=True,
+    )
+    said = "hfsft: the Hub does not take it yet (503 Fault on demand: 503); trying again for up"
+    assert done.stderr.count(said) == 1
 
 
 READ_ONLY = "\n  It needs a token with write access: https://huggingface.co/settings/tokens"

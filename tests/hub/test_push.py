@@ -18,7 +18,7 @@ STATES = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json",
 RUN = """
 import json, shutil, sys, time
 from pathlib import Path
-from hfsft.hub.client import bound_requests
+from hfsft.hub.bounds import bound_requests
 from hfsft.hub.push import Pusher, check_push, report_pushes
 from hfsft.recipe.schema import Stage
 

@@ -411,3 +411,55 @@ def test_4_bits_need_a_gpu(make_start, tokenizer):
         "sft.load_in_4bit: QLoRA needs a CUDA GPU, and none is here; "
         "--load_in_4bit false trains LoRA on full weights"
     )
+
+
+# --- hostile folders ---
+
+
+def altered(folder: Path, make_model, tokenizer, **keys) -> str:
+    """A model's folder with other values in its config.json."""
+    make_model("llama").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text()) | keys
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"num_attention_heads": 0}, "config.json: num_attention_heads is '0', no whole number"),
+        ({"num_key_value_heads": 0}, "config.json: num_key_value_heads is '0', no whole number"),
+        ({"hidden_size": "64"}, "config.json: hidden_size is '64', no whole number above 0"),
+        ({"hidden_size": -64}, "config.json: hidden_size is '-64', no whole number above 0"),
+        ({"vocab_size": 512.0}, "config.json: vocab_size is '512.0', no whole number above 0"),
+        ({"num_hidden_layers": 10**6}, "config.json: num_hidden_layers is 1,000,000, above 1,000"),
+        ({"num_labels": 10**9}, "config.json: num_labels is 1,000,000,000, above 10,000"),
+        ({"text_config": {"num_hidden_layers": 10**6}}, "num_hidden_layers is 1,000,000, above"),
+        ({"pad_token_id": 10**9}, "cannot be loaded: "),
+        ({"num_attention_heads": 3}, ""),
+        ({"hidden_act": "no such"}, "cannot be loaded: "),
+        ({"rms_norm_eps": "x"}, ""),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": "x"}}, ""),
+        ({"vocab_size": 10**12}, ""),
+        ({"head_dim": 7}, ""),
+        ({"model_type": ["llama"]}, ""),
+    ],
+    ids=str,
+)
+def test_a_hostile_config_is_one_error(tmp_path, make_model, tokenizer, keys, message):
+    folder = altered(tmp_path / "model", make_model, tokenizer, **keys)
+    stage = Stage("sft", tmp_path, 0, [], 0, model_name_or_path=folder, max_length=64)
+    with pytest.raises(ModelError) as caught:
+        load_model(stage, load_tokenizer(folder))
+    assert str(caught.value).startswith(f"{folder}: ") and message in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "{", "", "[" * 100_000])
+def test_a_config_that_is_no_object_is_one_error(tmp_path, make_model, tokenizer, text):
+    folder = altered(tmp_path / "model", make_model, tokenizer)
+    (tmp_path / "model" / "config.json").write_text(text)
+    stage = Stage("sft", tmp_path, 0, [], 0, model_name_or_path=folder, max_length=64)
+    with pytest.raises(ModelError, match=r"config\.json is not a JSON object"):
+        load_model(stage, tokenizer)

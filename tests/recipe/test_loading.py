@@ -375,7 +375,8 @@ def reloaded(recipe: Recipe) -> Recipe:
 def test_recipe_loads_and_its_resolved_copy_is_the_same(path):
     recipe = load_recipe(str(path))
     assert recipe.name == path.stem
-    assert set(recipe.stages) == set(yaml.safe_load(path.read_text())) & set(STAGES)
+    written = yaml.safe_load(path.read_text())  # the others are those of the recipe it extends
+    assert set(written) & set(STAGES) <= set(recipe.stages)
     copy = reloaded(recipe)
     for name in ("name", "output_dir", "seed", "model", "tokenizer", "sample_prompts", "stages"):
         assert getattr(copy, name) == getattr(recipe, name), name

@@ -277,6 +277,8 @@ def test_a_folder_that_is_not_a_run_is_an_error(run, tmp_path):
     with pytest.raises(HfsftError, match=f"is not a run.*its run is {run}"):
         write_report(run / "sft")
     (run / "mid/stage.json").write_text("{")
+    for copy in (run / "mid").rglob("manifest.json"):
+        copy.unlink()
     with pytest.raises(HfsftError, match="cannot be read"):
         write_report(run)
 

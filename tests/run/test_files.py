@@ -1,6 +1,7 @@
 """Files that survive a kill or a full disk."""
 
 import math
+import os
 
 import pytest
 
@@ -26,3 +27,15 @@ def test_torn_lines_are_skipped_and_line_separators_kept(tmp_path):
     assert first == {"a": "x\u2028y"} and math.isnan(second["loss"])
     assert read_json_lines(path, nan_as_none=True)[1] == {"loss": None}
     assert read_json_lines(tmp_path / "missing.jsonl") == []
+
+
+def test_a_write_follows_no_link_and_trips_over_nothing(tmp_path):
+    theirs = tmp_path / "theirs"
+    theirs.write_text("theirs")
+    path = tmp_path / "stage.json"
+    path.symlink_to(theirs)
+    for name in ("stage.json.partial", f"stage.json.{os.getpid()}.partial"):
+        (tmp_path / name).symlink_to(theirs)
+    write_text_atomically(path, "new")
+    assert path.read_text() == "new" and not path.is_symlink()
+    assert theirs.read_text() == "theirs"

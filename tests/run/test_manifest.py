@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from hfsft.errors import CheckpointError
+from hfsft.run import manifest
 from hfsft.run.manifest import (
     DELETED,
     MANIFEST,
@@ -15,7 +16,9 @@ from hfsft.run.manifest import (
     commit,
     newest_valid,
     rotate,
+    seal,
     verify,
+    verify_model,
 )
 
 
@@ -32,9 +35,9 @@ def write(folder, step, **facts):
 
 def test_a_committed_folder_verifies(tmp_path):
     made = write(tmp_path, 3, recipe="abc")
-    manifest = verify(made)
-    assert manifest["step"] == 3 and manifest["recipe"] == "abc"
-    assert {name: facts["bytes"] for name, facts in manifest["files"].items()} == {
+    held = verify(made)
+    assert held["step"] == 3 and held["recipe"] == "abc"
+    assert {name: facts["bytes"] for name, facts in held["files"].items()} == {
         "model.safetensors": 25600,
         "optimizer.pt": 5000,
         "deep/rng_state.pth": 1,
@@ -164,3 +167,67 @@ def test_a_manifest_is_plain_json(tmp_path):
         "bytes": 1,
         "sha256": "4bf5122f344554c53bde2ebb8cd2b7e3d1600ad631c385a5d7cce23c7785459a",
     }
+
+
+def finished(folder):
+    """A finished stage's folder."""
+    (folder / "adapter").mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(bytes(range(256)) * 100)
+    (folder / "adapter" / "adapter_config.json").write_text("{}")
+    seal(folder, {"record": {"stage": "sft"}})
+    (folder / "stage.json").write_text("{}")
+    (folder / "README.md").write_text("card")
+    return folder
+
+
+def test_a_finished_model_is_checked_again_only_where_it_changed(tmp_path, monkeypatch):
+    folder = finished(tmp_path / "sft")
+    read = []
+    digest = manifest._digest
+    monkeypatch.setattr(manifest, "_digest", lambda path: read.append(path) or digest(path))
+    for _ in range(3):
+        verify_model(folder)
+    assert len(read) == 2
+    (folder / "README.md").write_text("a card of the user's own")
+    verify_model(folder)
+    flip(folder / "model.safetensors", 7)
+    for _ in range(2):
+        with pytest.raises(
+            CheckpointError, match=r"sft: model.safetensors is not what .*\n.*delete"
+        ):
+            verify_model(folder)
+    flip(folder / "model.safetensors", 7)
+    verify_model(folder)
+    (folder / "adapter" / "adapter_config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"adapter/adapter_config.json is missing"):
+        verify_model(folder)
+
+
+def test_folders_without_a_manifest_of_ours_are_not_checked(tmp_path):
+    verify_model(tmp_path / "nowhere")
+    verify_model(tmp_path)
+    (tmp_path / MANIFEST).write_text('{"of": "another tool"}')
+    verify_model(tmp_path)
+    checkpoint = write(tmp_path / "checkpoints", 3)
+    verify_model(checkpoint)
+    flip(checkpoint / "optimizer.pt", 0)
+    with pytest.raises(CheckpointError, match=r"optimizer\.pt is not what was written"):
+        verify_model(checkpoint)
+
+
+def test_a_link_or_file_at_a_name_of_ours_is_removed_but_not_its_target(tmp_path):
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "kept").write_text("theirs")
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    (folder / PARTIAL).symlink_to(theirs)
+    (folder / DELETED).write_text("a file")
+    clear(folder)
+    assert list(folder.iterdir()) == [] and (theirs / "kept").read_text() == "theirs"
+    write(folder, 1)
+    write(folder, 2)
+    (folder / DELETED).symlink_to(theirs)
+    rotate(folder, 1)
+    assert [path.name for path in folder.iterdir()] == ["checkpoint-2"]
+    assert (theirs / "kept").read_text() == "theirs"

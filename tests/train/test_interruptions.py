@@ -186,6 +186,38 @@ def test_a_damaged_checkpoint_is_skipped_and_reported(recipe, whole, tmp_path, m
     assert (newest.parent / "checkpoint-4.broken-1" / "optimizer.pt").read_bytes() == held
 
 
+def cut(log: Path) -> None:
+    log.write_bytes(log.read_bytes()[:-20])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda log: log.unlink(),
+        cut,
+        lambda log: log.write_bytes(b"\xff\xfe\x00" + log.read_bytes()[40:]),
+        lambda log: log.write_text('{"a": 1}\n{"step": "x"}\n[]\n' * 3),
+    ],
+    ids=["deleted", "cut", "not UTF-8", "another's"],
+)
+def test_a_lost_log_is_restored_from_the_checkpoint(
+    recipe, whole, tmp_path, monkeypatch, capsys, damage
+):
+    place = ("--output_dir", str(tmp_path))
+    with acting(monkeypatch, on_step_begin=sends(signal.SIGTERM, 3)), pytest.raises(Interrupted):
+        sft.main(recipe, *place)
+    names = ("metrics.jsonl", "validation.jsonl")
+    before = [(sft_folder(tmp_path) / name).read_bytes() for name in names]
+    for name in names:
+        damage(sft_folder(tmp_path) / name)
+    capsys.readouterr()
+    sft.main(recipe, *place)
+    assert capsys.readouterr().out.count("lacked lines; they are restored from") == 2
+    assert bits(sft_folder(tmp_path)) == whole
+    for name, held in zip(names, before, strict=True):
+        assert (sft_folder(tmp_path) / name).read_bytes().startswith(held)
+
+
 def test_no_valid_checkpoint_is_no_fresh_start(recipe, place, tmp_path, monkeypatch):
     with acting(monkeypatch, on_step_begin=sends(signal.SIGTERM, 1)), pytest.raises(Interrupted):
         sft.main(recipe, *place)
@@ -293,6 +325,69 @@ def test_a_command_answers_signals_in_one_line(where, number):
     said = command.communicate(timeout=60)[1]
     assert command.returncode == 128 + number
     assert re.fullmatch(r"hfsft: (interrupted|stopped by SIG\w+)\n", said)
+
+
+LOADING = """
+import sys, time
+from hfsft.process import run_main
+sys.path.insert(0, sys.argv[1])
+def main():
+    import slow_library
+run_main(main)
+"""
+SLOW = """
+import time
+print("busy", flush=True)
+try:
+    time.sleep(300)
+except BaseException as error:
+    raise ImportError("half loaded") from error
+"""
+UNWINDING = """
+import time
+from hfsft.process import run_main
+def main():
+    try:
+        print("busy", flush=True)
+        time.sleep(300)
+    finally:
+        print("unwinding", flush=True)
+        time.sleep(1)
+run_main(main)
+"""
+
+
+def started(code: str, *arguments: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_libraries_load_is_one_line(tmp_path, number):
+    (tmp_path / "slow_library.py").write_text(SLOW)
+    command = started(LOADING, str(tmp_path))
+    assert command.stdout.readline() == "busy\n"
+    command.send_signal(number)
+    said = command.communicate(timeout=60)[1]
+    assert command.returncode == 128 + number
+    assert re.fullmatch(r"hfsft: (interrupted|stopped by SIGTERM)\n", said)
+
+
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_while_the_first_unwinds_changes_nothing(second):
+    command = started(UNWINDING)
+    assert command.stdout.readline() == "busy\n"
+    command.send_signal(signal.SIGINT)
+    assert command.stdout.readline() == "unwinding\n"
+    for _ in range(3):
+        command.send_signal(second)
+    assert command.communicate(timeout=60)[1] == "hfsft: interrupted\n"
+    assert command.returncode == 130
 
 
 def test_nohup_is_heeded(recipe, whole, place, tmp_path, monkeypatch):

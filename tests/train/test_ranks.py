@@ -27,6 +27,7 @@ CONFIG = {
     "gpu_ids": "all",
     "use_cpu": False,
 }
+STEPS = 120
 # what a rank does that waits in C for another; argv: the rank, the store's port, beats
 WAITS = """
 import sys, time
@@ -35,32 +36,39 @@ from torch.distributed import TCPStore
 from hfsft.train import ranks
 rank, port, ranks.SILENT = map(int, sys.argv[1:])
 store = TCPStore("127.0.0.1", port, is_master=False)
+store.set(f"ready {rank}", "")
+store.wait(["ready 0", "ready 1"])
+ranks.machine = lambda: 0
 ranks.Watchdog(Path("checkpoints"), store.clone(), rank, 2).start()
 print("watches", flush=True)
 store.wait(["what never comes"])
 """
 
 
+def waiting_rank(folder: Path, rank: int, port: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", WAITS, str(rank), port, "4"],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TORCHELASTIC_USE_AGENT_STORE": "True"},
+    )
+
+
 @pytest.mark.parametrize(
     ("number", "how"),
-    [(signal.SIGSTOP, "was stopped, and is now killed"), (signal.SIGKILL, "is dead")],
+    [
+        (signal.SIGSTOP, r"was stopped, silent for \d+ s, and is now killed"),
+        (signal.SIGKILL, r"is dead, silent for \d+ s"),
+    ],
 )
 def test_the_rank_that_is_left_names_the_other_and_ends(tmp_path, number, how):
     from torch.distributed import TCPStore
 
     (tmp_path / "checkpoints" / "checkpoint-7").mkdir(parents=True)
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", WAITS, str(rank), str(store.port), "4"],
-            cwd=tmp_path,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "TORCHELASTIC_USE_AGENT_STORE": "True"},
-        )
-        for rank in range(2)
-    ]
+    ranks = [waiting_rank(tmp_path, rank, str(store.port)) for rank in range(2)]
     for rank in ranks:
         assert rank.stdout.readline() == "watches\n"
     time.sleep(3)  # they have seen each other
@@ -76,6 +84,32 @@ def test_the_rank_that_is_left_names_the_other_and_ends(tmp_path, number, how):
     assert ranks[1].wait(timeout=60) == -signal.SIGKILL
 
 
+def test_a_store_that_answers_no_more_ends_the_ranks_with_who_held_it(tmp_path):
+    """A stopped launcher: a call on its store would block for ever."""
+    holds = "from torch.distributed import TCPStore; import time; "
+    holds += "store = TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False); "
+    holds += "print(store.port, flush=True); time.sleep(600)"
+    holder = subprocess.Popen([sys.executable, "-c", holds], stdout=subprocess.PIPE, text=True)
+    port = holder.stdout.readline().strip()
+    ranks = [waiting_rank(tmp_path, rank, port) for rank in range(2)]
+    for rank in ranks:
+        assert rank.stdout.readline() == "watches\n"
+    time.sleep(2)
+    holder.send_signal(signal.SIGSTOP)
+    try:
+        for rank in ranks:
+            said = rank.communicate(timeout=60)[1]
+            assert rank.returncode == 2
+            assert re.search(
+                r"^hfsft: the launcher of machine 0 on \S+ has been silent for 4 s; there is no "
+                r"checkpoint yet\n  The same command starts over$",
+                said,
+                re.M,
+            )
+    finally:
+        holder.kill()
+
+
 def test_killed_at_a_random_moment_two_ranks_and_a_stream_end_with_the_same_bits(tmp_path):
     said = harness(tmp_path, "--rounds", "1", "--configs", "ranks,stream")
     assert said.count(" 0 other statuses, 0 mismatches\n") == 2
@@ -88,7 +122,7 @@ class Launched:
     """`hfsft sft` or `accelerate launch` with two ranks."""
 
     def __init__(self, folder: Path, launcher: str, name: str = "two"):
-        argv = ("faults.yaml", "--name", name, "--max_steps", "400")
+        argv = ("faults.yaml", "--name", name, "--max_steps", str(STEPS))
         argv += ("--model_name_or_path", "runs/start/base")
         two = ["--config_file", "two.yaml"]
         commands = {
@@ -145,7 +179,9 @@ def test_a_rank_is_killed_under_hfsft(folder):
     run.ranks[1].kill()
     status, said = run.end()
     assert status == 2
-    assert re.search(rf"hfsft: rank 1 \(process {run.ranks[1].pid} on .* is dead; .*-50\n", said)
+    assert re.search(
+        rf"hfsft: rank 1 \(process {run.ranks[1].pid} on .* is dead, silent for .*-50\n", said
+    )
     assert "Traceback" not in said
 
 
@@ -160,16 +196,29 @@ def test_a_rank_is_stopped(folder, launcher, rank):
     status, said = run.end()
     assert time.monotonic() - began < 60
     assert status == (2 if launcher == "hfsft" else 1)
-    assert re.search(
-        rf"hfsft: rank {rank} \(process .* was stopped, and is now killed; .*-50\n", said
-    )
+    assert re.search(rf"hfsft: rank {rank} \(process .* was stopped, silent for .*-50\n", said)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(trained) -> dict[str, str]:
+    """What a run leaves that nobody disturbed."""
+    assert Launched(trained, "hfsft", "whole").end()[0] == 0
+    return bits(trained / "runs/whole/sft", STEPS)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["hfsft", "accelerate"])
-@pytest.mark.parametrize("name", ["TERM", "INT", "HUP"])
-@pytest.mark.parametrize("told", ["launcher", "0", "1", "both"])
-def test_signals_stop_both_at_the_same_step(folder, launcher, name, told):
+@pytest.mark.parametrize(
+    ("launcher", "name", "told"),
+    [
+        *(("hfsft", "TERM", told) for told in ("launcher", "0", "1", "both")),
+        ("hfsft", "INT", "launcher"),
+        ("hfsft", "INT", "1"),
+        ("hfsft", "HUP", "both"),
+        ("accelerate", "TERM", "launcher"),
+        ("accelerate", "INT", "0"),
+    ],
+)
+def test_signals_stop_both_at_the_same_step(folder, undisturbed, launcher, name, told):
     number = signal.Signals[f"SIG{name}"]
     run = Launched(folder, launcher)
     run.reach("step 60/")
@@ -179,11 +228,23 @@ def test_signals_stop_both_at_the_same_step(folder, launcher, name, told):
         time.sleep(0.6)
     status, said = run.end()
     assert status == (128 + number if launcher == "hfsft" else 1), said
-    assert len(re.findall(rf"sft stopped by SIG{name} at step \d+ of 400, saved in", said)) == 1
+    stopped = rf"sft stopped by SIG{name} at step \d+ of {STEPS}, saved in"
+    assert len(re.findall(stopped, said)) == 1
     sft = folder / "runs/two/sft"
     assert json.loads((sft / "stage.json").read_text())["status"] == "interrupted"
     again = Launched(folder, launcher)
     assert again.end()[0] == 0
-    whole = Launched(folder, launcher, "whole")
-    assert whole.end()[0] == 0
-    assert bits(sft, 400) == bits(folder / "runs/whole/sft", 400)
+    assert bits(sft, STEPS) == undisturbed
+
+
+@pytest.mark.slow
+def test_the_launcher_is_killed(folder, undisturbed):
+    """The ranks save a checkpoint and end, and the same command resumes from it."""
+    run = Launched(folder, "hfsft")
+    run.reach("step 60/")
+    run.process.kill()
+    status, said = run.end()
+    assert status == -signal.SIGKILL
+    assert "hfsft: the launcher of machine 0 is gone; " in said and "Traceback" not in said
+    assert Launched(folder, "hfsft").end()[0] == 0
+    assert bits(folder / "runs/two/sft", STEPS) == undisturbed

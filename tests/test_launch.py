@@ -1,0 +1,70 @@
+"""What `hfsft STAGE` hands to Accelerate, and the exit status it makes of its ranks'."""
+
+import signal
+
+import pytest
+
+from hfsft.errors import RecipeError
+from hfsft.launch import Processes, _command, _status_of_ranks, planned_spread
+
+
+@pytest.fixture(autouse=True)
+def no_config_of_the_user(tmp_path, monkeypatch):
+    from accelerate.commands.config import config_args
+
+    monkeypatch.setattr(config_args, "default_config_file", str(tmp_path / "none.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("given", "multi_gpu", "count"),
+    [
+        ({}, False, 1),
+        ({"num_processes": 1}, False, 1),
+        ({"num_processes": 4}, True, 4),
+        ({"config_file": "cpu", "num_processes": 2}, True, 2),
+        ({"config_file": "multi_gpu"}, False, None),
+        ({"config_file": "multi_gpu", "num_processes": 3}, False, 3),
+    ],
+)
+def test_processes_asked_for_are_handed_on(given, multi_gpu, count, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
+    command = _command("sft", "r.yaml", ["--max_steps", "3"], Processes(**given))
+    assert (command.multi_gpu, command.num_processes) == (multi_gpu, count)
+    assert command.training_script == "hfsft.sft"
+    assert command.training_script_args == ["r.yaml", "--max_steps", "3"]
+
+
+def test_machines_are_handed_on():
+    where = Processes("multi_node", 6, 3, 2, "10.0.0.1", 29777)
+    command = _command("base", "r.yaml", [], where)
+    assert (command.num_machines, command.machine_rank, command.num_processes) == (3, 2, 6)
+    assert (command.main_process_ip, command.main_process_port) == ("10.0.0.1", 29777)
+    assert not where.is_main_machine() and where.machines() == 3
+    assert Processes("multi_node").is_main_machine() and Processes().is_main_machine()
+
+
+def test_an_unknown_config_is_refused():
+    with pytest.raises(RecipeError, match="no such file none"):
+        Processes("none").options()
+
+
+def test_plans_are_spread_as_asked():
+    assert planned_spread(Processes("fsdp2", 8)) == planned_spread(Processes("fsdp2", 8))
+    spreads = [planned_spread(Processes(*given)) for given in ((), ("zero2",), (None, 4))]
+    assert [(s.processes, s.kind) for s in spreads] == [(1, "DDP"), (2, "ZeRO-2"), (4, "DDP")]
+
+
+@pytest.mark.parametrize(
+    ("codes", "signalled", "status"),
+    [
+        ([-signal.SIGKILL, 2], False, 2),
+        ([-signal.SIGKILL, 143], False, 2),  # torchrun's own SIGTERM is no cause
+        ([143, -signal.SIGKILL], False, 2),
+        ([-signal.SIGKILL], False, 2),
+        ([143, 143], True, 143),
+        ([1, 143], False, 1),
+        ([130], True, 130),
+    ],
+)
+def test_a_rank_that_was_killed_gives_2(codes, signalled, status):
+    assert _status_of_ranks(codes, signalled) == status
