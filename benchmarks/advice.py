@@ -17,7 +17,8 @@ conversations, up to 28 epochs) from a model that was trained on both.
 The constants of advice.py were tuned on the rows marked *; of the real curves, those of seed 2
 under warmup_stable_decay were trained afterwards. After a first look at all rows two faults were
 fixed: repeated data no longer makes it certain that the loss rises (`few` and `overfitting`, hence
-their *), and nothing is projected beyond 4 times the steps done.
+their *), and nothing is projected beyond 4 times the steps done. LATE was added later, after a
+look at all real curves, whose longer runs gained more than projected.
 """
 
 import argparse

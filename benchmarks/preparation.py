@@ -26,7 +26,8 @@ from hfsft.data.mixture import mix_conversations
 from hfsft.data.tasks import facts, speeches
 from hfsft.recipe.schema import Source, Stage
 from hfsft.tokens.encoding import fit_conversations
-from hfsft.tokens.row_formats import check_messages
+from hfsft.tokens.messages import Conversation
+from hfsft.tokens.row_formats import read_row
 from hfsft.tokens.tokenizer import load_tokenizer, train_tokenizer
 
 PAIRS = 5
@@ -78,7 +79,7 @@ def prepare(path: Path, tokenizer: object, folder: str, **settings: int) -> tupl
         return time.perf_counter() - began, audit
 
 
-def encode(conversations: list[list[dict]], tokenizer: object) -> float:
+def encode(conversations: list[Conversation], tokenizer: object) -> float:
     """Seconds to encode conversations, a thousand at a time as the preparation does."""
     began = time.perf_counter()
     for start in range(0, len(conversations), 1000):
@@ -99,8 +100,8 @@ def main(path: str | None = None, tokenizer_folder: str | None = None) -> None:
             train_tokenizer([*speeches(), *facts()], 4096).save_pretrained(tokenizer_folder)
         tokenizer = load_tokenizer(tokenizer_folder)
         lines = rows.read_text().splitlines()
-        conversations = [check_messages(json.loads(line)["messages"]) for line in lines]
-        texts = [message["content"] for messages in conversations for message in messages]
+        conversations = [read_row(json.loads(line), "messages") for line in lines]
+        texts = [message["content"] for one in conversations for message in one.messages]
         backend = tokenizer.backend_tokenizer
         plain, encoding, complete = [], [], []
         for _ in range(PAIRS):

@@ -1,15 +1,24 @@
-"""Chat with a model in the terminal; its answers are streamed."""
+"""Chat with a model in the terminal; its answers are streamed.
 
+A model that is given tools may call them: the person at the terminal then types their results.
+"""
+
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import torch
 from transformers import TextIteratorStreamer
 
-from hfsft.errors import ModelError, printable
+from hfsft.errors import DataError, ModelError, printable
 from hfsft.evaluation.answering import load_for_answers, load_its_tokenizer
+from hfsft.evaluation.calling import split_calls
 from hfsft.terminal import Terminal
 from hfsft.tokens.foreign_templates import prompt_text
+from hfsft.tokens.messages import check_tools
+from hfsft.tokens.training_flags import BadRow
 
 
 class Chat:
@@ -23,6 +32,7 @@ class Chat:
         temperature: float = 0.0,
         top_k: int = 50,
         seed: int = 42,
+        tools: list[dict[str, Any]] | None = None,
     ):
         """Load the model.
 
@@ -33,6 +43,7 @@ class Chat:
             temperature: of the sampling; 0 decodes the top-1 token.
             top_k: sample from this many of the most probable tokens.
             seed: of the sampling.
+            tools: that it may call, in OpenAI's form.
 
         Raises:
             ModelError: if the model cannot be loaded, or has no chat template.
@@ -45,50 +56,126 @@ class Chat:
         self.sampling = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
         if temperature > 0:
             self.sampling |= {"temperature": temperature, "top_k": top_k}
-        self.messages = [{"role": "system", "content": system}] if system else []
+        self.messages: list[dict[str, Any]] = []
+        if system:
+            self.messages.append({"role": "system", "content": system})
+        self.tools = tools
 
-    def stream(self, prompt: str) -> Iterator[str]:
-        """Send a message and yield the answer in segments; both are added to `messages`."""
-        self.messages.append({"role": "user", "content": prompt})
-        text = prompt_text(self.messages, self.tokenizer)
+    def stream(self, prompt: str, role: str = "user") -> Iterator[str]:
+        """Send a message and yield the answer in segments; both are added to `messages`.
+
+        Args:
+            prompt: the user's message, or with `role` "tool" the result of the next call.
+            role: "user" or "tool"; as long as a call has no result, nothing is answered.
+        """
+        if role == "tool":
+            call = self.open_calls()[0]
+            self.messages.append({"role": role, "name": call["name"], "content": prompt})
+            if self.open_calls():
+                return
+        else:
+            self.messages.append({"role": role, "content": prompt})
+        text = prompt_text(self.messages, self.tokenizer, self.tools)
         inputs = self.tokenizer(text, add_special_tokens=False, return_tensors="pt").to(
             self.model.device
         )
         inputs.pop("token_type_ids", None)
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        thread = Thread(
-            target=self.model.generate,
-            kwargs={**inputs, **self.sampling, "streamer": streamer},
-            daemon=True,
-        )
+        generated: list[int] = []
+        failed: list[BaseException] = []
+
+        def generate() -> None:
+            try:
+                output = self.model.generate(**inputs, **self.sampling, streamer=streamer)
+                generated.extend(output[0, inputs["input_ids"].shape[1] :].tolist())
+            except BaseException as error:
+                failed.append(error)
+                streamer.end()  # or the loop below would wait for ever
+
+        thread = Thread(target=generate, daemon=True)
         thread.start()
         segments = []
         for segment in streamer:
             segments.append(segment)
             yield segment
         thread.join()
-        self.messages.append({"role": "assistant", "content": "".join(segments)})
+        if failed:
+            raise failed[0]
+        self.messages.append(self._as_message("".join(segments), generated, text))
+
+    def _as_message(self, answer: str, generated: list[int], prompt: str) -> dict[str, Any]:
+        """An answer as a message, its calls taken apart if the model was given tools."""
+        message: dict[str, Any] = {"role": "assistant", "content": answer}
+        if not self.tools:
+            return message
+        if self.tokenizer.response_template is not None:
+            whole = self.tokenizer.decode(generated)
+            try:
+                parsed = self.tokenizer.parse_response(whole, prefix=prompt, tools=self.tools)
+                return {"role": "assistant", "content": "", **parsed}
+            except ValueError:  # a call that is not JSON
+                return message
+        rest, functions = split_calls(answer)
+        calls = [{"type": "function", "function": function} for function in functions]
+        return message | ({"content": rest, "tool_calls": calls} if calls else {})
+
+    def open_calls(self) -> list[dict[str, Any]]:
+        """The functions that the model called and that have no result yet."""
+        calls: list[dict[str, Any]] = []
+        for message in self.messages:
+            if message["role"] == "tool":
+                calls = calls[1:]
+            else:
+                calls = [call["function"] for call in message.get("tool_calls", ())]
+        return calls
 
     def answer(self, prompt: str) -> str:
         """Send a message and return the complete answer."""
         return "".join(self.stream(prompt))
 
 
+def read_tools(path: str) -> list[dict[str, Any]]:
+    """Read the descriptions of tools from a JSON file.
+
+    Args:
+        path: a list of them in OpenAI's form, or of functions alone.
+
+    Raises:
+        DataError: if it cannot be read as such.
+    """
+    try:
+        return check_tools(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"--tools {path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise DataError(f"--tools {path}: not UTF-8 text") from None
+    except BadRow as bad:
+        raise DataError(f"--tools {path}: {bad}") from None
+
+
 def talk(chat: Chat) -> None:
     """Chat until the user exits with /exit, Ctrl-D or Ctrl-C."""
     console = Terminal(highlight=False)
     console.print("Type a message. /clear starts over; /exit or Ctrl-D exits.", style="dim")
+    if chat.tools:
+        console.print("If the model calls a tool, type what it returns.", style="dim")
     system = list(chat.messages)
     while True:
         try:
-            prompt = console.input("[bold]you:[/] ").strip()
+            calls = chat.open_calls()
+            if calls:
+                called = f"{calls[0]['name']}({json.dumps(calls[0]['arguments'])})"
+                console.out(printable(f"result of {called}: "), end="", style="bold")
+                prompt = console.input().strip()
+            else:
+                prompt = console.input("[bold]you:[/] ").strip()
             if prompt == "/exit":
                 return
             if prompt == "/clear":
                 chat.messages = list(system)
-            elif prompt:
-                console.print("model: ", style="bold", end="")
-                for segment in chat.stream(prompt):
+            elif prompt or calls:
+                console.print("model: " if len(calls) < 2 else "", style="bold", end="")
+                for segment in chat.stream(prompt, "tool" if calls else "user"):
                     console.out(printable(segment), end="")
                 console.print()
         except (EOFError, KeyboardInterrupt):

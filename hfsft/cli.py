@@ -337,8 +337,8 @@ def evaluate_models(
             "--tasks",
             metavar="NAME,...",
             help="arc_easy, arc_challenge, mmlu, gsm8k, humaneval, simple_spelling, spelling_bee, "
-            "arithmetic, held_out, reasoning_gym:NAME, lm_eval:NAME. By default those that run "
-            "offline for a stage of a run, else nanochat's chat tasks.",
+            "arithmetic, tool_calls, held_out, reasoning_gym:NAME, lm_eval:NAME. By default those "
+            "that run offline for a stage of a run, else nanochat's chat tasks.",
         ),
     ] = None,
     rows: Annotated[
@@ -406,14 +406,19 @@ def chat(
         typer.Option("--top_k", min=1, help="Sample from this many most probable tokens."),
     ] = 50,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the sampling.")] = 42,
+    tools: Annotated[
+        str | None,
+        typer.Option("--tools", metavar="FILE", help="JSON: the tools it may call; you answer."),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="With -p: print the conversation as JSON.")
     ] = False,
 ) -> None:
     """Chat with a model in the terminal."""
-    from hfsft.chat import Chat, talk
+    from hfsft.chat import Chat, read_tools, talk
 
-    session = Chat(model, system, max_new_tokens, temperature, top_k, seed)
+    given = None if tools is None else read_tools(tools)
+    session = Chat(model, system, max_new_tokens, temperature, top_k, seed, given)
     if prompt is None:
         talk(session)
     elif as_json:

@@ -115,7 +115,7 @@ def test_flags_alone_exist(page):
             continue
         assert is_recipe_key(flag[0]), f"{page.name}: {flag[0]}"
         if flag[0] != line:  # with its value
-            load_recipe("demo", *shlex.split(line), stage="sft")
+            load_recipe("fast", *shlex.split(line), stage="sft")
 
 
 @per_page

@@ -19,8 +19,9 @@ from hfsft.errors import ModelError
 from hfsft.hub.client import _additions
 from hfsft.tokens import foreign_templates
 from hfsft.tokens.encoding import encode_conversations
-from hfsft.tokens.row_formats import BadRow
+from hfsft.tokens.messages import Conversation
 from hfsft.tokens.tokenizer import load_tokenizer
+from hfsft.tokens.training_flags import BadRow
 
 # --- chat templates ---
 
@@ -70,14 +71,15 @@ def test_a_template_that_exceeds_its_limits_on_a_row_ends_the_stage(tmp_path):
     made = load_tokenizer(with_template(tmp_path, bomb + MARKED))
     calm = [{"role": "user", "content": "calm"}, {"role": "assistant", "content": "yes"}]
     loud = [{"role": "user", "content": "boom"}, calm[1]]
-    (encoded,) = encode_conversations([calm], made)
+    (encoded,) = encode_conversations([Conversation(calm)], made)
     assert not isinstance(encoded, BadRow)
     with pytest.raises(ModelError, match=LARGE):  # not a row that is left out, one after the other
-        encode_conversations([loud] * 1000, made)
+        encode_conversations([Conversation(loud)] * 1000, made)
     with pytest.raises(ModelError, match=LARGE):
         foreign_templates.prompt_text(loud[:1], made)
     long = [{"role": "user", "content": "to be or not " * 20_000}, calm[1]]
-    (encoded,) = encode_conversations([long], made)  # limits are relative to the row's own length
+    # limits are relative to the row's own length
+    (encoded,) = encode_conversations([Conversation(long)], made)
     assert not isinstance(encoded, BadRow)
 
 

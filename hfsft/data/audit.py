@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from hfsft.errors import printable
 from hfsft.run.files import write_text_atomically
 from hfsft.terminal import Terminal
+from hfsft.tokens.training_flags import AVOIDED, NOT_TRAINED
 
-NOT_BAD = ("exact duplicate",)  # reasons to refuse a well-formed row
+# how the reasons to leave out a well-formed row begin
+NOT_BAD = ("exact duplicate", AVOIDED, NOT_TRAINED)
 
 PERCENTILES = (5, 50, 95, 100)  # of the lengths
 
@@ -30,6 +33,8 @@ def audit_source(
     unit: str = "tokens",
     kept: int | None = None,
     excluded: Counter | None = None,
+    unused: Counter | None = None,
+    left_out: Counter | None = None,
 ) -> dict[str, Any]:
     """Summarize what became of a source's rows.
 
@@ -45,6 +50,8 @@ def audit_source(
         unit: of the lengths: "tokens", or "characters" of base text.
         kept: rows that are conversations, encoded or not; None: as many as `lengths`.
         excluded: why conversations cannot be trained on, with counts, of those encoded.
+        unused: columns and fields that rows have and nothing reads, with counts.
+        left_out: what the chat template does not write of conversations, with counts.
 
     Returns:
         Plain data; `length_percentiles` maps a percentage to a length.
@@ -54,6 +61,8 @@ def audit_source(
     if kept is not None:
         prepared = {
             "passed_over": dict((excluded or Counter()).most_common()),
+            "unused": dict((unused or Counter()).most_common()),
+            "left_out": dict((left_out or Counter()).most_common()),
             "prepared": len(ordered),
         }
     return {
@@ -75,13 +84,18 @@ def audit_source(
     }
 
 
+def is_bad(reason: str) -> bool:
+    """Whether a row refused for this reason is malformed, rather than left out on purpose."""
+    return not reason.startswith(NOT_BAD)
+
+
 def bad_rows(audit: dict[str, Any]) -> int:
     """How many of a source's rows are malformed.
 
     Args:
         audit: as `audit_source` returns it.
     """
-    return sum(count for reason, count in audit["refused"].items() if reason not in NOT_BAD)
+    return sum(count for reason, count in audit["refused"].items() if is_bad(reason))
 
 
 def too_many_bad_rows(audit: dict[str, Any]) -> bool:
@@ -171,6 +185,11 @@ def _losses(source: dict[str, Any]) -> Iterator[str]:
         yield f"{count:,} refused: {reason}"
     for reason, count in source.get("passed_over", {}).items():
         yield f"{count:,} excluded: {reason}"
+    for name, count in source.get("left_out", {}).items():
+        yield f"{count:,} without their {name}, which the chat template leaves out"
+    if names := source.get("unused"):
+        told = ", ".join(f"{printable(name)} ({count:,})" for name, count in names.items())
+        yield f"not used: {told}"
     if source["duplicates"] and "exact duplicate" not in source["refused"]:
         yield f"{source['duplicates']:,} exact copies kept (to drop them: duplicates: drop)"
     if source.get("copies_of_held_out"):

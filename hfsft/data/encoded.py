@@ -16,7 +16,7 @@ from hfsft.errors import DataError
 from hfsft.hub.client import NOT_LOADED
 from hfsft.recipe.schema import Stage
 from hfsft.tokens.encoding import Encoded, TooLong, fit_conversations, tokenizer_key
-from hfsft.tokens.row_formats import BadRow, to_messages
+from hfsft.tokens.row_formats import BadRow, read_row
 
 # the columns of a cached conversation; a refused row has one entry, without tokens
 FEATURES = {
@@ -28,6 +28,7 @@ FEATURES = {
     "truncated": datasets.Value("bool"),
     "digest": datasets.Value("string"),
     "refused": datasets.Value("string"),
+    "left_out": datasets.Value("string"),
 }
 COUNTED = ("length", "trained", "truncated", "digest")
 NO_TOKENS = Encoded(np.array([], np.int32), np.array([], bool))
@@ -65,6 +66,8 @@ class EncodedConversations:
         self.truncated: list[bool] = []
         self.digests: list[str] = []  # of its tokens
         self.held_out_digests: set[str] = set()
+        # of each source, what the chat template left out of conversations, with counts
+        self.left_out: list[Counter[str]] = [Counter() for _ in sources]
 
     def _cache_key(self) -> str:
         """Everything that an encoded row depends on, except the row and the code."""
@@ -94,6 +97,7 @@ class EncodedConversations:
         position_of = {source.indices[row]: row for row in rows}
         counts = (self.lengths, self.trained, self.truncated, self.digests)
         columns = [part[name][:] for name in (ROW_COLUMN, "refused", *COUNTED)]
+        self.left_out[index] += Counter(name for name in part["left_out"][:] if name)
         kept = []
         for entry, (row_index, reason, *counted) in enumerate(zip(*columns, strict=True)):
             row = position_of[row_index]
@@ -116,7 +120,7 @@ class EncodedConversations:
 
         def encode(batch: dict[str, list[Any]]) -> pa.Table:
             found = fit_conversations(
-                [to_messages(parse_row(row, name), row_format) for row in rows_of_batch(batch)],
+                [read_row(parse_row(row, name), row_format) for row in rows_of_batch(batch)],
                 tokenizer,
                 stage.max_length,
                 stage.on_too_long,
@@ -182,6 +186,8 @@ class EncodedConversations:
             truncated=sum(self.truncated[item] for item in encoded),
             split=sum(len(row) > 1 for row in items.values()),
             duplicates=source.duplicates,
+            unused=source.unused,
+            left_out=self.left_out[index],
         )
 
 
@@ -203,6 +209,7 @@ def _table(indices: list[int], encoded: list[Encoded], reasons: list[str]) -> pa
             "truncated": pa.array([one.truncated for one in encoded], pa.bool_()),
             "digest": pa.array([_tokens_digest(one.ids) for one in encoded], pa.string()),
             "refused": pa.array(reasons, pa.string()),
+            "left_out": pa.array([one.left_out for one in encoded], pa.string()),
         }
     )
 

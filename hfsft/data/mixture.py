@@ -12,9 +12,9 @@ import datasets
 from accelerate import PartialState
 
 from hfsft.data.audit import (
-    NOT_BAD,
     audit_console,
     bad_rows,
+    is_bad,
     print_audit,
     too_many_bad_rows,
     write_audit,
@@ -119,7 +119,8 @@ def refusal(mixture: Mixture, stage: Stage) -> str | None:
                 entry
                 for entry in mixture.rejected
                 if entry["source"] == source["source"]
-                and entry["reason"] in source["refused"].keys() - set(NOT_BAD)
+                and entry["reason"] in source["refused"]
+                and is_bad(entry["reason"])
             )
             return (
                 f"{source['source']}: {bad_rows(source):,} of {source['read']:,} rows are bad, the "

@@ -1,5 +1,6 @@
 """Every row of a source, read as messages and checked; nothing is tokenized yet."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,11 +11,16 @@ from hfsft.data.cache import cached_map
 from hfsft.data.sources import ROW_COLUMN, columns_of, load_rows, parse_row
 from hfsft.errors import DataError
 from hfsft.recipe.schema import Source, Stage
-from hfsft.tokens.row_formats import BadRow, content_digest, detect_format, to_messages
+from hfsft.tokens.messages import content_digest
+from hfsft.tokens.row_formats import BadRow, detect_format, read_row
 
 Row = tuple[int, int]  # the position of a source in the stage's data, and of a row in the source
 
-CHECKED = {"digest": datasets.Value("string"), "refused": datasets.Value("string")}
+CHECKED = {
+    "digest": datasets.Value("string"),
+    "refused": datasets.Value("string"),
+    "unused": datasets.List(datasets.Value("string")),
+}
 
 
 @dataclass
@@ -27,6 +33,7 @@ class SourceRows:
     indices: list[int]  # of the rows in the source, before sampling
     digests: list[str]  # of their content
     refused: dict[int, str]  # position → why it is not a conversation
+    unused: Counter[str] = field(default_factory=Counter)  # columns and fields that nothing reads
     duplicates: int = 0
     excluded: dict[int, str] = field(default_factory=dict)  # position → why it is not trained on
 
@@ -57,14 +64,18 @@ def check_source(source: Source, stage: Stage) -> SourceRows:
     row_format = source.format or detect_format(columns_of(rows, source), str(source))
 
     def check(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        out: dict[str, list[Any]] = {"digest": [], "refused": []}
+        out: dict[str, list[Any]] = {name: [] for name in CHECKED}
+        renamed = {f"column {old}" for old in source.columns.values()}
         for row in rows_of_batch(batch):
             try:
-                digest, reason = content_digest(to_messages(parse_row(row, source), row_format)), ""
+                conversation = read_row(parse_row(row, source), row_format)
+                digest, reason = content_digest(conversation), ""
+                unused = [name for name in conversation.unused if name not in renamed]
             except BadRow as bad:
-                digest, reason = "", str(bad)
+                digest, reason, unused = "", str(bad), []
             out["digest"].append(digest)
             out["refused"].append(reason)
+            out["unused"].append(unused)
         return out
 
     key = ("checked", rows._fingerprint, row_format, source.columns)
@@ -74,7 +85,8 @@ def check_source(source: Source, stage: Stage) -> SourceRows:
         raise DataError(f"{source}: has text that is not UTF-8") from None
     refused = {row: reason for row, reason in enumerate(checked["refused"][:]) if reason}
     indices, digests = rows[ROW_COLUMN][:], checked["digest"][:]
-    return SourceRows(source, rows, row_format, indices, digests, refused)
+    unused = Counter(name for names in checked["unused"][:] for name in names)
+    return SourceRows(source, rows, row_format, indices, digests, refused, unused)
 
 
 def rows_of_batch(batch: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:

@@ -369,6 +369,8 @@ def parse_row(row: dict[str, Any], source: Source) -> dict[str, Any]:
             raise BadRow("not a JSON object")
         if len(text) < LONGEST_GAP:
             return _renamed(row, source)
+    else:
+        row = {name: _without_none(value) for name, value in row.items()}
     if has_gap(row):
         raise BadRow(f"more than {LONGEST_GAP:,} spaces in a row")
     return _renamed(row, source)
@@ -376,6 +378,13 @@ def parse_row(row: dict[str, Any], source: Source) -> dict[str, Any]:
 
 def _renamed(row: dict[str, Any], source: Source) -> dict[str, Any]:
     return row | {new: row[old] for new, old in source.columns.items() if old in row}
+
+
+def _without_none(value: Any) -> Any:
+    """A value without what its mappings lack: Arrow gives all of a column the same keys."""
+    if isinstance(value, dict):
+        return {name: _without_none(held) for name, held in value.items() if held is not None}
+    return [_without_none(held) for held in value] if isinstance(value, list) else value
 
 
 def has_gap(held: Any) -> bool:

@@ -213,7 +213,11 @@ class Evaluator:
     # --- prompts ---
 
     def prompt_ids(
-        self, prompt: str, plain: str | None = None, answer: str | None = None
+        self,
+        prompt: str,
+        plain: str | None = None,
+        answer: str | None = None,
+        tools: Sequence[dict[str, Any]] = (),
     ) -> list[int]:
         """A prompt as token ids, encoded as in training: special tokens inside it are plain text.
 
@@ -222,12 +226,18 @@ class Evaluator:
             plain: the prompt of a model that is not a chat model, instead of
                 `Question: ... Answer:`.
             answer: appended as the model would write it.
+            tools: that the model may call, in OpenAI's form; for a chat model only.
+
+        Raises:
+            ModelError: if the model has no chat template that can write the tools.
         """
         if self.is_chat:
             messages = [{"role": "user", "content": prompt}]
             if answer is not None:
                 messages.append({"role": "assistant", "content": answer})
-            return encode_prompt(messages, self.tokenizer)
+            return encode_prompt(messages, self.tokenizer, list(tools))
+        if tools:
+            raise ModelError(f"{self.folder}: is not a chat model, so it cannot be given tools")
         text = f"Question: {prompt}\nAnswer:" if plain is None else plain
         text = text if answer is None else f"{text} {answer}"
         ids = self.tokenizer(text, split_special_tokens=True)["input_ids"]

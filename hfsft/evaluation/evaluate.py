@@ -207,7 +207,9 @@ def _encoded(task: Task, evaluator: Evaluator) -> tuple[list[Item], int]:
         prompts = [evaluator.split_choices(q.prompt, q.choices) for q in task.questions]
         budget = 1
     else:
-        prompts = [(evaluator.prompt_ids(q.prompt, q.plain), []) for q in task.questions]
+        prompts = [
+            (evaluator.prompt_ids(q.prompt, q.plain, tools=q.tools), []) for q in task.questions
+        ]
         budget = evaluator.answer_budget([ids for ids, _ in prompts], task.max_new_tokens)
     items = []
     for question, (ids, choices) in zip(task.questions, prompts, strict=True):

@@ -21,12 +21,13 @@ from hfsft.data.sources import load_rows, parse_row
 from hfsft.data.tasks import grade, pool_size, task_rows
 from hfsft.data.text import mix_text
 from hfsft.errors import DataError, HfsftError, nearest
+from hfsft.evaluation.calling import calling_rows, calls_are_right
 from hfsft.evaluation.execution import passes, sandbox
 from hfsft.evaluation.grading import final_number, nanochat_number, nanochat_program, program
 from hfsft.recipe.loading import load_recipe
 from hfsft.recipe.schema import Recipe, Source, Stage
 from hfsft.run.record import read_record
-from hfsft.tokens.row_formats import BadRow, from_gsm8k, to_messages
+from hfsft.tokens.row_formats import BadRow, from_gsm8k, read_row
 from hfsft.tokens.tokenizer import load_tokenizer
 
 # task → its rows on the Hub
@@ -48,11 +49,11 @@ GENERATED = {"simple_spelling": 96, "spelling_bee": 256, "arithmetic": 96}
 # nanochat's chat tasks → chance in its ChatCORE (scripts/chat_eval.py at 92d63d4, July 2026)
 CHAT_TASKS = {"arc_easy": 0.25, "arc_challenge": 0.25, "mmlu": 0.25, "gsm8k": 0.0, "humaneval": 0.0}
 
-HELD_OUT = "held_out"
+HELD_OUT, CALLING = "held_out", "tool_calls"
 
 GYM, LM_EVAL = "reasoning_gym:", "lm_eval:"
 
-NAMES = (*ON_HUB, *GENERATED, HELD_OUT)
+NAMES = (*ON_HUB, *GENERATED, CALLING, HELD_OUT)
 
 ANSWER_TOKENS = 512  # of an answer with reasoning or code, as in nanochat
 
@@ -79,11 +80,13 @@ class Question:
     is_right: Callable[[str], bool] | None = None  # grades a generated answer
     nanochat_is_right: Callable[[str], bool] | None = None  # by nanochat's rule, where it differs
     plain: str | None = None  # prompt of a model that is not a chat model, if not Question: ...
+    tools: tuple[dict[str, Any], ...] = ()  # that the model may call, in OpenAI's form
 
     @property
     def digest(self) -> str:
         """Equal for rows with the same content."""
-        text = json.dumps([self.prompt, self.answer, self.choices])
+        given = [self.tools] if self.tools else []
+        text = json.dumps([self.prompt, self.answer, self.choices, *given])
         return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 
@@ -160,6 +163,9 @@ def load_task(
         questions = [_generated(name, row) for row in made]
         pool = pool_size(name, "test")
         return Task(name, "generative", questions, max_new_tokens=GENERATED[name], pool=pool)
+    if name == CALLING:
+        made = [_calling(row) for row in calling_rows(rows or GENERATED_ROWS, seed)]
+        return Task(name, "generative", made, max_new_tokens=ANSWER_TOKENS)
     if name.startswith(GYM):
         questions = _gym(name.removeprefix(GYM), rows or GENERATED_ROWS, seed)
         return Task(name, "generative", questions, max_new_tokens=ANSWER_TOKENS)
@@ -187,8 +193,8 @@ def _read_questions(name: str, source: Source, seed: int) -> list[Question]:
 
 
 def _choices(row: dict[str, Any]) -> Question:
-    """A row of ARC or MMLU, worded as in training (`row_formats.to_messages`)."""
-    question, answer = to_messages(row, "multiple_choice")
+    """A row of ARC or MMLU, worded as in training (`row_formats.read_row`)."""
+    question, answer = read_row(row, "multiple_choice").messages
     choices = row["choices"]
     if isinstance(choices, dict):
         letters = [str(label) for label in choices["label"]]
@@ -220,6 +226,17 @@ def _generated(name: str, row: dict[str, Any]) -> Question:
     question, answer = row["messages"]
     return Question(
         question["content"], answer["content"], is_right=lambda text: grade(name, row, text)
+    )
+
+
+def _calling(row: dict[str, Any]) -> Question:
+    """A row of the generated tool-calling task."""
+    tools, calls = row["tools"], row["calls"]
+    return Question(
+        row["prompt"],
+        json.dumps(calls),
+        is_right=lambda text: calls_are_right(text, calls, tools),
+        tools=tuple(tools),
     )
 
 

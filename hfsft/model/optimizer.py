@@ -41,8 +41,8 @@ def optimizer_settings(stage: Stage) -> dict[str, Any]:
     """The settings of `TrainingArguments` that choose a stage's optimizer.
 
     torchao's optimizers round weights in bfloat16 stochastically, unless `optim_args` says
-    otherwise: rounded to nearest, an update below 1/256 of a weight is lost. APOLLO projects every
-    linear layer unless `optim_target_modules` names some.
+    otherwise: rounded to nearest, an update below some 1/256 of a weight is lost. APOLLO projects
+    every linear layer unless `optim_target_modules` names some.
     """
     keys = ("optim", "optim_args", "optim_target_modules")
     settings = {key: stage.trainer[key] for key in keys if stage.trainer.get(key) is not None}

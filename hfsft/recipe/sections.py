@@ -69,9 +69,9 @@ MODEL = {
 DEPTH = {
     "final_logit_softcapping": Key(
         "float | None",
-        help="logits become x * tanh(logits / x), as in nanochat, whose x is 15; null: "
-        "unchanged, as every reader of an exported model computes them",
-        default=None,
+        help="logits become x * tanh(logits / x), with nanochat's x; null: unchanged, as every "
+        "reader of an exported model computes them",
+        default=15.0,
         above=0,
         high=10**6,
     ),

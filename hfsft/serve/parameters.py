@@ -1,12 +1,12 @@
 """A request's JSON, checked: what is unknown or unsupported is refused in OpenAI's form."""
 
 import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from hfsft.errors import ModelError, first_line, nearest, quoted
+from hfsft.evaluation.calling import split_calls
 from hfsft.serve.engine import Sampling
 
 MOST_MESSAGES = 1024
@@ -361,22 +361,8 @@ def _tool_calls(calls: Any, place: str) -> list[dict[str, Any]]:
 
 
 def found_tool_calls(text: str) -> tuple[str, list[dict[str, Any]]]:
-    """Split an answer into its text, and its tool calls in the form of Hermes and Qwen.
-
-    Returns:
-        The text without its calls, and each call's name and arguments (as JSON text); a call that
-        is not complete JSON stays text.
-    """
-    calls: list[dict[str, Any]] = []
-
-    def take(found: re.Match[str]) -> str:
-        try:
-            call = json.loads(found[1])
-            name, arguments = call["name"], call["arguments"]
-        except (ValueError, TypeError, KeyError, RecursionError):
-            return found[0]
-        calls.append({"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)})
-        return ""
-
-    rest = re.sub(r"<tool_call>\s*(\{.*?\})\s*</tool_call>\n?", take, text, flags=re.S)
-    return rest.strip() if calls else text, calls
+    """Split an answer into its text, and its tool calls as OpenAI's: the arguments as JSON text."""
+    rest, calls = split_calls(text)
+    return rest, [
+        call | {"arguments": json.dumps(call["arguments"], ensure_ascii=False)} for call in calls
+    ]

@@ -1,13 +1,11 @@
-"""`messages` to token ids, with the tokens to train on marked.
+"""Conversations to token ids, with the tokens to train on marked.
 
-A conversation is first rendered as segments of text, each special or not and trained or not; then
-the texts of a batch are tokenized together. Each segment is tokenized by itself, so a special token
-written inside a message stays plain text. Templates other than hfsft's two are rendered by Jinja in
-`foreign_templates.py`.
+A conversation is first rendered as segments of text (`segments.py`); then the texts of a batch are
+tokenized together. Each segment is tokenized by itself, so a special token written inside a message
+stays plain text. Templates other than hfsft's two are rendered by Jinja in `foreign_templates.py`.
 """
 
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,135 +13,17 @@ from typing import Any
 import numpy as np
 
 from hfsft.errors import DataError, first_line, quoted
-from hfsft.tokens import foreign_templates
-from hfsft.tokens.row_formats import BadRow, Messages
+from hfsft.tokens import turns
+from hfsft.tokens.foreign_templates import TemplateError
+from hfsft.tokens.messages import Conversation, Messages
+from hfsft.tokens.segments import Segment, chatml_segments, nanochat_segments, plain_text
+from hfsft.tokens.training_flags import BadRow
 
 IGNORED = -100  # the label of a token that is not trained on, in torch and transformers
 
 
 class TooLong(Exception):
     """A conversation above `max_length`, where `on_too_long` is error."""
-
-
-# --- rendering ---
-
-# a segment of a rendered conversation: its text, whether it is a special token, and whether it is
-# trained on; None: a tool's result, which is never trained on, whatever `assistant_only` is
-Segment = tuple[str, bool, bool | None]
-
-
-def nanochat_segments(messages: Messages) -> list[Segment]:
-    """Render messages as chat_templates/nanochat.jinja does.
-
-    Tool calls and their results are parts of one assistant turn, as in nanochat's GSM8K: a call is
-    a python part with `{"name": ..., "arguments": ...}`, its result a python_output part.
-
-    Args:
-        messages: as `check_messages` returns them.
-
-    Raises:
-        BadRow: if the template cannot render them.
-    """
-    segments: list[Segment] = [("<|bos|>", True, False)]
-    system, in_turn = "", False
-    for index, message in enumerate(messages):
-        content, role = message["content"], message["role"]
-        if role == "system":
-            if index:
-                raise BadRow("a later system message, which the chat template cannot render")
-            system = content + "\n\n"
-        elif role == "user":
-            segments += [
-                ("<|user_start|>", True, False),
-                (system + content, False, False),
-                ("<|user_end|>", True, False),
-            ]
-            system = ""
-        elif role == "tool":
-            segments += _tool_part("output", content, None)
-        else:
-            if not in_turn:
-                segments.append(("<|assistant_start|>", True, False))
-            segments += _assistant_parts(message)
-            in_turn = "tool_calls" in message
-            if not in_turn:
-                segments.append(("<|assistant_end|>", True, True))
-    return segments
-
-
-def _assistant_parts(message: dict[str, Any]) -> list[Segment]:
-    """The text, python parts and tool calls of an assistant message, in nanochat's form."""
-    content, segments = message["content"], []
-    for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-        if part["type"] == "text":
-            segments.append((part["text"], False, True))
-        elif part["type"] == "python":
-            segments += _tool_part("python", part["text"], True)
-        else:
-            segments += _tool_part("output", part["text"], None)
-    for call in message.get("tool_calls", ()):
-        segments += _tool_part("python", _call_text(call), True)
-    return segments
-
-
-def _tool_part(kind: str, text: str, trained: bool | None) -> list[Segment]:
-    start, end = f"<|{kind}_start|>", f"<|{kind}_end|>"
-    return [(start, True, trained), (text, False, trained), (end, True, trained)]
-
-
-def _call_text(call: dict[str, Any]) -> str:
-    return json.dumps(call["function"], ensure_ascii=False)
-
-
-def chatml_segments(messages: Messages) -> list[Segment]:
-    """Render messages as chat_templates/chatml.jinja does.
-
-    Tool calls and results have the form of Hermes and Qwen: `<tool_call>` with a line of
-    `{"name": ..., "arguments": ...}` in the assistant's turn, and each result in a turn of role
-    tool between `<tool_response>` lines. System messages may come anywhere. The text after
-    "assistant\\n" is a segment of its own, because a chat's prompt ends there.
-
-    Args:
-        messages: as `check_messages` returns them.
-
-    Raises:
-        BadRow: if the template cannot render them.
-    """
-    segments: list[Segment] = []
-    for message in messages:
-        content, role = message["content"], message["role"]
-        trained = None if role == "tool" else False
-        segments.append(("<|im_start|>", True, trained))
-        if role == "assistant":
-            calls = [
-                f"<tool_call>\n{_call_text(call)}\n</tool_call>"
-                for call in message.get("tool_calls", ())
-            ]
-            text = plain_text(message)
-            segments.append(("assistant\n", False, False))
-            segments.append(("\n".join([text] * bool(text) + calls), False, True))
-        elif role == "tool":
-            text = f"tool\n<tool_response>\n{content}\n</tool_response>"
-            segments.append((text, False, None))
-        else:
-            segments.append((f"{role}\n{content}", False, False))
-        segments += [("<|im_end|>", True, role == "assistant" or trained), ("\n", False, trained)]
-    return segments
-
-
-def plain_text(message: dict[str, Any]) -> str:
-    """A message's text without python parts and their outputs, which only nanochat has.
-
-    Raises:
-        BadRow: if nothing remains.
-    """
-    content = message["content"]
-    if isinstance(content, str):
-        return content
-    text = "".join(part["text"] for part in content if part["type"] == "text")
-    if not text.strip() and "tool_calls" not in message:
-        raise BadRow("only tool calls, which the chat template cannot render")
-    return text
 
 
 # --- encoding ---
@@ -156,6 +36,7 @@ class Encoded:
     ids: np.ndarray  # int32 [tokens]
     trained: np.ndarray  # bool [tokens]
     truncated: bool = False  # to `max_length`
+    left_out: str = ""  # what the chat template does not write, though the rest is trained on
 
     @property
     def labels(self) -> np.ndarray:
@@ -164,17 +45,19 @@ class Encoded:
 
 
 def encode_conversations(
-    conversations: list[Messages], tokenizer: Any, assistant_only: bool = True
+    conversations: list[Conversation], tokenizer: Any, assistant_only: bool = True
 ) -> list[Encoded | BadRow]:
     """Encode conversations, all their texts in one call of the tokenizer.
 
-    A special token written inside a message is encoded as plain text.
+    A special token written inside a message is encoded as plain text. What a message says about
+    training (its `train`) goes before `assistant_only`; where it names characters, a token is
+    trained on if all of its characters are, a leading space aside.
 
     Args:
-        conversations: each as `check_messages` returns it.
+        conversations: each as `read_row` returns it.
         tokenizer: as `load_tokenizer` returns it.
         assistant_only: train only on the assistant's tokens and its end-of-turn tokens; otherwise
-            on every token except the results of tool calls.
+            on every token except the descriptions of tools and the results of their calls.
 
     Returns:
         One per conversation; a `BadRow` with the reason if the template cannot render it.
@@ -183,11 +66,11 @@ def encode_conversations(
         tokenizer.hfsft_template
     )
     if render is None:
-        return [_encode_foreign(messages, tokenizer, assistant_only) for messages in conversations]
+        return [_encode_foreign(one, tokenizer, assistant_only) for one in conversations]
     rendered: list[list[Segment] | BadRow] = []
-    for messages in conversations:
+    for conversation in conversations:
         try:
-            rendered.append(render(messages))
+            rendered.append(render(conversation))
         except BadRow as bad:
             rendered.append(bad)
     written = [segments for segments in rendered if not isinstance(segments, BadRow)]
@@ -203,14 +86,31 @@ def encode_conversations(
             found.append(segments)
             continue
         ids: list[int] = []
-        lengths, marks = [], []
-        for text, special, trained in segments:
+        trained: list[bool] = []
+        for text, special, marks in segments:
             segment_ids = special_ids[text] if special else next(encoded)
             ids += segment_ids
-            lengths.append(len(segment_ids))
-            marks.append(trained or (not assistant_only and trained is not None))
-        found.append(Encoded(np.array(ids, np.int32), np.repeat(np.array(marks, bool), lengths)))
+            trained += _trained_tokens(text, segment_ids, marks, assistant_only, tokenizer)
+        found.append(Encoded(np.array(ids, np.int32), np.array(trained, bool)))
     return found
+
+
+def _trained_tokens(
+    text: str, ids: list[int], marks: Any, assistant_only: bool, tokenizer: Any
+) -> list[bool]:
+    """Which tokens of a segment are trained on."""
+    runs = marks if isinstance(marks, list) else [(len(text), marks)]
+    counts = [(length, mark or (not assistant_only and mark is not None)) for length, mark in runs]
+    if len({trained for _, trained in counts}) == 1:
+        return [counts[0][1]] * len(ids)
+    characters = np.repeat([trained for _, trained in counts], [length for length, _ in counts])
+    backend = tokenizer.backend_tokenizer
+    before, backend.encode_special_tokens = backend.encode_special_tokens, True
+    try:
+        offsets = backend.encode(text, add_special_tokens=False).offsets
+    finally:
+        backend.encode_special_tokens = before
+    return turns.tokens_within(offsets, text, characters)
 
 
 def tokenizer_key(tokenizer: Any) -> str:
@@ -243,22 +143,34 @@ def encode_texts(texts: list[str], tokenizer: Any) -> list[list[int]]:
         backend.encode_special_tokens = before
 
 
-def _encode_foreign(messages: Messages, tokenizer: Any, assistant_only: bool) -> Encoded | BadRow:
+def _encode_foreign(
+    conversation: Conversation, tokenizer: Any, assistant_only: bool
+) -> Encoded | BadRow:
     """Encode a conversation through a template that is not hfsft's."""
     try:
-        plain = [message | {"content": plain_text(message)} for message in messages]
-        ids, mask = foreign_templates.encode(plain, tokenizer, assistant_only)
+        plain = [message | {"content": plain_text(message)} for message in conversation.messages]
+        plain = conversation.with_messages(plain)
+        ids, mask, left_out = turns.encode(plain, tokenizer, assistant_only)
     except BadRow as bad:
         return bad
-    except foreign_templates.TemplateError as error:
+    except TemplateError as error:
         return BadRow(str(error))
-    return Encoded(np.array(ids, np.int32), np.array(mask, bool))
+    return Encoded(np.array(ids, np.int32), np.array(mask, bool), left_out=left_out)
 
 
 def encode_conversation(
-    messages: Messages, tokenizer: Any, assistant_only: bool = True
+    messages: Messages,
+    tokenizer: Any,
+    assistant_only: bool = True,
+    tools: list[dict[str, Any]] | None = None,
 ) -> tuple[list[int], list[int]]:
-    """Encode one conversation; arguments as `encode_conversations`.
+    """Encode one conversation.
+
+    Args:
+        messages: as `check_messages` returns them.
+        tokenizer: as `encode_conversations`.
+        assistant_only: as `encode_conversations`.
+        tools: as `check_tools` returns them.
 
     Returns:
         Token ids and labels of the same length; the labels of untrained tokens are -100.
@@ -266,7 +178,8 @@ def encode_conversation(
     Raises:
         BadRow: if the template cannot render it.
     """
-    (encoded,) = encode_conversations([messages], tokenizer, assistant_only)
+    conversation = Conversation(messages, tools or [])
+    (encoded,) = encode_conversations([conversation], tokenizer, assistant_only)
     if isinstance(encoded, BadRow):
         raise encoded
     return encoded.ids.tolist(), encoded.labels.tolist()
@@ -276,7 +189,7 @@ def encode_conversation(
 
 
 def fit_conversations(
-    conversations: list[Messages],
+    conversations: list[Conversation],
     tokenizer: Any,
     max_length: int | None,
     on_too_long: str = "truncate",
@@ -285,7 +198,7 @@ def fit_conversations(
     """Encode conversations into at most `max_length` tokens each, as `on_too_long` says.
 
     Args:
-        conversations: each as `check_messages` returns it.
+        conversations: each as `read_row` returns it.
         tokenizer: as `load_tokenizer` returns it.
         max_length: tokens; None: no limit.
         on_too_long: "truncate" keeps the beginning and splits no character; "drop" refuses it;
@@ -299,7 +212,7 @@ def fit_conversations(
     """
     found: list[list[Encoded] | BadRow | TooLong] = []
     encoded = encode_conversations(conversations, tokenizer, assistant_only)
-    for messages, full in zip(conversations, encoded, strict=True):
+    for conversation, full in zip(conversations, encoded, strict=True):
         try:
             if isinstance(full, BadRow):
                 raise full
@@ -309,8 +222,8 @@ def fit_conversations(
                 raise TooLong
             elif on_too_long == "drop":
                 raise BadRow("longer than max_length")
-            elif on_too_long == "split" and len(list(_exchanges(messages))) > 1:
-                parts = _split(messages, tokenizer, max_length, assistant_only)
+            elif on_too_long == "split" and len(list(_exchanges(conversation.messages))) > 1:
+                parts = _split(conversation, tokenizer, max_length, assistant_only)
                 fitted = fit_conversations(parts, tokenizer, max_length, "truncate", assistant_only)
                 for part in fitted:
                     if not isinstance(part, list):
@@ -318,7 +231,9 @@ def fit_conversations(
                 found.append([part[0] for part in fitted])
             else:
                 end = _character_end(full.ids, max_length, tokenizer)
-                truncated = Encoded(full.ids[:end], full.trained[:end], truncated=True)
+                truncated = Encoded(
+                    full.ids[:end], full.trained[:end], truncated=True, left_out=full.left_out
+                )
                 found.append([_require_trained(truncated)])
         except (BadRow, TooLong) as reason:
             found.append(reason)
@@ -358,16 +273,17 @@ def _exchanges(messages: Messages) -> Iterator[Messages]:
 
 
 def _split(
-    messages: Messages, tokenizer: Any, max_length: int, assistant_only: bool
-) -> list[Messages]:
+    conversation: Conversation, tokenizer: Any, max_length: int, assistant_only: bool
+) -> list[Conversation]:
     """Split a conversation between exchanges, greedily into as few parts as possible."""
+    messages, tools = conversation.messages, conversation.tools
     system = messages[:1] if messages[0]["role"] == "system" else []
     parts: list[Messages] = []
     for exchange in _exchanges(messages):
         longer = [*(parts[-1] if parts else system), *exchange]
-        fits = len(encode_conversation(longer, tokenizer, assistant_only)[0]) <= max_length
-        if parts and fits:
+        ids, _ = encode_conversation(longer, tokenizer, assistant_only, tools)
+        if parts and len(ids) <= max_length:
             parts[-1] = longer
         else:
             parts.append([*system, *exchange])
-    return parts
+    return [conversation.with_messages(part) for part in parts]

@@ -1,8 +1,7 @@
-"""Chat templates that are not hfsft's: rendered by Jinja, within bounds of time and memory.
+"""Chat templates rendered by Jinja, within bounds of time and memory.
 
-`render` returns the text and the spans of it to train on, `encode` the token ids and a mask. Spans
-come from the template's `{% generation %}` marks, or else from what each turn adds to the rendering
-of the turns before it.
+`rendered` returns the text of a conversation and the spans that the template's `{% generation %}`
+marks cover; `turns.py` finds what to train on in it.
 """
 
 import json
@@ -14,16 +13,13 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
-import numpy as np
-
 from hfsft.errors import ModelError, first_line
+from hfsft.tokens.messages import Messages, with_new_ids
 
 try:
     import resource
 except ImportError:  # Windows
     resource = None
-
-Messages = list[dict[str, Any]]
 
 # bounds of one rendering, a hundred times what a long conversation takes
 SECONDS = 5.0  # of processor time, so that a busy machine does not count
@@ -33,7 +29,7 @@ LONGEST = 2**16
 TIMES = 100
 
 # stand for special tokens written inside a message while a template renders it
-SENTINELS = 0xF0000  # the first of Unicode's supplementary private use characters
+PRIVATE_USE = 0xF0000  # the first of Unicode's supplementary private use characters
 
 PROBE = [
     {"role": "user", "content": "one"},
@@ -135,26 +131,40 @@ def memory_ceiling() -> int:
 # --- rendering ---
 
 
-def prompt_text(messages: Messages, tokenizer: Any, **settings: Any) -> str:
+def prompt_text(
+    messages: Messages, tokenizer: Any, tools: list[dict[str, Any]] | None = None
+) -> str:
     """Render a conversation as the prompt for the assistant's next turn.
 
     Args:
-        messages: in OpenAI's form, the last one the user's.
+        messages: in OpenAI's form, the last one the user's or a tool's.
         tokenizer: any with a chat template.
-        settings: further ones of `apply_chat_template`, such as `tools`.
+        tools: that the model may call, in OpenAI's form.
 
     Raises:
-        ModelError: if the template exceeds a bound or refuses the messages.
+        ModelError: if the template exceeds a bound, refuses the messages or cannot render tools.
     """
-    try:
+
+    def render(messages: Messages) -> str:
         return bounded(
             tokenizer.name_or_path,
             lambda: tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, tokenize=False, **settings
             ),
         )
+
+    try:
+        settings = tool_settings(tools, tokenizer.chat_template, tokenizer)
+        try:
+            return render(messages)
+        except Exception:
+            if not any("tool_calls" in message for message in messages):
+                raise
+            return render(with_new_ids(messages))  # which Mistral's templates want
     except ModelError:
         raise
+    except TemplateError as error:
+        raise ModelError(f"{tokenizer.name_or_path}: {error}") from None
     except Exception as error:  # a template can raise anything
         raise ModelError(
             f"{tokenizer.name_or_path}: its chat template refuses: {first_line(error)}"
@@ -170,50 +180,42 @@ def special_tokens(tokenizer: Any) -> list[str]:
     return sorted({token.content for token in added if token.special}, key=len, reverse=True)
 
 
-def render(
-    messages: Messages, tokenizer: Any, assistant_only: bool = True
+def rendered(
+    messages: Messages,
+    tokenizer: Any,
+    ceiling: int,
+    tools: list[dict[str, Any]] | None = None,
+    **settings: Any,
 ) -> tuple[str, list[tuple[int, int]]]:
-    """Render a conversation through the tokenizer's own template.
+    """Render a conversation through the template that the tokenizer trains with.
 
     Args:
         messages: in OpenAI's form, with plain text contents.
-        tokenizer: `hfsft_training_template` is its template with `{% generation %}` marks; None: it
-            has none, and a turn is what it adds to the rendering of the previous turns.
-        assistant_only: train only on the assistant's turns; otherwise on everything except the
-            results of tool calls.
+        tokenizer: `hfsft_training_template` is its template with `{% generation %}` marks, or None.
+        ceiling: as `memory_ceiling` returns it.
+        tools: in OpenAI's form.
+        settings: further ones of `render_jinja_template`.
 
     Returns:
-        The text, and the spans of characters to train on, end-of-turn tokens included.
+        The text, and the spans of the marks with `return_assistant_tokens_mask`.
 
     Raises:
-        TemplateError: with the reason, also if it leaves out a tool call, a tool's result or a
-            system message.
+        TemplateError: with the reason.
         ModelError: if it exceeds a bound.
     """
-    ceiling = memory_ceiling()  # 6 µs, so not for each rendering
-    marked = tokenizer.hfsft_training_template is not None and assistant_only
-    text, spans = _rendered(messages, tokenizer, ceiling, return_assistant_tokens_mask=marked)
-    _check_nothing_left_out(messages, text, tokenizer, ceiling)
-    if not assistant_only:
-        results = [
-            _added_span(messages, first, last, False, text, tokenizer, ceiling)
-            for first, last in _result_runs(messages)
-        ]
-        edges = [0, *(edge for span in results for edge in span), len(text)]
-        return text, list(zip(edges[::2], edges[1::2], strict=True))
-    if not marked:
-        spans = [
-            _added_span(messages, index, index + 1, True, text, tokenizer, ceiling)
-            for index, message in enumerate(messages)
-            if message["role"] == "assistant"
-        ]
+    template = tokenizer.hfsft_training_template or tokenizer.chat_template
+    settings |= tool_settings(tools, template, tokenizer)
+    text, spans = _jinja(messages, template, tokenizer, ceiling, **settings)
+    length = len(text)
+    if length > LONGEST and length > LONGEST + TIMES * len(json.dumps([messages, tools])):
+        raise too_much(tokenizer.name_or_path, f"writes {length:,} characters")
     return text, spans
 
 
-def _rendered(
-    messages: Messages, tokenizer: Any, ceiling: int, **settings: Any
+def _jinja(
+    messages: Messages, template: str, tokenizer: Any, ceiling: int | None, **settings: Any
 ) -> tuple[str, list[tuple[int, int]]]:
-    """The text of a conversation, and the spans of its `{% generation %}` marks if asked for."""
+    """The text and the spans of its marks, within the bounds of time and memory."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     try:
@@ -221,7 +223,7 @@ def _rendered(
             tokenizer.name_or_path,
             lambda: render_jinja_template(
                 conversations=[messages],
-                chat_template=tokenizer.hfsft_training_template or tokenizer.chat_template,
+                chat_template=template,
                 **settings,
                 **tokenizer.special_tokens_map,
             ),
@@ -231,163 +233,92 @@ def _rendered(
         raise
     except Exception as error:  # a template can raise anything, such as ZeroDivisionError
         raise TemplateError(f"the chat template refuses it: {first_line(error)}") from None
-    length = len(texts[0])
-    if length > LONGEST and length > LONGEST + TIMES * len(json.dumps(messages)):
-        raise too_much(tokenizer.name_or_path, f"writes {length:,} characters")
     return texts[0], spans[0] if spans else []
 
 
-def _added_span(
-    messages: Messages,
-    first: int,
-    last: int,
-    prompt: bool,
-    text: str,
-    tokenizer: Any,
-    ceiling: int,
-) -> tuple[int, int]:
-    """The span that the turns from `first` to before `last` add to the rendering of the previous.
+# --- tools ---
 
-    With `prompt` it starts after the generation prompt, and ends with the turn's last special
-    token.
-    """
-    before, _ = _rendered(messages[:first], tokenizer, ceiling, add_generation_prompt=prompt)
-    after, _ = _rendered(messages[:last], tokenizer, ceiling)
-    if not text.startswith(after) or not after.startswith(before):
-        raise TemplateError("the chat template rewrites earlier turns")
-    return len(before), _turn_end(after, len(before), tokenizer) if prompt else len(after)
+TOOL_ARGUMENTS = ("tools", "xml_tools")  # the second is SmolLM3's
+PROBE_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "probe",
+        "description": "A probe.",
+        "parameters": {"type": "object", "properties": {"x": {"type": "string"}}},
+    },
+}
+_arguments: dict[str, str | None] = {}  # of each template seen
 
 
-def _check_nothing_left_out(messages: Messages, text: str, tokenizer: Any, ceiling: int) -> None:
-    """Check that a rendering has the conversation's tool calls, tool results and system message."""
-    if any("tool_calls" in message for message in messages):
-        without_calls = [
-            {key: value for key, value in message.items() if key != "tool_calls"}
-            for message in messages
-        ]
-        if _rendered(without_calls, tokenizer, ceiling)[0] == text:
-            raise TemplateError("tool calls, which the chat template cannot render")
-    for message in messages:
-        if message["role"] in ("system", "tool") and not _is_written(message["content"], text):
-            kind = {"system": "system message", "tool": "tool's result"}[message["role"]]
-            raise TemplateError(f"a {kind}, which the chat template leaves out")
-
-
-def _is_written(content: str, text: str) -> bool:
-    """Whether a content is in a rendering: as it is, trimmed, or as a JSON string."""
-    quoted = json.dumps(content, ensure_ascii=False)[1:-1]
-    return content.strip() in text or quoted.strip() in text
-
-
-def _result_runs(messages: Messages) -> Iterator[tuple[int, int]]:
-    """First and end index of each run of tool results, which templates may write as one turn."""
-    first = None
-    for index, message in enumerate([*messages, {"role": "end"}]):
-        if message["role"] == "tool" and first is None:
-            first = index
-        elif message["role"] != "tool" and first is not None:
-            yield first, index
-            first = None
-
-
-def _turn_end(text: str, start: int, tokenizer: Any) -> int:
-    """The end of a turn: after its last special token, before the line break that follows."""
-    ends = [text.rfind(token, start) + len(token) for token in special_tokens(tokenizer)]
-    return max((end for end in ends if end > start), default=len(text))
-
-
-def end_of_turn(tokenizer: Any) -> str:
-    """The token that ends the assistant's turns.
-
-    Raises:
-        TemplateError: if the assistant's turns cannot be identified, or end in no special token
-            that generation could stop at.
-    """
-    text, spans = render(PROBE, tokenizer)
-    turns = [text[start:end] for start, end in spans]
-    if not turns or "four" not in turns[-1]:
-        raise TemplateError("the assistant's turns cannot be identified")
-    for token in special_tokens(tokenizer):
-        if turns[-1].rstrip().endswith(token):
-            return token
-    raise TemplateError("the assistant's turns end in no special token")
-
-
-# --- encoding ---
-
-
-def encode(
-    messages: Messages, tokenizer: Any, assistant_only: bool = True
-) -> tuple[list[int], list[bool]]:
-    """Encode a conversation through the tokenizer's own template.
-
-    A special token written inside a message is encoded as plain text.
+def tool_settings(
+    tools: list[dict[str, Any]] | None, template: str, tokenizer: Any
+) -> dict[str, Any]:
+    """The argument that gives tools to a template.
 
     Args:
-        messages: in OpenAI's form, with plain text contents.
-        tokenizer: see `render`.
-        assistant_only: see `render`.
-
-    Returns:
-        Token ids, and for each whether it is trained on.
+        tools: in OpenAI's form.
+        template: one of the tokenizer's.
+        tokenizer: gives the special tokens that the template may write.
 
     Raises:
-        TemplateError: with the reason.
+        TemplateError: if the template leaves them out.
     """
-    stand_ins = _stand_ins(messages, tokenizer)
-    text, spans = render(_protected(messages, stand_ins), tokenizer, assistant_only)
-    edges = [edge for span in spans for edge in span]
-    ids, starts = _encoded(text, stand_ins, tokenizer)
-    return ids, (np.searchsorted(edges, starts, side="right") % 2 == 1).tolist()
+    if not tools:
+        return {}
+    if template not in _arguments:
+        without, _ = _jinja(PROBE[:2], template, tokenizer, None)
+        _arguments[template] = next(
+            (
+                name
+                for name in TOOL_ARGUMENTS
+                if _jinja(PROBE[:2], template, tokenizer, None, **{name: [PROBE_TOOL]})[0]
+                != without
+            ),
+            None,
+        )
+    if _arguments[template] is None:
+        raise TemplateError("tools, which the chat template cannot render")
+    return {_arguments[template]: tools}
 
 
-def encode_prompt(messages: Messages, tokenizer: Any, tools: list[Any] | None = None) -> list[int]:
-    """Encode a conversation as the prompt for the assistant's next turn.
-
-    A special token written inside a message or a tool is encoded as plain text.
-
-    Args:
-        messages: in OpenAI's form, with plain text contents.
-        tokenizer: any with a chat template, hfsft's own included.
-        tools: in OpenAI's form, for templates that render them.
-
-    Returns:
-        Token ids.
-
-    Raises:
-        ModelError: if the template exceeds a bound or refuses the messages.
-    """
-    stand_ins = _stand_ins([messages, tools], tokenizer)
-    given = {} if tools is None else {"tools": _protected(tools, stand_ins)}
-    text = prompt_text(_protected(messages, stand_ins), tokenizer, **given)
-    return _encoded(text, stand_ins, tokenizer)[0]
+# --- special tokens as plain text ---
 
 
-def _stand_ins(texts: Any, tokenizer: Any) -> dict[str, str]:
-    """Each special token → a character that stands for it where it is written inside `texts`."""
+def free_characters(texts: Any) -> Iterator[str]:
+    """Private use characters that occur nowhere in `texts`, which can be any JSON."""
     written = json.dumps(texts, ensure_ascii=False)
-    free = (chr(code) for code in range(SENTINELS, 0xFFFFE) if chr(code) not in written)
-    return dict(zip(special_tokens(tokenizer), free, strict=False))
+    return (chr(code) for code in range(PRIVATE_USE, 0xFFFFE) if chr(code) not in written)
 
 
-def _protected(value: Any, stand_ins: dict[str, str]) -> Any:
-    """A value in which stand-ins replace the special tokens of every text, at any depth."""
+def protected(value: Any, stand_ins: dict[str, str]) -> Any:
+    """A value in which stand-ins replace the special tokens of every text, at any depth.
+
+    Args:
+        value: any JSON.
+        stand_ins: each special token → the character that stands for it, longest first.
+    """
     inside = re.compile("|".join(map(re.escape, stand_ins)) or r"(?!)")
 
-    def protected(value: Any) -> Any:
+    def replaced(value: Any) -> Any:
         if isinstance(value, str):
             return inside.sub(lambda found: stand_ins[found[0]], value)
         if isinstance(value, dict):
-            return {protected(key): protected(held) for key, held in value.items()}
-        return [protected(held) for held in value] if isinstance(value, list) else value
+            return {replaced(key): replaced(held) for key, held in value.items()}
+        return [replaced(held) for held in value] if isinstance(value, list) else value
 
-    return protected(value)
+    return replaced(value)
 
 
-def _encoded(text: str, stand_ins: dict[str, str], tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Token ids of a rendering, and for each the position of its first character."""
+def encoded_text(
+    text: str, stand_ins: dict[str, str], tokenizer: Any
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Encode a rendering, what stands for a special token as plain text.
+
+    Returns:
+        Token ids, and the characters of each.
+    """
     ids: list[int] = []
-    starts: list[int] = []
+    places: list[tuple[int, int]] = []
     literals = {stand_in: token for token, stand_in in stand_ins.items()}
     start = 0
     for segment in re.split(f"([{''.join(literals)}])" if literals else r"(?!)", text):
@@ -399,6 +330,34 @@ def _encoded(text: str, stand_ins: dict[str, str], tokenizer: Any) -> tuple[list
             return_offsets_mapping=True,
         )
         ids += encoded["input_ids"]
-        starts += [start + begin * (not literal) for begin, _ in encoded["offset_mapping"]]
+        offsets = encoded["offset_mapping"]
+        places += [
+            (start, start + 1) if literal else (start + begin, start + end)
+            for begin, end in offsets
+        ]
         start += len(segment)
-    return ids, starts
+    return ids, places
+
+
+def encode_prompt(
+    messages: Messages, tokenizer: Any, tools: list[dict[str, Any]] | None = None
+) -> list[int]:
+    """Encode a conversation as the prompt for the assistant's next turn.
+
+    A special token written inside a message or a tool is encoded as plain text.
+
+    Args:
+        messages: in OpenAI's form, with plain text contents.
+        tokenizer: any with a chat template, hfsft's own included.
+        tools: that the model may call, in OpenAI's form.
+
+    Returns:
+        Token ids.
+
+    Raises:
+        ModelError: as `prompt_text`.
+    """
+    free = free_characters([messages, tools])
+    stand_ins = dict(zip(special_tokens(tokenizer), free, strict=False))
+    given = protected([messages, tools], stand_ins)
+    return encoded_text(prompt_text(given[0], tokenizer, given[1]), stand_ins, tokenizer)[0]

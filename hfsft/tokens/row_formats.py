@@ -1,33 +1,29 @@
-"""Rows of any known format to `messages`, checked and in one canonical form.
+"""Rows of any known format to a `Conversation`, checked and in one canonical form.
 
-`FORMATS` lists the formats, the columns that identify each, and its reader; `to_messages` reads a
-row. A row that cannot be trained on raises `BadRow` with a reason that the audit counts.
+`FORMATS` lists the formats, the columns that identify each, and its reader; `read_row` reads a row.
+A row that cannot be trained on raises `BadRow` with a reason that the audit counts.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Callable
 from typing import Any
 
 from hfsft.errors import DataError
-
-Messages = list[dict[str, Any]]
-
-ROLES = {  # of ShareGPT and others
-    "human": "user",
-    "gpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "observation": "tool",
-}
+from hfsft.tokens.messages import Conversation, Messages, check_messages, check_tools
+from hfsft.tokens.training_flags import BadRow, check_row_flags, is_blank
 
 EMPTY_JSON = ("", "[]", "{}", "null")  # a column that exists but is empty
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-
-
-class BadRow(Exception):
-    """A row that cannot be trained on; its message is the reason that the audit shows."""
+TOOLS = ("tools", "functions")
+# columns that are about a row, and not what a model reads
+HARMLESS = {
+    *("id", "_id", "idx", "index", "uuid", "uid", "row_id", "prompt_id", "conversation_id"),
+    *("source", "dataset", "origin", "url", "license", "split", "created", "timestamp", "date"),
+    *("language", "lang", "category", "subject", "topic", "task", "tags", "type", "domain"),
+    *("model", "metadata", "meta", "hash", "num_turns", "difficulty", "parallel_tool_calls"),
+    "__index_level_0__",
+}
 
 
 # --- one reader per format ---
@@ -39,7 +35,7 @@ def from_messages(row: dict[str, Any]) -> Messages:
 
 
 def from_sharegpt(row: dict[str, Any]) -> Messages:
-    """ShareGPT: `conversations` of `from` and `value`, with an optional `system`.
+    """ShareGPT: `conversations` of `from` and `value`.
 
     LLaMA-Factory's `function_call` (JSON of one call or a list of them) and `observation` become
     tool calls and tool results.
@@ -47,25 +43,16 @@ def from_sharegpt(row: dict[str, Any]) -> Messages:
     turns = row["conversations"]
     if not isinstance(turns, list):
         raise BadRow("no messages")
-    messages = [_from_sharegpt_turn(turn) if isinstance(turn, dict) else turn for turn in turns]
-    if row.get("system"):
-        messages.insert(0, {"role": "system", "content": row["system"]})
-    return messages
-
-
-def _from_sharegpt_turn(turn: dict[str, Any]) -> dict[str, Any]:
-    role = turn.get("from", turn.get("role"))
-    content = turn.get("value", turn.get("content"))
-    if role != "function_call":
-        return turn | {"role": role, "content": content}
-    try:
-        calls = json.loads(content)
-    except (TypeError, ValueError, RecursionError):
-        raise BadRow("a tool call that is not JSON") from None
-    calls = [{"function": call} for call in (calls if isinstance(calls, list) else [calls])]
-    if not calls:
-        raise BadRow("a tool call without a name")
-    return {"role": "assistant", "content": "", "tool_calls": calls}
+    return [
+        turn
+        | {
+            "role": turn.get("from", turn.get("role")),
+            "content": turn.get("value", turn.get("content")),
+        }
+        if isinstance(turn, dict)
+        else turn
+        for turn in turns
+    ]
 
 
 def from_prompt_completion(row: dict[str, Any]) -> Messages:
@@ -83,18 +70,22 @@ def from_prompt_completion(row: dict[str, Any]) -> Messages:
 
 
 def from_alpaca(row: dict[str, Any]) -> Messages:
-    """Alpaca: `instruction`, an optional `input` and `system`, and `output`."""
+    """Alpaca: `instruction`, an optional `input`, `output`, and `history`: earlier exchanges."""
     instruction, extra = row["instruction"], row.get("input")
     if not all(isinstance(text, str | None) for text in (instruction, extra, row["output"])):
         raise BadRow("content that is not text")
     question = f"{instruction}\n\n{extra}" if extra and instruction else instruction or extra
-    messages = [
-        {"role": "user", "content": question},
-        {"role": "assistant", "content": row["output"]},
+    history = row.get("history") or []
+    history = json.loads(history) if isinstance(history, str) else history  # in a CSV
+    exchanges = [*history, [question, row["output"]]]
+    if any(not isinstance(pair, list) or len(pair) != 2 for pair in exchanges):
+        raise BadRow("a history that is not pairs of texts")
+    roles = ("user", "assistant")
+    return [
+        {"role": role, "content": content}
+        for pair in exchanges
+        for role, content in zip(roles, pair, strict=True)
     ]
-    if row.get("system"):
-        messages.insert(0, {"role": "system", "content": row["system"]})
-    return messages
 
 
 def from_multiple_choice(row: dict[str, Any]) -> Messages:
@@ -160,6 +151,9 @@ FORMATS: dict[str, tuple[tuple[str, ...], Callable[[dict[str, Any]], Messages]]]
     "gsm8k": (("question", "answer"), from_gsm8k),
 }
 
+# further columns that a format's reader reads
+OPTIONAL = {"alpaca": ("input", "history"), "multiple_choice": ("answer", "answerKey")}
+
 
 # --- choosing and applying one ---
 
@@ -190,8 +184,8 @@ def detect_format(columns: list[str], source: str) -> str:
     )
 
 
-def to_messages(row: dict[str, Any], name: str) -> Messages:
-    """Read a row as messages and check that they form a conversation.
+def read_row(row: dict[str, Any], name: str) -> Conversation:
+    """Read a row and check that it is a conversation, and one to train on.
 
     Args:
         row: its columns.
@@ -200,169 +194,41 @@ def to_messages(row: dict[str, Any], name: str) -> Messages:
     Raises:
         BadRow: with the reason.
     """
-    for column in ("chat_template", "chat_template_kwargs", "tools"):
-        value = row.get(column)
-        if value and not (isinstance(value, str) and value.strip() in EMPTY_JSON):
+    for column in ("chat_template", "chat_template_kwargs"):
+        if not _is_empty(row.get(column)):
             raise BadRow(f"has its own {column}")
     if any(row.get(column) for column in MEDIA):
         raise BadRow("has images, video or audio")
     # next to `messages` they repeat the same row, as in ultrafeedback_binarized
     if name != "messages" and row.get("chosen") and row.get("rejected"):
         raise BadRow("a preference row (chosen and rejected)")
-    # KTO's; in a CSV it is text
-    if name == "prompt_completion" and str(row.get("label")).lower() == "false":
-        raise BadRow("an undesirable answer (label: false)")
+    used = check_row_flags(row, has_label=name not in ("multiple_choice", "gsm8k"))
+    used |= {*FORMATS[name][0], *OPTIONAL.get(name, ()), *TOOLS, *HARMLESS}
     try:
         messages = FORMATS[name][1](row)
     except (KeyError, TypeError, ValueError, AttributeError):
         raise BadRow(f"not a row of format {name}") from None
-    return check_messages(messages)
+    if isinstance(messages, list) and not is_blank(row.get("system")):
+        if not _begins_with_system(messages):
+            messages = [{"role": "system", "content": row["system"]}, *messages]
+            used.add("system")
+        elif messages[0].get("content") == row["system"]:
+            used.add("system")
+    unused: set[str] = set()
+    messages = check_messages(messages, unused)
+    tools = next((row[column] for column in TOOLS if not _is_empty(row.get(column))), [])
+    unused |= {
+        f"column {column}"
+        for column, value in row.items()
+        if column not in used and not is_blank(value)
+    }
+    return Conversation(messages, check_tools(tools), tuple(sorted(unused)))
 
 
-# --- checking messages ---
+def _begins_with_system(messages: list[Any]) -> bool:
+    first = messages[0] if messages and isinstance(messages[0], dict) else {}
+    return first.get("role") in ("system", "developer")
 
 
-def check_messages(messages: Any) -> Messages:
-    """Check roles, their order and contents, and return the messages in canonical form.
-
-    System messages at the beginning are joined with a blank line; a later one is kept between
-    exchanges, and it is up to the chat template. A tool call's arguments become a mapping.
-
-    Args:
-        messages: as a row has them.
-
-    Raises:
-        BadRow: with the reason.
-    """
-    if not isinstance(messages, list) or not messages:
-        raise BadRow("no messages")
-    checked: Messages = []
-    for message in messages:
-        if not isinstance(message, dict):
-            raise BadRow("a message that is not a mapping")
-        message = _check_message(message)
-        if message["role"] == "system" and [m["role"] for m in checked] == ["system"]:
-            checked[0]["content"] += "\n\n" + message["content"]
-        else:
-            checked.append(message)
-    _check_order(checked)
-    return checked
-
-
-def _check_message(message: dict[str, Any]) -> dict[str, Any]:
-    role, content = message.get("role"), message.get("content")
-    role = ROLES.get(role, role) if isinstance(role, str) else None
-    if role not in ("system", "user", "assistant", "tool"):
-        raise BadRow("unknown role")
-    calls = message.get("tool_calls") if role == "assistant" else None
-    if calls:
-        blank = not content or (isinstance(content, str) and not content.strip())
-        content = "" if blank else _check_content(content, role)
-        return {"role": role, "content": content, "tool_calls": _check_calls(calls)}
-    if role == "tool":
-        names = {key: message[key] for key in ("tool_call_id", "name") if message.get(key)}
-        return {"role": role, "content": _check_content(content, role)} | names
-    return {"role": role, "content": _check_content(content, role)}
-
-
-def _check_calls(calls: Any) -> list[dict[str, Any]]:
-    checked = []
-    for call in calls if isinstance(calls, list) else [None]:
-        function = call.get("function") if isinstance(call, dict) else None
-        name = function.get("name") if isinstance(function, dict) else None
-        if not isinstance(name, str) or not name:
-            raise BadRow("a tool call without a name")
-        arguments = function.get("arguments") or {}
-        try:
-            if isinstance(arguments, str):
-                arguments = json.loads(arguments)
-            json.dumps(arguments, ensure_ascii=False).encode()
-            name.encode()
-        except UnicodeEncodeError:
-            raise BadRow("invalid Unicode") from None
-        except (ValueError, TypeError, RecursionError):
-            raise BadRow("tool call arguments that are not JSON") from None
-        if not isinstance(arguments, dict):
-            raise BadRow("tool call arguments that are not a mapping")
-        function = {"name": name, "arguments": arguments}
-        call_id = {"id": call["id"]} if call.get("id") else {}
-        checked.append(call_id | {"type": "function", "function": function})
-    return checked
-
-
-# the last turn → the roles that may follow it
-FOLLOWS = {
-    "nothing": ("user",),
-    "user": ("assistant",),
-    "assistant": ("user",),
-    "calls": ("tool",),
-    "tool": ("tool", "assistant"),
-}
-
-
-def _check_order(messages: Messages) -> None:
-    last, calls = "nothing", 0
-    for index, message in enumerate(messages):
-        role = message["role"]
-        if role == "system" and (index == 0 or last in ("user", "assistant")):
-            continue
-        if role not in FOLLOWS[last]:
-            if role == "tool":
-                raise BadRow("a tool result without its call")
-            raise BadRow(
-                "a tool call without its result" if last == "calls" else "roles out of order"
-            )
-        if role == "tool":
-            calls -= 1
-            if calls < 0:
-                raise BadRow("more tool results than calls")
-        last = role
-        if message.get("tool_calls"):
-            last, calls = "calls", len(message["tool_calls"])
-    if all(message["role"] != "assistant" for message in messages):
-        raise BadRow("no assistant turn")
-    if last == "tool" or messages[-1]["role"] == "system":
-        raise BadRow("roles out of order")
-
-
-def _check_content(content: Any, role: str) -> Any:
-    if isinstance(content, list):
-        types = ("text", "python", "python_output") if role == "assistant" else ("text",)
-        for part in content:
-            if (
-                not isinstance(part, dict)
-                or part.get("type") not in types
-                or not isinstance(part.get("text"), str)
-            ):
-                raise BadRow("content that is not text")
-        text = "".join(part["text"] for part in content)
-        if all(part["type"] == "text" for part in content):
-            content = text
-    elif isinstance(content, str):
-        text = content
-    else:
-        raise BadRow("content that is not text" if content is not None else "empty content")
-    if (not text or text.isspace()) and role != "tool":  # a tool may return nothing
-        raise BadRow("empty content")
-    try:
-        if not text.isascii():
-            text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise BadRow("invalid Unicode") from None
-    return content
-
-
-def content_digest(messages: Messages) -> str:
-    """A digest that is equal for equal conversations, whatever ids their tool calls have.
-
-    Args:
-        messages: as `check_messages` returns them.
-    """
-    content = [
-        [message["role"], message["content"], [c["function"] for c in message["tool_calls"]]]
-        if "tool_calls" in message
-        else [message["role"], message["content"]]
-        for message in messages
-    ]
-    text = json.dumps(content, sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+def _is_empty(value: Any) -> bool:
+    return not value or (isinstance(value, str) and value.strip() in EMPTY_JSON)

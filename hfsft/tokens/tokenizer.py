@@ -5,6 +5,7 @@ turns, and a pad token that is not its EOS token.
 """
 
 import contextlib
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator
@@ -19,7 +20,8 @@ from hfsft.errors import ModelError, RecipeError
 from hfsft.hub.client import NOT_LOADED, require_model, why_not_loaded
 from hfsft.recipe.schema import DEFAULT_PRE_TOKENIZER, Recipe, Stage
 from hfsft.run.disk import writing_to
-from hfsft.tokens.foreign_templates import TemplateError, end_of_turn
+from hfsft.tokens.foreign_templates import TemplateError
+from hfsft.tokens.turns import end_of_turn
 
 # karpathy/nanochat's nine, in its order, and a pad token of its own: as the embedding's padding_idx
 # it gets no gradient, so no token with a meaning can serve
@@ -58,6 +60,43 @@ PRE_TOKENIZERS = {
 
 
 MOST_GROWTH = 16  # of a text's length, by a normalizer
+# hfsft's templates in their earlier versions, by the BLAKE2 digest of their text: they could write
+# neither tools nor reasoning, and everything else, tool calls aside, as the present ones do
+EARLIER = {
+    "c859467a259c932e04448b2f707bf81a": "nanochat",
+    "9d5e6cfc74fc68b53531cd4245c3e4a2": "chatml",
+}
+
+# how a server takes an answer apart, as transformers' `parse_response` reads it
+REASONING = {"open_pattern": r"<think>\s*", "close_pattern": r"\s*</think>\s*"}
+CALLS = {
+    "repeats": True,
+    "content": "json",
+    "transform": {"type": "function", "function": "{content}"},
+}
+RESPONSES: dict[str, dict[str, Any]] = {
+    "nanochat": {
+        "defaults": {"role": "assistant"},
+        "start_anchor": "<|assistant_start|>",
+        "fields": {
+            "reasoning_content": REASONING,
+            # a calculator call is a python part too, but no JSON
+            "tool_calls": CALLS
+            | {"open_pattern": r'<\|python_start\|>(?=\{"name": )', "close": "<|python_end|>"},
+            "content": {"close_pattern": r"<\|assistant_end\|>"},
+        },
+    },
+    "chatml": {
+        "defaults": {"role": "assistant"},
+        "start_anchor": "<|im_start|>assistant\n",
+        "fields": {
+            "reasoning_content": REASONING,
+            # with the line break before it, or that would be a content of its own
+            "tool_calls": CALLS | {"open_pattern": r"\s*<tool_call>", "close": "</tool_call>"},
+            "content": {"close_pattern": r"<\|im_end\|>\s*"},
+        },
+    },
+}
 
 
 @cache
@@ -251,13 +290,23 @@ def _with_template(tokenizer: Any, name: str) -> Any:
 
 
 def _recognise_template(tokenizer: Any, start: str) -> Any:
-    """Set `hfsft_template` and `hfsft_training_template`, and the EOS token of another template."""
-    tokenizer.hfsft_template = next(
-        (name for name in ("nanochat", "chatml") if tokenizer.chat_template == template(name)), None
-    )
+    """Set `hfsft_template` and `hfsft_training_template`, and the EOS token of another template.
+
+    One of hfsft's own in an earlier version is replaced by the present one.
+    """
+    names = EARLIER | {_digest(template(name)): name for name in RESPONSES}
+    text = tokenizer.chat_template
+    tokenizer.hfsft_template = names.get(_digest(text)) if isinstance(text, str) else None
     tokenizer.hfsft_training_template = None
-    if tokenizer.hfsft_template is None:
-        from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+    if tokenizer.hfsft_template is not None:
+        tokenizer.chat_template = template(tokenizer.hfsft_template)
+        tokenizer.response_template = RESPONSES[tokenizer.hfsft_template]
+    else:
+        from trl.chat_template_utils import (
+            add_response_schema,
+            get_training_chat_template,
+            has_generation_markers,
+        )
 
         if not isinstance(tokenizer.chat_template, str):
             raise ModelError(
@@ -273,6 +322,9 @@ def _recognise_template(tokenizer: Any, start: str) -> Any:
             )
             with contextlib.suppress(ValueError):  # trl does not know the template
                 tokenizer.hfsft_training_template = get_training_chat_template(stand_in)
+        if tokenizer.response_template is None:
+            with contextlib.suppress(ValueError):
+                add_response_schema(tokenizer)
         try:
             tokenizer.eos_token = end_of_turn(tokenizer)
         except TemplateError as error:
@@ -281,6 +333,10 @@ def _recognise_template(tokenizer: Any, start: str) -> Any:
                 "tokenizer: {chat_template: FILE}, or chatml, or nanochat"
             ) from None
     return tokenizer
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 # --- a stage's ---

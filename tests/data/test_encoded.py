@@ -146,11 +146,39 @@ def test_tool_calls_of_every_form_train(make_stage, tokenizer, tmp_path):
         texts_of(train, tokenizer)
         == [
             "<|bos|><|user_start|>Hi<|user_end|><|assistant_start|><|python_start|>"
-            '{"name": "f", "arguments": {"a": 1}}<|python_end|><|output_start|>5<|output_end|>'
-            "Five<|assistant_end|>"
+            '{"name": "f", "arguments": {"a": 1}}<|python_end|><|assistant_end|>'
+            "<|output_start|>5<|output_end|><|assistant_start|>Five<|assistant_end|>"
         ]
         * 3
     )
+
+
+def test_keys_that_arrow_added_are_no_part_of_tools_and_arguments(make_stage, tokenizer, tmp_path):
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": "Hi", "tool_calls": None},
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "tool_calls": [{"function": {"name": "f", "arguments": {name: 1}}}],
+                },
+            ],
+            "tools": [{"name": "f", "parameters": {"properties": {name: {"type": "integer"}}}}],
+        }
+        for name in ("a", "b")
+    ]
+    path = tmp_path / "m.parquet"
+    path.write_bytes(as_parquet(rows))
+    train, _ = load_conversations(make_stage(str(path), max_length=256), tokenizer)
+    texts = sorted(texts_of(train, tokenizer))
+    assert texts == [
+        "<|bos|><|user_start|>Functions that can be called:\n"
+        f'{{"name": "f", "parameters": {{"properties": {{"{name}": {{"type": "integer"}}}}}}}}\n\n'
+        "Hi<|user_end|><|assistant_start|><|python_start|>"
+        f'{{"name": "f", "arguments": {{"{name}": 1}}}}<|python_end|><|assistant_end|>'
+        for name in ("a", "b")
+    ]
 
 
 def test_all_tokens_train_without_assistant_only(make_stage, tokenizer, tmp_path):

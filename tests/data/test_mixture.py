@@ -92,6 +92,8 @@ def test_refused_rows_are_listed_and_data_json_counts(tmp_path, make_stage, toke
         "read": 10,
         "kept": 4,
         "passed_over": {"nothing left to train on": 1},
+        "unused": {},
+        "left_out": {},
         "prepared": 3,
         "train": 3,
         "used": 3,

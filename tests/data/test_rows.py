@@ -80,7 +80,7 @@ BAD_ROWS = {
     "content of ideographic spaces": (turns("Hi", "\u3000\u2003\u00a0\n"), "empty content"),
     "content of an empty part": (turns("Hi", [{"type": "text", "text": ""}]), "empty content"),
     "a part without text": (
-        turns("Hi", [{"type": "text", "value": "hi"}]),
+        turns("Hi", [{"type": "text", "values": "hi"}]),
         "content that is not text",
     ),
     "a part of a number": (turns([{"type": "text", "text": 5}], "Hi"), "content that is not text"),
@@ -151,7 +151,7 @@ BAD_ROWS_OF_A_FORMAT = {
     "pair: null prompt": (PAIR, {"prompt": None}, "empty content"),
     "pair: null completion": (PAIR, {"completion": None}, "empty content"),
     "pair: a number": (PAIR, {"completion": 4}, NOT_TEXT),
-    "pair: to avoid": (PAIR, {"label": False}, "an undesirable answer (label: false)"),
+    "pair: to avoid": (PAIR, {"label": False}, "an answer to avoid (label: false)"),
     "pair: preferred": (
         PAIR,
         {"chosen": "Hello", "rejected": "Bye"},
@@ -176,7 +176,7 @@ def test_a_bad_row_of_another_format_is_refused(case, tmp_path, make_stage, toke
 GOOD_ROWS = {
     "media columns that are empty": row([USER, ASSISTANT], images=[], image=None, audio=""),
     "an answer that is preferred": row([USER, ASSISTANT], chosen=[ASSISTANT], rejected=None),
-    "a label of another kind": row([USER, ASSISTANT], label=False),
+    "a label of another kind": row([USER, ASSISTANT], label="sports"),
     "NaN in another column": turns("Hi", "Hello")[:-1] + b', "score": NaN, "more": -Infinity}',
     "a repeated key, of which the last counts": b'{"messages": null, ' + turns("Hi", "Hello")[1:],
     "odd other columns": turns("Hi", "Hello")[:-1]
@@ -312,3 +312,34 @@ def test_bad_rows_stop_a_run_before_anything_is_encoded(
     assert calls == []
     stage = make_stage(str(path), name="mid", on_bad_rows="skip")
     assert len(load_conversations(stage, tokenizer)[0]) == 20 and calls
+
+
+# --- rows that are left out on purpose, and what nothing reads ---
+
+
+def test_answers_to_avoid_are_left_out_and_are_not_bad_rows(tmp_path, make_stage, tokenizer):
+    path = tmp_path / "kto.jsonl"
+    lines = [row([USER, {"role": "assistant", "content": f"Hello {n}"}], label=n % 2 == 0)
+             for n in range(6)]  # fmt: skip
+    lines.append(row([USER, ASSISTANT], weight=0))
+    path.write_bytes(b"\n".join(lines))
+    stage = make_stage(str(path), name="mid")  # any bad row of so few would be an error
+    train, _ = load_conversations(stage, tokenizer)
+    assert len(train) == 3
+    (source,) = json.loads((stage.folder / "data.json").read_text())["sources"]
+    assert source["refused"] == {
+        "an answer to avoid (label: false)": 3,
+        "marked as not to train on (weight)": 1,
+    }
+
+
+def test_what_nothing_reads_is_named_once_with_its_count(tmp_path, make_stage, tokenizer, capsys):
+    path = tmp_path / "rows.jsonl"
+    named = {"role": "user", "content": "Who?", "name": "Anna"}
+    lines = [row([USER, ASSISTANT], score=5), row([named, ASSISTANT], score=None)]
+    path.write_bytes(b"\n".join(lines))
+    stage = make_stage(str(path), name="mid", quiet=False)
+    load_conversations(stage, tokenizer)
+    (audit,) = json.loads((stage.folder / "data.json").read_text())["sources"]
+    assert audit["unused"] == {"column score": 1, "field name": 1}
+    assert "not used: column score (1), field name (1)" in capsys.readouterr().out

@@ -48,8 +48,9 @@ def test_each_kind_is_read_by_llama_cpp(save_model, kind):
         assert proof["end_tokens"] == ["<|assistant_end|>", "<|bos|>"]
         assert proof["cap"] == (15.0 if kind == "nanochat" else None)
     exact = proofs[0]
-    # one may differ where two logits are within 0.01: random weights make such ties
-    assert exact["answers"] - 1 <= exact["answers_equal"] and exact["answers"] == 13
+    # of the conversations without tools; one may differ where two logits are within 0.01: random
+    # weights make such ties
+    assert exact["answers"] - 1 <= exact["answers_equal"] and exact["answers"] == 12
     assert abs(exact["loss_exported"] - exact["loss"]) < 1e-3
     made = files(folder / "gguf")
     assert made == {"README.md", *(p["file"] for p in proofs)} | {

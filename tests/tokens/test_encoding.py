@@ -9,17 +9,14 @@ from transformers import PreTrainedTokenizerFast
 
 from hfsft.tokens.encoding import (
     IGNORED,
-    chatml_segments,
     encode_conversation,
     encode_conversations,
     fit_conversations,
-    nanochat_segments,
 )
-from hfsft.tokens.row_formats import (
-    BadRow,
-    check_messages,
-)
+from hfsft.tokens.messages import Conversation, check_messages
+from hfsft.tokens.segments import chatml_segments, nanochat_segments
 from hfsft.tokens.tokenizer import load_tokenizer
+from hfsft.tokens.training_flags import BadRow
 
 
 @pytest.fixture(scope="module")
@@ -112,24 +109,26 @@ def text_and_trained(messages, tokenizer, **settings) -> tuple[str, str]:
     return tokenizer.decode(ids), tokenizer.decode([i for i in labels if i != IGNORED])
 
 
-def test_nanochat_renders_tool_calls_within_the_assistant_s_turn(tokenizer):
+def test_nanochat_s_tool_calls_end_the_turn_and_it_begins_again_behind_the_results(tokenizer):
     asked = "<|bos|><|user_start|>Add 1 and 2, and look up ä.<|user_end|><|assistant_start|>"
     first = f"Let me see.<|python_start|>{ADD}<|python_end|><|python_start|>{LOOK_UP}<|python_end|>"
+    first += "<|assistant_end|>"
     results = "<|output_start|>3<|output_end|><|output_start|>nothing<|output_end|>"
-    second = f"<|python_start|>{AGAIN}<|python_end|>"
+    second = f"<|python_start|>{AGAIN}<|python_end|><|assistant_end|>"
+    empty, begin = "<|output_start|><|output_end|>", "<|assistant_start|>"
     answer = "It is 3.<|assistant_end|>"
     thanks = "<|user_start|>Thanks<|user_end|><|assistant_start|>"
     bye = "Bye<|assistant_end|>"
     text, trained = text_and_trained(CALLS, tokenizer)
-    empty = "<|output_start|><|output_end|>"
-    assert text == asked + first + results + second + empty + answer + thanks + bye
+    assert text == (
+        asked + first + results + begin + second + empty + begin + answer + thanks + bye
+    )
     assert trained == first + second + answer + bye
     _, all_but_results = text_and_trained(CALLS, tokenizer, assistant_only=False)
-    assert all_but_results == asked + first + second + answer + thanks + bye
-    # a prompt that ends in a result, or a row in a call, leaves the turn open
+    assert all_but_results == asked + first + begin + second + begin + answer + thanks + bye
     prompt = tokenizer.apply_chat_template(CALLS[:6], tokenize=False, add_generation_prompt=True)
-    assert prompt == asked + first + results + second + empty
-    text, trained = text_and_trained(CALLS[:2], tokenizer)
+    assert prompt == asked + first + results + begin + second + empty + begin
+    text, trained = text_and_trained(CALLS[:2], tokenizer)  # a row may end in a call
     assert (text, trained) == (asked + first, first)
 
 
@@ -163,7 +162,7 @@ def test_a_later_system_message(tokenizer, chatml):
     messages = [system("Be kind."), *HELLO, system("Now be rude."), *HELLO]
     reason = "^a later system message, which the chat template cannot render$"
     with pytest.raises(BadRow, match=reason):
-        nanochat_segments(messages)
+        nanochat_segments(Conversation(messages))
     with pytest.raises(Exception, match="has no role system here"):
         tokenizer.apply_chat_template(messages, tokenize=False)
     text, trained = text_and_trained(messages, chatml)
@@ -174,7 +173,7 @@ def test_a_later_system_message(tokenizer, chatml):
 def test_a_batch_is_each_conversation_by_itself(tokenizer):
     made = odd_conversations(50)
     made.insert(7, [*HELLO, system("Be kind."), *HELLO])  # nanochat cannot write it
-    found = encode_conversations(made, tokenizer)
+    found = encode_conversations([Conversation(one) for one in made], tokenizer)
     assert isinstance(found[7], BadRow)
     for index, (messages, encoded) in enumerate(zip(made, found, strict=True)):
         if index != 7:
@@ -196,7 +195,7 @@ def test_chatml_renders_no_python_parts(chatml):
     assert trained == "Let me see: It is 24.<|im_end|>Bye<|im_end|>"
     assert chatml.apply_chat_template(TOOL, tokenize=False) == chatml.decode(ids)
     with pytest.raises(BadRow, match="only tool calls"):
-        chatml_segments([user("Hi"), assistant([{"type": "python", "text": "48/2"}])])
+        chatml_segments(Conversation([user("Hi"), assistant([{"type": "python", "text": "48/2"}])]))
 
 
 ODD = (
@@ -338,7 +337,8 @@ def test_a_foreign_template_writes_a_literal_special_token_as_text(foreign, temp
 def test_a_foreign_template_s_refusal_is_a_reason(foreign):
     made = foreign(
         "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-        "{% generation %}{{ messages[-1].content }}<|eot|>{% endgeneration %}"
+        "{% for m in messages %}{% generation %}{{ m.content }}<|eot|>{% endgeneration %}"
+        "{% endfor %}"
     )
     with pytest.raises(BadRow, match=r"^the chat template refuses it: no system role$"):
         encode_conversation([system("Be kind."), *HELLO], made)
@@ -386,13 +386,26 @@ def test_what_a_foreign_template_leaves_out_is_a_reason(foreign):
     ):
         with pytest.raises(BadRow, match=f"^a {kind}, which the chat template leaves out$"):
             encode_conversation(messages, made)
+    made = foreign(
+        "{% for m in messages %}{% if loop.index0 != 2 or 'three' in m.content %}"
+        "<|start|>{{ m.role }}\n"
+        "{% if not m.tool_calls %}{{ m.content }}{% endif %}{{ m.tool_calls or '' }}<|eot|>\n"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+    )
+    for messages, kind in (
+        ([*HELLO, user("What?"), assistant("That.")], "a user's message"),
+        ([*HELLO, user("at"), assistant("That.")], "a user's message"),  # also in the answer
+        ([user("Hi"), calling(call("add", {}), content="Let me see.")], "an assistant's text"),
+    ):
+        with pytest.raises(BadRow, match=f"^{kind}, which the chat template leaves out$"):
+            encode_conversation(messages, made)
 
 
 def test_truncation_splits_no_character(tokenizer):
     messages = [user("Hi"), assistant("🙂🦊🐳" * 20)]
     full, _ = encode_conversation(messages, tokenizer)
     for limit in range(12, 60):
-        ((fitted,),) = fit_conversations([messages], tokenizer, limit)
+        ((fitted,),) = fit_conversations([Conversation(messages)], tokenizer, limit)
         ids = fitted.ids.tolist()
         assert fitted.truncated and limit - 4 < len(ids) <= limit
         assert ids == full[: len(ids)] and len(fitted.labels) == len(ids)
@@ -402,7 +415,7 @@ def test_truncation_splits_no_character(tokenizer):
 def test_splitting_keeps_exchanges_with_tools_together(tokenizer):
     messages = [system("Be brief."), *CALLS, *CALLS]
     full, _ = encode_conversation(messages, tokenizer)
-    (parts,) = fit_conversations([messages], tokenizer, len(full) - 1, "split")
+    (parts,) = fit_conversations([Conversation(messages)], tokenizer, len(full) - 1, "split")
     assert len(parts) == 2 and not any(part.truncated for part in parts)
     # of four exchanges the last is a part of its own, after the system message
     first, last = messages[:-2], [messages[0], *messages[-2:]]

@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from hfsft.tokens.encoding import IGNORED, encode_conversations
-from hfsft.tokens.row_formats import BadRow, check_messages
+from hfsft.tokens.messages import Conversation, check_messages
 from hfsft.tokens.tokenizer import load_tokenizer
+from hfsft.tokens.training_flags import BadRow
 
 COUNT = 200
 TEXTS = (
@@ -202,7 +203,9 @@ def read_foreign(messages: list, template: str, tokenizer) -> tuple[list[int], l
 
 def encoded(raw: list[list], tokenizer, assistant_only: bool = True) -> list:
     """What hfsft encodes, in one batch."""
-    found = encode_conversations([check_messages(m) for m in raw], tokenizer, assistant_only)
+    found = encode_conversations(
+        [Conversation(check_messages(m)) for m in raw], tokenizer, assistant_only
+    )
     return [
         str(one) if isinstance(one, BadRow) else (one.ids.tolist(), one.labels.tolist())
         for one in found

@@ -1,16 +1,18 @@
 """Rows of every known format are read as messages, and others refused with the reason."""
 
+import json
+
 import pytest
 from chat_messages import HELLO, assistant, call, calling, system, tool, user
 
 from hfsft.errors import DataError
 from hfsft.recipe.schema import FORMATS as RECIPE_FORMATS
+from hfsft.tokens.messages import Conversation, content_digest
 from hfsft.tokens.row_formats import (
     FORMATS,
     BadRow,
-    content_digest,
     detect_format,
-    to_messages,
+    read_row,
 )
 
 MULTIPLE_CHOICE = (
@@ -142,6 +144,73 @@ READ = {
         [user("Add 1 and 2."), calling(call("add", {"a": 1, "b": 2})), tool("3"),
          assistant("It is 3.")],
     ),
+    "messages with a system column": (
+        "messages",
+        {"messages": HELLO, "system": "Be kind."},
+        [system("Be kind."), *HELLO],
+    ),
+    "prompt and completion with a system column": (
+        "prompt_completion",
+        {"prompt": "Hi", "completion": "Hello", "system": "Be kind."},
+        [system("Be kind."), *HELLO],
+    ),
+    "alpaca with a history": (
+        "alpaca",
+        {"instruction": "And?", "output": "Fine.", "history": [["Hi", "Hello"]], "system": "x"},
+        [system("x"), *HELLO, user("And?"), assistant("Fine.")],
+    ),
+    "alpaca with a history in a CSV": (
+        "alpaca",
+        {"instruction": "And?", "output": "Fine.", "history": '[["Hi", "Hello"]]'},
+        [*HELLO, user("And?"), assistant("Fine.")],
+    ),
+    "messages with the older function_call beside text": (
+        "messages",
+        {"messages": [
+            user("Add."),
+            assistant("Let me see.") | {"function_call": {"name": "add", "arguments": '{"a": 1}'}},
+            {"role": "function", "name": "add", "content": "1"},
+            assistant("It is 1."),
+        ]},
+        [user("Add."), calling(call("add", {"a": 1}), content="Let me see."), tool("1", name="add"),
+         assistant("It is 1.")],
+    ),
+    "messages whose calls are turns of their own": (
+        "messages",
+        {"messages": [
+            user("Add twice."),
+            assistant("Let me see."),
+            {"role": "tool_call", "content": '{"name": "add", "arguments": {"a": 1}}'},
+            {"role": "tool_call", "content": '{"name": "add", "arguments": {"a": 2}}'},
+            {"role": "tool_response", "content": "1"},
+            {"role": "tool_response", "content": "2"},
+            assistant("1 and 2."),
+        ]},
+        [user("Add twice."),
+         calling(call("add", {"a": 1}), call("add", {"a": 2}), content="Let me see."),
+         tool("1"), tool("2"), assistant("1 and 2.")],
+    ),
+    "LLaMA-Factory's parts": (
+        "messages",
+        {"messages": [
+            system([{"type": "text", "value": "Be kind."}]),
+            user([{"type": "text", "value": "Add."}]),
+            assistant([{"type": "reasoning", "value": "Hm."},
+                       {"type": "tool_call", "value": '{"name": "add", "arguments": {"a": 1}}'},
+                       {"type": "tool_call", "value": '{"name": "add", "arguments": {"a": 2}}'}]),
+            tool([{"type": "text", "value": "1"}]),
+            assistant([{"type": "thinking", "thinking": "Oh."}, {"type": "text", "value": "1."}]),
+        ]},
+        [system("Be kind."), user("Add."),
+         calling(call("add", {"a": 1}), call("add", {"a": 2})) | {"reasoning_content": "Hm."},
+         tool("1"), assistant("1.") | {"reasoning_content": "Oh."}],
+    ),
+    "reasoning in a field": (
+        "sharegpt",
+        {"conversations": [{"from": "human", "value": "Hi"},
+                           {"from": "gpt", "value": "Hello", "thinking": "A greeting."}]},
+        [user("Hi"), assistant("Hello") | {"reasoning_content": "A greeting."}],
+    ),
     "gsm8k without a calculation": (
         "gsm8k",
         {"question": "Hi", "answer": "Hello"},
@@ -154,7 +223,7 @@ READ = {
 def test_format_is_detected_and_read(case):
     name, row, messages = READ[case]
     assert detect_format(list(row), "x") == name
-    assert to_messages(row, name) == messages
+    assert read_row(row, name).messages == messages
 
 
 def test_the_recipe_names_every_format():
@@ -251,21 +320,23 @@ REFUSED = [
     ("sharegpt", {"conversations": [{"from": "human", "value": "Hi"},
                                     {"from": "function_call", "value": "[]"}]},
      "a tool call without a name"),
-    ("messages", {"messages": HELLO, "tools": '[{"name": "f"}]'}, "has its own tools"),
+    ("messages", {"messages": HELLO, "tools": '[{"name": "f"'}, "tools that are not JSON"),
+    ("messages", {"messages": HELLO, "tools": [{"type": "function"}]}, "a tool without a name"),
+    ("messages", {"messages": HELLO, "functions": ["f"]}, "tools that are not JSON"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "row", "reason"), REFUSED)
 def test_a_refused_row_has_a_reason(name, row, reason):
     with pytest.raises(BadRow) as error:
-        to_messages(row, name)
+        read_row(row, name)
     assert str(error.value) == reason
 
 
 def test_a_digest_covers_content_but_not_tool_call_ids():
     one = [user("Hi"), calling(call("f", {"a": 1, "b": 2}, id="x")), tool("5", tool_call_id="x")]
     same = [user("Hi"), calling(call("f", {"b": 2, "a": 1}, id="y")), tool("5", tool_call_id="y")]
-    assert content_digest(one) == content_digest(same)
+    assert content_digest(Conversation(one)) == content_digest(Conversation(same))
     others = [
         [user("Hi"), calling(call("f", {"a": 1, "b": 3})), tool("5")],
         [user("Hi"), calling(call("f", {"a": 1, "b": 2})), tool("6")],
@@ -274,10 +345,50 @@ def test_a_digest_covers_content_but_not_tool_call_ids():
         [user("Hi"), assistant([{"type": "python", "text": "5"}])],
         [user("Hi"), assistant([{"type": "python_output", "text": "5"}])],
     ]
-    assert len({content_digest(messages) for messages in [one, *others]}) == 7
+    assert len({content_digest(Conversation(messages)) for messages in [one, *others]}) == 7
 
 
-@pytest.mark.parametrize("column", ["tools", "chat_template", "chat_template_kwargs"])
+@pytest.mark.parametrize("column", ["chat_template", "chat_template_kwargs"])
 def test_a_row_with_its_own_template_is_refused(column):
     with pytest.raises(BadRow, match=f"^has its own {column}$"):
-        to_messages({"messages": HELLO, column: {"a": 1}}, "messages")
+        read_row({"messages": HELLO, column: {"a": 1}}, "messages")
+
+
+TOOL = {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"tools": [{"type": "function", "function": TOOL}]},
+        {"tools": json.dumps([{"type": "function", "function": TOOL}])},
+        {"tools": json.dumps([TOOL])},
+        {"tools": [json.dumps(TOOL)]},
+        {"tools": TOOL},
+        {"functions": [TOOL], "tools": "[]"},
+    ],
+)
+def test_tools_in_every_form(columns):
+    read = read_row({"messages": HELLO} | columns, "messages")
+    assert read.tools == [{"type": "function", "function": TOOL}] and read.unused == ()
+    assert content_digest(read) != content_digest(read_row({"messages": HELLO}, "messages"))
+
+
+def test_what_nothing_reads_is_named():
+    row = {
+        "messages": [user("Hi") | {"name": "Anna", "id": 5}, assistant("Hello") | {"score": 1}],
+        "score": 0.5,
+        "label": "sports",
+        "id": 7,
+        "notes": "",
+        "prompt": None,
+    }
+    names = ("column label", "column score", "field name", "field score")
+    assert read_row(row, "messages").unused == names
+    row = {"messages": [system("Be kind."), *HELLO], "system": "Be rude."}
+    assert read_row(row, "messages").unused == ("column system",)
+    row = {"messages": [system("Be kind."), *HELLO], "system": "Be kind."}
+    assert read_row(row, "messages").unused == ()
+    assert read_row({"instruction": "Hi", "output": "Hello", "text": "x"}, "alpaca").unused == (
+        "column text",
+    )

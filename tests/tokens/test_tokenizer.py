@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import trl
+from chat_messages import assistant, call, calling, system, tool, user
 from plain_tokenizers import MARKED, plain_bpe
 from tokenizers import Regex, normalizers
 from transformers import AutoTokenizer
@@ -186,6 +187,74 @@ def test_plain_bpe_gets_nanochat_tokens(save):
     )
 
 
+EARLIER = Path(__file__).parent / "templates"  # hfsft's templates before they could write tools
+NO_TOOLS = [
+    system("Be kind."),
+    user("Hi"),
+    assistant([{"type": "text", "text": "a"}, {"type": "python", "text": "1+1"},
+               {"type": "python_output", "text": "2"}, {"type": "text", "text": "b"}]),
+    user("And?\n"),
+    assistant(" Fine."),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["nanochat", "chatml"])
+def test_a_tokenizer_with_an_earlier_template_of_hfsft_s_gets_the_present_one(name, save):
+    earlier = (EARLIER / f"{name}-1.jinja").read_text()
+    plain = plain_bpe(*SPECIAL_TOKENS, "<|im_start|>", "<|im_end|>")
+    made = load_tokenizer(save(plain, earlier))
+    assert made.hfsft_template == name and made.chat_template == template(name) != earlier
+    for settings in ({}, {"add_generation_prompt": True}):
+        assert made.apply_chat_template(
+            NO_TOOLS, chat_template=earlier, tokenize=False, **settings
+        ) == made.apply_chat_template(NO_TOOLS, tokenize=False, **settings)
+
+
+@pytest.mark.parametrize("name", ["nanochat", "chatml"])
+def test_own_templates_carry_how_an_answer_is_taken_apart(name, save):
+    folder = save(plain_bpe(*SPECIAL_TOKENS, "<|im_start|>", "<|im_end|>"))
+    load_tokenizer(folder, name).save_pretrained(folder)
+    stock = AutoTokenizer.from_pretrained(folder)  # as a server loads it
+    asked = [system("Be kind."), user("Add.")]
+    calls = [call("add", {"a": 1, "b": [2, None]}), call("f", {})]
+    for answer in (
+        calling(*calls, content="Let me see.") | {"reasoning_content": "Hm."},
+        calling(calls[1]),
+        assistant("Just text."),
+    ):
+        prompt = stock.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        whole = stock.apply_chat_template([*asked, answer], tokenize=False)
+        parsed = stock.parse_response(whole.removeprefix(prompt), prefix=prompt)
+        assert parsed == {name: held for name, held in answer.items() if held}
+    if name == "nanochat":  # a calculator call is none of a tool
+        text = "It is <|python_start|>1+1<|python_end|><|output_start|>2<|output_end|>2."
+        parsed = stock.parse_response(f"{text}<|assistant_end|>", prefix=prompt)
+        assert parsed == {"role": "assistant", "content": text}
+
+
+@pytest.mark.parametrize("name", ["nanochat", "chatml"])
+def test_own_templates_take_content_in_parts(name, save):
+    folder = save(plain_bpe(*SPECIAL_TOKENS, "<|im_start|>", "<|im_end|>"))
+    made = load_tokenizer(folder, name)
+
+    def parts(key: str, *texts: str) -> list[dict]:
+        return [{"type": "text", key: text} for text in texts]
+
+    plain = [system("Be kind."), user("Hi you"), calling(call("f", {})), tool("3"), assistant("x")]
+    split = [
+        {"role": "developer", "content": parts("text", "Be ", "kind.")},
+        user(parts("value", "Hi ", "you")),
+        calling(call("f", {}), content=None),
+        tool(parts("text", "3")),
+        assistant(parts("text", "x")),
+    ]
+    assert made.apply_chat_template(split, tokenize=False) == made.apply_chat_template(
+        plain, tokenize=False
+    )
+    with pytest.raises(Exception, match=f"the {name} template has no content of type image"):
+        made.apply_chat_template([user([{"type": "image"}])], tokenize=False)
+
+
 def test_another_template_can_be_chosen(save, tokenizer, tmp_path):
     plain = plain_bpe("<|im_start|>", "<|im_end|>", "<|other|>", "<|end|>", eos_token="<|im_end|>")
     plain.add_special_tokens({"extra_special_tokens": ["<|other|>"]})
@@ -238,7 +307,11 @@ def test_an_unknown_template_without_marks_can_be_trained_with(save):
     ("template", "problem"),
     [
         ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "end in no special token"),
-        ("{{ messages[-1].content }}<|end|>", "rewrites earlier turns"),
+        ("{{ messages[-1].content }}<|end|>", "a user's message, which the chat template leaves"),
+        (
+            "{% for m in messages %}{{ m.content }} {{ loop.revindex }}<|end|>{% endfor %}",
+            "rewrites earlier turns",
+        ),
         ("{{ raise_exception('never') }}", "the chat template refuses it: never"),
     ],
 )

@@ -1,0 +1,99 @@
+"""A chat with a model that calls tools, whose results a person gives."""
+
+import copy
+import json
+
+import pytest
+from rigged import always_follow, chain, save
+
+from hfsft.chat import Chat, read_tools, talk
+from hfsft.errors import DataError
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "add",
+        "description": "Adds.",
+        "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}},
+    },
+}
+CALL = '{"name": "add", "arguments": {"a": 1}}'
+CALLED = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+
+
+@pytest.fixture(scope="module")
+def folder(make_model, tokenizer, tmp_path_factory):
+    """A model that answers every prompt with a call of `add`, which is one token."""
+    own = copy.deepcopy(tokenizer)
+    own.add_tokens([CALL, "#1#", "#2#", "#3#"])  # two heads of an even width
+    size = len(own)
+    ids = own.convert_tokens_to_ids
+    start, end = ids("<|python_start|>"), ids("<|python_end|>")
+    turn = [ids("<|assistant_start|>"), start, ids(CALL), end, ids("<|assistant_end|>")]
+    model = make_model(vocab_size=size, hidden_size=size, intermediate_size=8)
+    always_follow(model, chain(turn), other=turn[-1])
+    return save(model, own, tmp_path_factory.mktemp("calls") / "model")
+
+
+def test_a_call_waits_for_its_result(folder):
+    chat = Chat(folder, tools=[TOOL], max_new_tokens=8)
+    assert chat.answer("Add.") == CALL
+    assert chat.messages[1] == {"role": "assistant", "content": "", "tool_calls": [CALLED]}
+    assert chat.open_calls() == [CALLED["function"]]
+    assert "".join(chat.stream("1", "tool")) == CALL  # it knows nothing else
+    assert [message["role"] for message in chat.messages] == [
+        "user", "assistant", "tool", "assistant",
+    ]  # fmt: skip
+    assert chat.messages[2] == {"role": "tool", "name": "add", "content": "1"}
+    assert len(chat.open_calls()) == 1
+
+
+def test_of_several_calls_each_gets_its_result_before_the_model_goes_on(folder):
+    chat = Chat(folder, tools=[TOOL], max_new_tokens=8)
+    chat.messages = [
+        {"role": "user", "content": "Add twice."},
+        {"role": "assistant", "content": "", "tool_calls": [CALLED, CALLED]},
+    ]
+    assert list(chat.stream("1", "tool")) == [] and len(chat.open_calls()) == 1
+    assert "".join(chat.stream("2", "tool")) == CALL
+    assert [message["role"] for message in chat.messages[2:]] == ["tool", "tool", "assistant"]
+
+
+def test_without_tools_an_answer_is_text(folder):
+    chat = Chat(folder, max_new_tokens=8)
+    assert chat.answer("Add.") == CALL
+    assert chat.messages[1] == {"role": "assistant", "content": CALL}
+    assert chat.open_calls() == []
+
+
+def test_talking_asks_for_the_result(folder, monkeypatch, capsys):
+    chat = Chat(folder, tools=[TOOL], max_new_tokens=8)
+    typed = iter(["Add.", "1", "/exit"])
+    monkeypatch.setattr("builtins.input", lambda *_: next(typed))
+    talk(chat)
+    shown = capsys.readouterr().out
+    assert shown.count('result of add({"a": 1}): ') == 2
+    assert [message["content"] for message in chat.messages] == ["Add.", "", "1", ""]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[", "tools that are not JSON"),
+        ('[{"type": "function"}]', "a tool without a name"),
+        (None, "cannot be read: No such file or directory"),
+    ],
+)
+def test_a_file_of_tools_that_cannot_be_read(text, message, tmp_path):
+    path = tmp_path / "tools.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(DataError) as error:
+        read_tools(str(path))
+    assert str(error.value) == f"--tools {path}: {message}"
+
+
+def test_a_file_of_functions_alone(tmp_path):
+    path = tmp_path / "tools.json"
+    path.write_text(json.dumps(TOOL["function"]))
+    assert read_tools(str(path)) == [TOOL]
