@@ -62,7 +62,7 @@ def test_a_whole_answer_is_that_of_eval(api, server):
     (choice,) = found.choices
     assert choice.message.content == expected and choice.message.role == "assistant"
     assert choice.finish_reason == "length" and found.model == "any"
-    prompt = len(evaluator.encode([evaluator.prompt_text("Hi!")])[0])
+    prompt = len(evaluator.prompt_ids("Hi!"))
     usage = found.usage
     assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (
         prompt,

@@ -24,10 +24,7 @@ class Asking:
     def __init__(self, engine: Engine):
         self.engine = engine
         self.pieces: queue.Queue[tuple[int, Piece]] = queue.Queue()
-        self.prompts = [
-            engine.evaluator.encode([engine.evaluator.prompt_text(question)])[0]
-            for question in QUESTIONS
-        ]
+        self.prompts = [engine.evaluator.prompt_ids(question) for question in QUESTIONS]
 
     def ask(self, index: int, sampling: Sampling, key: int | None = None) -> list:
         key = index if key is None else key
