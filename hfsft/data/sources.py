@@ -360,7 +360,7 @@ def parse_row(row: dict[str, Any], source: Source) -> dict[str, Any]:
     if JSON_COLUMN in row:
         text = row[JSON_COLUMN]
         if text.startswith(REFUSED):
-            raise BadRow(text.removeprefix(REFUSED))
+            raise BadRow(text.removeprefix(REFUSED) or "not JSON")  # a row of a NUL alone
         try:
             row = json.loads(text)
         except (ValueError, RecursionError):  # also an integer of 5,000 digits

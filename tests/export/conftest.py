@@ -17,6 +17,13 @@ from transformers import (
 QWEN = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
 
 
+@pytest.fixture(autouse=True)
+def short_proofs(monkeypatch):
+    """Shorter answers and fewer documents: every proof asks each of its questions nevertheless."""
+    monkeypatch.setattr("hfsft.export.reference.ANSWER_TOKENS", 8)
+    monkeypatch.setattr("hfsft.export.reference.DOCUMENTS", 2)
+
+
 @pytest.fixture(scope="session")
 def save_model(make_model, tokenizer, tmp_path_factory) -> Callable[..., Path]:
     """Saves a random model of a kind with the nanochat tokenizer; returns its folder."""

@@ -191,9 +191,14 @@ HERMES = (
 
 def test_tools_where_the_template_has_them(make_model, tokenizer, tmp_path, api):
     tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
-    assert refused(api, tools=tools)["param"] == "tools"
+    # nanochat's own has them
+    assert ask(api, tools=tools).usage.prompt_tokens > ask(api).usage.prompt_tokens
     made = rigged_to_say("<|python_start|>", make_model, tokenizer, tmp_path)
-    (tmp_path / "rigged" / "chat_template.jinja").write_text(HERMES)
+    template = tmp_path / "rigged" / "chat_template.jinja"
+    template.write_text(HERMES.partition("{% endfor %}")[2])
+    with serving(made) as running, client(running) as without_tools:
+        assert refused(without_tools, tools=tools)["param"] == "tools"
+    template.write_text(HERMES)
     with serving(made) as running, client(running) as calling:
         without, given = ask(calling), ask(calling, tools=tools)
         assert given.usage.prompt_tokens > without.usage.prompt_tokens
@@ -202,7 +207,9 @@ def test_tools_where_the_template_has_them(make_model, tokenizer, tmp_path, api)
 
 def test_a_base_model_completes_and_does_not_chat(tmp_path, make_model, tokenizer):
     made = save(make_model(), tokenizer, tmp_path / "base")
-    (tmp_path / "base" / "stage.json").write_text('{"stage": "base"}')
+    (tmp_path / "base" / "stage.json").write_text(
+        '{"stage": "base", "status": "finished", "settings": {}}'
+    )
     with serving(made) as running, client(running) as api:
         assert not api.models.list().data[0].is_chat
         assert refused(api)["code"] == "not_a_chat_model"

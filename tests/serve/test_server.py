@@ -129,7 +129,9 @@ def test_names(folders, tmp_path, make_model, tokenizer, monkeypatch):
     for run in ("one", "two"):
         for stage in ("mid", "sft"):
             save(make_model("llama"), tokenizer, tmp_path / run / stage)
-            (tmp_path / run / stage / "stage.json").write_text(f'{{"stage": "{stage}"}}')
+            (tmp_path / run / stage / "stage.json").write_text(
+                f'{{"stage": "{stage}", "status": "finished", "settings": {{}}}}'
+            )
     monkeypatch.chdir(tmp_path)
     assert model_name("one/sft") == "one/sft" == model_name(str(tmp_path / "one" / "sft"))
     assert model_name(folders("llama")) == "llama"
