@@ -137,7 +137,7 @@ def launch_stage(stage: str, recipe: str, arguments: list[str], processes: Proce
     except ChildFailedError as error:
         failures = sorted(error.failures.values(), key=lambda failure: failure.timestamp)
         sys.exit(_status_of_ranks([failure.exitcode for failure in failures], bool(received)))
-    except (DistError, ImportError, ValueError) as error:
+    except (ConnectionError, DistError, ImportError, ValueError) as error:
         raise RecipeError(
             f"{stage}: the processes cannot be started: {first_line(error)}"
         ) from None

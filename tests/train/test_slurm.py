@@ -122,6 +122,9 @@ class Cluster:
                     process.kill()
 
     def close(self) -> None:
+        for node in ("n0", "n1"):
+            with suppress(psutil.NoSuchProcess):
+                self.kill_node(node)
         for pid in self.here.glob("*.pid"):
             with suppress(ProcessLookupError, ValueError):
                 os.kill(int(pid.read_text()), signal.SIGKILL)
