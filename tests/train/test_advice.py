@@ -79,7 +79,7 @@ def test_interval_holds_the_end_of_longer_runs(decay_from, until):
     for steps, (low, high) in advice.projected.items():
         end = power(steps, steps, decay_from and steps * 4 // 5)
         assert low < end < high
-        assert high - low < 0.4
+        assert high - low < (0.3 if steps == 200 else 0.5)  # longer runs are told less sharply
 
 
 def test_a_longer_run_decays_later():
