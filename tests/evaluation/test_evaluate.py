@@ -184,7 +184,8 @@ def test_lines_of_progress_without_a_terminal(random_model, tmp_path, monkeypatc
     monkeypatch.setattr("hfsft.evaluation.printing.HEARTBEAT", 0.01)
     evaluate_and_print([random_model], ["arithmetic"], [], tmp_path, False, rows=40, batch_size=1)
     lines = capsys.readouterr().err.splitlines()
-    assert all(re.fullmatch(r"(loading|arithmetic: \d+ of 40 rows), \d+ min", line) for line in lines)
+    told = re.compile(r"(loading|arithmetic: \d+ of 40 rows), \d+ min")
+    assert all(map(told.fullmatch, lines))
     assert "arithmetic: " in lines[-1]
 
 
