@@ -84,7 +84,7 @@ def check_token() -> str:
     from huggingface_hub import get_token, whoami
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-    from hfsft.hub.client import bound_requests
+    from hfsft.hub.bounds import bound_requests
 
     token = get_token()
     if token is None:

@@ -25,7 +25,7 @@ def server():
 def pauses(monkeypatch) -> list[float]:
     """The pauses between attempts, which take no time."""
     found: list[float] = []
-    monkeypatch.setattr("hfsft.hub.client.time.sleep", found.append)
+    monkeypatch.setattr("hfsft.hub.bounds.time.sleep", found.append)
     return found
 
 
