@@ -55,6 +55,8 @@ class SFTStageTrainer(ValidatingStep, SFTTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler:
         examples, ranks = self.get_total_train_batch_size(self.args), self.args.world_size
+        if ranks == 1:
+            return torch.utils.data.SequentialSampler(self.train_dataset)
         return DealtSampler(self.train_dataset.lengths, examples, ranks)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
