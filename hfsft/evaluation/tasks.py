@@ -118,8 +118,8 @@ def check_names(names: list[str], allow_code: bool) -> None:
             raise HfsftError(f"no task {name}{hint}")
         if name == "humaneval" and not allow_code:
             raise HfsftError(
-                f"humaneval runs programs that the model writes, here in {sandbox()}\n"
-                "  pass --allow_code to allow it"
+                f"humaneval runs programs that the model writes, here in {sandbox()}; "
+                "pass --allow_code to allow it"
             )
 
 

@@ -181,7 +181,7 @@ def choose(
     if limit is not None:
         why += f" of {gigabytes(limit)}"
     if chosen != settings[0]:
-        why += f"; with {as_flags(settings[0])} {_rows(fitting[0])}"
+        why += f"; {as_flags(settings[0])} would take {gigabytes(plan(settings[0], best).peak)}"
     elif best < rows[-1]:
         why += f"; {best + 1} rows would take {gigabytes(plan(chosen, best + 1).peak)}"
     elif len(rows) > 1:
@@ -209,12 +209,6 @@ def _candidates(stage: Stage, device: str) -> list[dict[str, Any]]:
     # paged states may stall on PCIe transfers, so try them last
     settings.sort(key=lambda item: item.get("optim") == OPTIMIZERS[2])
     return settings
-
-
-def _rows(count: int | None) -> str:
-    if count is None:
-        return "not one row fits"
-    return "1 row fits" if count == 1 else f"{count} rows fit"
 
 
 def as_flags(changes: dict[str, Any]) -> str:

@@ -248,7 +248,7 @@ BROKEN = {
     ),
     "config cut": (
         lambda folder: cut_in_half(folder / "config.json"),
-        ": cannot be loaded: It looks like the config file",
+        ": its config.json is not a JSON object",
     ),
     "no weights": (
         lambda folder: (folder / "model.safetensors").unlink(),
@@ -272,7 +272,7 @@ BROKEN = {
     ),
     "heads that do not fit": (
         lambda folder: change_config(folder, num_attention_heads=3),
-        ": config.json: Class validation error",
+        ": cannot be loaded: config.json: Class validation error",
     ),
     "unknown type": (
         lambda folder: change_config(folder, model_type="llamma"),

@@ -208,7 +208,7 @@ def test_nearest_settings_fit():
 
 def test_nearest_settings_together_or_none():
     recipe = smollm2()
-    (changes, plan), *more = nearest_settings(recipe, recipe.sft, int(1.45e9), "cuda")
+    (changes, plan), *more = nearest_settings(recipe, recipe.sft, int(1.69e9), "cuda")
     assert len(changes) > 1 and not more and plan.fits
     assert nearest_settings(recipe, recipe.sft, 10**9, "cuda") == []
 
@@ -272,7 +272,7 @@ def test_auto_leaves_what_is_given():
     recipe = smollm2()
     assert choose(recipe, recipe.sft, 10**9, "cuda") == (recipe.sft, "")
     stage = with_settings(recipe.sft, optim="auto")
-    chosen, why = choose(recipe, stage, 5 * 10**9, "cuda")
+    chosen, why = choose(recipe, stage, int(5.25e9), "cuda")
     assert chosen.trainer == recipe.sft.trainer | {"optim": "adamw_bnb_8bit"}
     assert "--optim adamw_torch_fused would take" in why
 

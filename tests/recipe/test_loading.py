@@ -10,7 +10,7 @@ import yaml
 from recipe_texts import BASE, MID, SFT, load, message
 
 from hfsft.errors import RecipeError
-from hfsft.recipe.key import STAGES
+from hfsft.recipe.key import AUTO, STAGES
 from hfsft.recipe.loading import load_recipe
 from hfsft.recipe.schema import Recipe
 
@@ -402,7 +402,7 @@ def test_resolved_copy_holds_the_command_line():
 def test_fast_is_the_reference_run():
     stage = load_recipe("fast").sft
     assert (stage.max_steps, stage.examples_per_step, stage.max_length) == (200, 32, 1024)
-    assert stage.trainer["per_device_train_batch_size"] == 2
+    assert stage.trainer["per_device_train_batch_size"] == AUTO
     assert stage.trainer["optim"] == "adamw_bnb_8bit"
     assert stage.trainer["activation_checkpointing"] is True
     assert stage.held_out == 500

@@ -274,9 +274,7 @@ def test_an_edited_file_is_noticed(recipe, place, tmp_path, monkeypatch):
     sft.main(recipe, *place)
 
 
-@pytest.mark.parametrize(
-    ("where", "is_saved"), [("_write_rope_theta", False), ("model_card", True)]
-)
+@pytest.mark.parametrize(("where", "is_saved"), [("write_rope_theta", False), ("model_card", True)])
 def test_an_interrupted_final_save_is_redone(
     recipe, whole, place, tmp_path, monkeypatch, where, is_saved
 ):
