@@ -11,6 +11,7 @@ processes.
 """
 
 import argparse
+import atexit
 import contextlib
 import hashlib
 import json
@@ -169,6 +170,7 @@ def _fork(config: Config, argv: list[str], rank: int, port: str) -> int:
     except SystemExit as end:
         status = end.code
     finally:
+        atexit._run_exitfuncs()  # a fork that returned would run its parent's code instead
         sys.stderr.flush()
         os._exit(status)
 
@@ -267,6 +269,7 @@ def main() -> None:
     for taken in (signal.SIGINT, signal.SIGHUP):  # a shell's background jobs ignore them
         signal.signal(taken, signal.default_int_handler)
     configs = given.configs.split(",")
+    given.folder.mkdir(parents=True, exist_ok=True)
     recipe = given.folder / "faults.yaml"
     recipe.write_text(yaml.safe_dump(RECIPE | {"output_dir": str(given.folder / "runs")}))
     with contextlib.ExitStack() as stack:

@@ -18,6 +18,7 @@ import platform
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from hfsft.process_group import machine
 from hfsft.run.manifest import checkpoints
 
 BEAT = 1.0  # seconds between heartbeats
+STORE_POLL = 0.1  # seconds between looks at who still needs the store
 # a peer counts as dead after this many of our heartbeats without one of its own: torchrun kills the
 # other ranks 30 s after a death, and a thread may wait 13 s for the GIL (seen: np.unique of 30 M
 # numbers on two busy cores)
@@ -82,6 +84,7 @@ class Watchdog:
             if not self.lost:
                 with contextlib.suppress(RuntimeError):  # the store may be gone already
                     self._send(f"{LEFT}0")
+                    self._keep_store()
             self.over.set()
             for thread in threads:  # a thread inside torch would abort the interpreter's exit
                 thread.join(process.PATIENCE)
@@ -123,12 +126,12 @@ class Watchdog:
         """Who holds the store, for a message."""
         first = self.identities.get(0, {"pid": "unknown", "host": "an unknown host"})
         what = f"rank 0 (process {first['pid']})"
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        if _has_agent_store():
             what = "the launcher of machine 0"
         return f"{what} on {first['host']}"
 
     def _handle_lost_store(self) -> None:
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        if _has_agent_store():
             self._stop_without_launcher("machine 0")
         elif not self.over.wait(SILENT):  # this rank may be finishing just as rank 0 did
             self._exit_because_of(0)
@@ -173,6 +176,19 @@ class Watchdog:
         return "X" if state == "Z" or began != identity["began"] else state
 
     # --- leaving ---
+
+    def _keep_store(self) -> None:
+        """Where this rank holds the store, stay until no peer needs it any more."""
+        if self.rank or _has_agent_store():
+            return
+        for _ in range(int(SILENT / STORE_POLL)):
+            if all(map(self._is_gone, self.peers)):
+                return
+            time.sleep(STORE_POLL)
+
+    def _is_gone(self, rank: int) -> bool:
+        """Whether a peer has said that it leaves, or is dead."""
+        return self._received("beat", rank).startswith(LEFT) or self._state(rank) == "X"
 
     def leave(self, error: BaseException) -> bool:
         """Called before this process exits with an error; blames a peer where that is the cause.
@@ -270,6 +286,11 @@ def _is_broken(error: BaseException) -> bool:
         seen.append(error)
         error = error.__cause__ or error.__context__
     return False
+
+
+def _has_agent_store() -> bool:
+    """Whether torchrun's agent holds the store, and not rank 0."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _has_launcher() -> bool:
