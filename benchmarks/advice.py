@@ -35,6 +35,7 @@ import numpy as np
 from hfsft.train.advice import RATE, WORTH, Validation, advise
 
 CURVES = Path(__file__).with_name("curves.json")
+NEW_CURVES = Path(__file__).with_name("new_curves.json")
 SHARES = (0.5, 0.75, 1)  # of the planned steps, at which advice is requested
 ASKED = ("0.5 → 1", "0.5 → 2", "0.5 → 4", "0.75 → 1", "1 → 1.5", "1 → 2", "1 → 4")
 DECAY = 5  # under warmup_stable_decay the learning rate decays over the last fifth
@@ -214,11 +215,14 @@ def generated(family: Callable, seed: int, count: int) -> Iterator[dict[str, Any
 
 LENGTH, BATCH = 96, 12  # bytes per conversation at most, conversations per step
 START, USER, ASSISTANT, END = range(256, 260)
-KINDS = ("text", "tasks", "style", "spelling", "few")
 SCHEDULES = ("linear", "warmup_stable_decay")
+NEW_SCHEDULES = ("cosine", "warmup_stable_decay")
+SCRATCH = ("text", "tasks", "facts", "sums")  # kinds that start from a random model
+SHAPES = {"facts": (128, 3), "sums": (64, 4)}  # width and layers, where not those of the others
 STEPS = (50, 100, 200, 400)  # of the last, only the end is kept
 HELD_OUT, VALIDATED = 32, 28  # conversations; with all of them curves.json exceeds 100 KB
 RATES = {"text": 3e-3, "tasks": 3e-3, "style": 5e-4, "spelling": 2e-3, "few": 2e-3}
+NEW_RATES = {"facts": 2e-3, "sums": 4e-3, "counts": 1e-3, "talk": 3e-4}
 Example = tuple[list[int], list[bool]]  # bytes and markers, and which of them are trained on
 
 
@@ -252,12 +256,26 @@ def texts(rows: int, seed: int) -> list[Example]:
     return found
 
 
+def lines(seed: int) -> list[Example]:
+    """The embedded facts."""
+    from hfsft.data.tasks import facts
+
+    found = [[START, *fact.encode()][:LENGTH] for fact in facts()]
+    Random(seed).shuffle(found)
+    return [(ids, [True] * len(ids)) for ids in found]
+
+
 def data(kind: str, seed: int) -> list[Example]:
     """The held-out examples of a kind, followed by the training examples."""
     talk = ("identity", "small_talk")
     if kind == "text":
         return texts(6000, seed)
+    if kind == "facts":
+        return lines(seed)
     rows = {
+        "sums": {"arithmetic": 6000},
+        "counts": {"spelling_bee": 4000},
+        "talk": {"small_talk": 500, "arithmetic": 1000, "identity": 100},
         "tasks": dict.fromkeys(talk, 800) | {"simple_spelling": 3000, "arithmetic": 1500},
         "style": dict.fromkeys(talk, 3000),
         "spelling": {"simple_spelling": 5000, "spelling_bee": 1000},
@@ -266,17 +284,17 @@ def data(kind: str, seed: int) -> list[Example]:
     return chats(rows[kind], seed)
 
 
-def fresh_model(seed: int) -> Any:
-    """A byte-level Llama of 0.25 M parameters."""
+def fresh_model(seed: int, width: int = 96, layers: int = 2) -> Any:
+    """A byte-level Llama, by default of 0.25 M parameters."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=260,
-        hidden_size=96,
-        intermediate_size=256,
-        num_hidden_layers=2,
+        hidden_size=width,
+        intermediate_size=width * 8 // 3,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=LENGTH,
@@ -335,7 +353,9 @@ def train_run(
             recent = []
 
 
-def train_curves() -> None:
+def train_curves(
+    path: Path, rates: dict[str, float], schedules: Iterable[str], seeds: Iterable[int]
+) -> None:
     """Train every kind, schedule, seed and number of steps, and write the curves."""
     import torch
 
@@ -346,30 +366,32 @@ def train_curves() -> None:
     examples = texts(HELD_OUT, 8) + texts(8000, 7) + chats(dict.fromkeys(TASKS, 400), 7)
     train_run(start, examples, 400, 3e-3, "linear", 0)
     curves = []
-    for seed in (1, 2):
-        for schedule in SCHEDULES:
-            for kind in KINDS:
+    for seed in seeds:
+        for schedule in schedules:
+            for kind, rate in rates.items():
                 examples = data(kind, seed)
                 epoch = math.ceil((len(examples) - HELD_OUT) / BATCH)
                 one = {"kind": kind, "schedule": schedule, "seed": seed, "epoch": epoch, "runs": {}}
                 for steps in STEPS:
-                    model = fresh_model(seed)
-                    if kind not in ("text", "tasks"):
+                    model = fresh_model(seed, *SHAPES.get(kind, ()))
+                    if kind not in SCRATCH:
                         model.load_state_dict(start.state_dict())
-                    run = train_run(model, examples, steps, RATES[kind], schedule, seed)
+                    run = train_run(model, examples, steps, rate, schedule, seed)
                     one["tokens"] = run.pop("tokens")
                     if steps == STEPS[-1]:
                         run = {"validations": run["validations"][-1:], "train": []}
                     one["runs"][steps] = run
                 curves.append(one)
                 print(f"{kind} {schedule} {seed}", flush=True)
-                CURVES.write_text(json.dumps(curves, separators=(",", ":")) + "\n")
+                path.write_text(json.dumps(curves, separators=(",", ":")) + "\n")
 
 
-def real(kinds: Iterable[str], unseen: bool, plans: Iterable[int]) -> Iterator[dict[str, Any]]:
+def real(
+    kinds: Iterable[str], unseen: bool, plans: Iterable[int], path: Path = CURVES
+) -> Iterator[dict[str, Any]]:
     """The recorded runs of some kinds, with all validations and with every second one."""
-    for one in json.loads(CURVES.read_text()):
-        new = one["seed"] == 2 and one["schedule"] != "linear"
+    for one in json.loads(path.read_text()):
+        new = path != CURVES or (one["seed"] == 2 and one["schedule"] != "linear")
         if one["kind"] not in kinds or new != unseen:
             continue
         tokens = np.array(one["tokens"])
@@ -453,8 +475,12 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--train", action="store_true", help="rebuild curves.json")
-    if parser.parse_args().train:
-        train_curves()
+    parser.add_argument("--train_new", action="store_true", help="rebuild new_curves.json")
+    chosen = parser.parse_args()
+    if chosen.train:
+        train_curves(CURVES, RATES, SCHEDULES, (1, 2))
+    if chosen.train_new:
+        train_curves(NEW_CURVES, NEW_RATES, NEW_SCHEDULES, (3,))
     print(
         f"{'curves':<21}{'asked':<10}{'count':>7}{'nominal':>10}{'covered':>9}{'below':>7}"
         f"{'above':>7}{'width':>8}{'change':>9}"
@@ -464,6 +490,9 @@ def main() -> None:
         show(f"real, scratch {mark}", real(("text", "tasks"), unseen, (100, 200)))
         show(f"real, trained {mark}", real(("style", "spelling"), unseen, (50, 100, 200)))
         show("real, few *", real(("few",), unseen, (50, 100, 200)))
+    new = {"unseen": True, "path": NEW_CURVES}
+    show("new, scratch", real(("facts", "sums"), plans=(50, 100, 200), **new))
+    show("new, trained", real(("counts", "talk"), plans=(50, 100, 200), **new))
     for family in (saturating, two_falls, plateaued, overfitting):
         show(f"{family.__name__} *", generated(family, 1, 150))
     for family in (multi_power, chinchilla, annealing):

@@ -6,7 +6,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import psutil
@@ -27,6 +27,7 @@ from hfsft.serve.text import AnswerText
 # the two highest are closer than this part of it, a batch of one decides between them
 NEAR_TIE = 1e-4
 WINDOW = 10.0  # seconds over which tokens/s are counted
+GATHER = 0.02  # seconds of pieces that the event loop gets together; a small model's step takes 3 ms
 
 
 class Busy(Exception):
@@ -130,7 +131,8 @@ class Engine:
         self.is_draining = False  # finish what runs, refuse what waits or comes
         self.prompt_tokens = self.generated_tokens = 0  # since the start
         self._steps: deque[tuple[float, int]] = deque()  # when, and how many tokens
-        self._pieces: list[tuple[Answer, Piece]] = []
+        self._pieces: dict[Answer, list[Piece]] = {}  # not yet published
+        self._published = 0.0  # when the last ones were
         self.in_loop: Callable[[Callable[[], None]], Any] = lambda call: call()
         self.thread = threading.Thread(target=self._run, name="hfsft-engine", daemon=True)
 
@@ -349,12 +351,15 @@ class Engine:
                 answer.forced = self.calculator.result(answer.tokens)
         answer.is_ended = finish is not None
         if text or choice or finish:
-            self._pieces.append((answer, Piece(text, len(answer.tokens), choice, finish)))
+            self._keep(answer, Piece(text, len(answer.tokens), choice, finish))
         return answer.is_ended
+
+    def _keep(self, answer: Answer, piece: Piece) -> None:
+        self._pieces.setdefault(answer, []).append(piece)
 
     def _end(self, answer: Answer, finish: str) -> None:
         answer.is_ended = True
-        self._pieces.append((answer, Piece("", len(answer.tokens), finish=finish)))
+        self._keep(answer, Piece("", len(answer.tokens), finish=finish))
 
     def _leave(self, answers: list[Answer]) -> None:
         """Drop the rows of answers that have ended."""
@@ -371,15 +376,21 @@ class Engine:
         self.batch.keep([])
 
     def _hand_over(self) -> None:
-        """Publish the pieces of a step, in one call of the event loop."""
-        pieces, self._pieces = self._pieces, []
+        """Publish the pieces of `GATHER` seconds, or sooner when an answer ends."""
+        now, pieces = time.monotonic(), self._pieces
+        ends = any(parts[-1].finish for parts in pieces.values())
+        if not pieces or (now - self._published < GATHER and not ends):
+            return
+        self._pieces, self._published = {}, now
 
         def publish() -> None:
-            for answer, piece in pieces:
-                answer.publish(answer.key, piece)
+            for answer, parts in pieces.items():
+                if answer.sampling.logprobs is None:  # else each token has a piece of its own
+                    parts = [replace(parts[-1], text="".join(part.text for part in parts))]
+                for piece in parts:
+                    answer.publish(answer.key, piece)
 
-        if pieces:
-            self.in_loop(publish)
+        self.in_loop(publish)
 
 
 def _choice(token: int, logits: torch.Tensor, alternatives: int) -> TokenChoice:

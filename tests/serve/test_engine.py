@@ -83,8 +83,9 @@ def test_near_ties_are_chosen_as_alone(make_model, tokenizer, tmp_path, monkeypa
 
     def differing() -> int:
         with asking(folder) as asked:
-            for index in range(len(QUESTIONS)):
-                asked.ask(index, Sampling(16))
+            with asked.engine.changed:  # all of them wait before the first one starts
+                for index in range(len(QUESTIONS)):
+                    asked.ask(index, Sampling(16))
             found = asked.until_all_end(len(QUESTIONS))
         texts = [text for text, _ in found.values()]
         return sum(a != b for a, b in zip(texts, expected, strict=True))
@@ -119,6 +120,26 @@ def test_the_calculator_works_as_in_eval(make_model, tokenizer, tmp_path):
         assert set(asked.until_all_end(4).values()) == {("<<6*7=42>>", "stop")}
         asked.ask(0, Sampling(5))
         assert asked.until_all_end(1) == {0: ("<<6*7>>", "length")}
+
+
+def test_pieces_of_a_short_time_come_together(folders, monkeypatch):
+    folder = folders("llama")
+
+    def pieces(gather: float, **settings: int) -> list[Piece]:
+        monkeypatch.setattr(engine_module, "GATHER", gather)
+        with asking(folder) as asked:
+            asked.ask(0, Sampling(24, **settings))
+            (whole,) = asked.until_all_end(1).values()
+            asked.ask(0, Sampling(24, **settings))
+            found = [asked.pieces.get(timeout=30)[1]]
+            while not found[-1].finish:
+                found.append(asked.pieces.get(timeout=30)[1])
+        assert ("".join(piece.text for piece in found), found[-1].finish) == whole
+        return found
+
+    assert pieces(float("inf"))[-1].tokens == 24
+    assert len(pieces(float("inf"))) == 1 < len(pieces(0))
+    assert [piece.tokens for piece in pieces(float("inf"), logprobs=0)] == [*range(1, 25)]
 
 
 def test_probabilities_are_those_of_the_model(folders):
