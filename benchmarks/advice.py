@@ -324,7 +324,7 @@ def train_run(
 
     held_out, examples = examples[:VALIDATED], examples[HELD_OUT:]
     optimizer = torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.95), weight_decay=0)
-    decays = {"num_decay_steps": steps // DECAY} if schedule != "linear" else {}
+    decays = {"num_decay_steps": steps // DECAY} if schedule == "warmup_stable_decay" else {}
     scheduler = get_scheduler(schedule, optimizer, math.ceil(steps / 50), steps, decays)
     random, order, recent = Random(seed), [], []
     while len(order) < steps * BATCH:
@@ -407,7 +407,9 @@ def real(
             for every in (1, 2):
                 yield {
                     "plan": plan,
-                    "decay_from": None if one["schedule"] == "linear" else plan - plan // DECAY,
+                    "decay_from": plan - plan // DECAY
+                    if one["schedule"] == "warmup_stable_decay"
+                    else None,
                     # four times the plan, as a full epoch is always projected
                     "epoch": one["epoch"] if one["kind"] == "few" else 4 * plan,
                     "validations": [

@@ -16,7 +16,7 @@ from hfsft.errors import DataError, ModelError, printable
 from hfsft.evaluation.answering import load_for_answers, load_its_tokenizer
 from hfsft.evaluation.calling import split_calls
 from hfsft.terminal import Terminal
-from hfsft.tokens.foreign_templates import prompt_text
+from hfsft.tokens.foreign_templates import encode_prompt, prompt_text
 from hfsft.tokens.messages import check_tools
 from hfsft.tokens.training_flags import BadRow
 
@@ -75,11 +75,9 @@ class Chat:
                 return
         else:
             self.messages.append({"role": role, "content": prompt})
-        text = prompt_text(self.messages, self.tokenizer, self.tools)
-        inputs = self.tokenizer(text, add_special_tokens=False, return_tensors="pt").to(
-            self.model.device
-        )
-        inputs.pop("token_type_ids", None)
+        ids = encode_prompt(self.messages, self.tokenizer, self.tools)
+        prompt_ids = torch.tensor([ids], device=self.model.device)
+        inputs = {"input_ids": prompt_ids, "attention_mask": torch.ones_like(prompt_ids)}
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         generated: list[int] = []
         failed: list[BaseException] = []
@@ -87,7 +85,7 @@ class Chat:
         def generate() -> None:
             try:
                 output = self.model.generate(**inputs, **self.sampling, streamer=streamer)
-                generated.extend(output[0, inputs["input_ids"].shape[1] :].tolist())
+                generated.extend(output[0, len(ids) :].tolist())
             except BaseException as error:
                 failed.append(error)
                 streamer.end()  # or the loop below would wait for ever
@@ -101,15 +99,16 @@ class Chat:
         thread.join()
         if failed:
             raise failed[0]
-        self.messages.append(self._as_message("".join(segments), generated, text))
+        self.messages.append(self._as_message("".join(segments), generated))
 
-    def _as_message(self, answer: str, generated: list[int], prompt: str) -> dict[str, Any]:
+    def _as_message(self, answer: str, generated: list[int]) -> dict[str, Any]:
         """An answer as a message, its calls taken apart if the model was given tools."""
         message: dict[str, Any] = {"role": "assistant", "content": answer}
         if not self.tools:
             return message
         if self.tokenizer.response_template is not None:
             whole = self.tokenizer.decode(generated)
+            prompt = prompt_text(self.messages, self.tokenizer, self.tools)
             try:
                 parsed = self.tokenizer.parse_response(whole, prefix=prompt, tools=self.tools)
                 return {"role": "assistant", "content": "", **parsed}

@@ -59,6 +59,16 @@ def test_of_several_calls_each_gets_its_result_before_the_model_goes_on(folder):
     assert [message["role"] for message in chat.messages[2:]] == ["tool", "tool", "assistant"]
 
 
+def test_a_special_token_in_a_message_is_plain_text(folder):
+    chat, seen = Chat(folder, max_new_tokens=2), []
+    generate = chat.model.generate
+    chat.model.generate = lambda **inputs: seen.append(inputs["input_ids"]) or generate(**inputs)
+    chat.answer("Say <|user_end|> twice.")
+    (ids,) = seen[0].tolist()
+    assert ids.count(chat.tokenizer.convert_tokens_to_ids("<|user_end|>")) == 1
+    assert "Say <|user_end|> twice." in chat.tokenizer.decode(ids)
+
+
 def test_without_tools_an_answer_is_text(folder):
     chat = Chat(folder, max_new_tokens=8)
     assert chat.answer("Add.") == CALL

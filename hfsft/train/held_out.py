@@ -158,22 +158,22 @@ def losses_of(totals: torch.Tensor) -> dict[str, list[float]]:
 
 
 def greedy_answers(
-    model: Any, tokenizer: Any, texts: list[str], max_new_tokens: int = ANSWER_TOKENS
+    model: Any, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int = ANSWER_TOKENS
 ) -> list[str]:
-    """Greedy completions of some texts, in one batch.
+    """Greedy completions of some prompts, in one batch.
 
     Args:
         model: a causal language model, in evaluation mode.
         tokenizer: its own.
-        texts: the prompts, special tokens written out.
+        prompts: token ids.
         max_new_tokens: of each completion at most.
 
     Returns:
         The completions, without special tokens. No random number is drawn.
     """
-    inputs = tokenizer(
-        texts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt"
-    ).to(model.device)
+    inputs = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(
+        model.device
+    )
     output = generate_greedily(
         model,
         inputs,

@@ -21,7 +21,7 @@ from hfsft.plan.sizes import steps_of
 from hfsft.process_group import meet
 from hfsft.recipe.schema import Stage
 from hfsft.tokens.encoding import IGNORED
-from hfsft.tokens.foreign_templates import prompt_text
+from hfsft.tokens.foreign_templates import encode_prompt
 from hfsft.train.advice import Advice, Validation, advise
 from hfsft.train.checkpointing import ResumableStep
 from hfsft.train.held_out import (
@@ -280,13 +280,15 @@ class ValidatingStep(ResumableStep):
         self.model.eval()
         tokenizer, prompts = self.processing_class, self.stage.sample_prompts
         if self.stage.name == "base":  # it has seen no conversation yet
-            texts = [(tokenizer.bos_token or "") + prompt for prompt in prompts]
+            start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+            texts = tokenizer(prompts, add_special_tokens=False, split_special_tokens=True)
+            asked = [start + ids for ids in texts["input_ids"]]
         else:
-            asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
-            texts = [prompt_text(messages, tokenizer) for messages in asked]
+            messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
+            asked = [encode_prompt(one, tokenizer) for one in messages]
         model = plain_model(self.model)
         with attention_of(model, self.own_attention), self.compute_loss_context_manager():
-            answers = greedy_answers(model, tokenizer, texts)
+            answers = greedy_answers(model, tokenizer, asked)
         for prompt, answer in zip(prompts, answers, strict=True):
             step = self.state.global_step
             self.metrics_log.samples.append({"step": step, "prompt": prompt, "answer": answer})

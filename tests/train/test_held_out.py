@@ -107,6 +107,7 @@ def test_bytes_are_those_of_the_predicted_text(tokenizer):
 def test_answers_in_a_batch_are_those_one_by_one(make_model, tokenizer):
     model = make_model()
     texts = ["Who", "What is the capital of France? Tell me more.", "a b c d"]
-    together = greedy_answers(model, tokenizer, texts, 8)
-    assert together == [greedy_answers(model, tokenizer, [text], 8)[0] for text in texts]
+    prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    together = greedy_answers(model, tokenizer, prompts, 8)
+    assert together == [greedy_answers(model, tokenizer, [ids], 8)[0] for ids in prompts]
     assert len(set(together)) > 1
