@@ -1,6 +1,5 @@
 """What an exported model must reproduce: the original's tokens, answers and losses."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from hfsft.export.architecture import uncapped
 from hfsft.export.readers import greedy_answer, log_probabilities, today
 from hfsft.recipe.loading import load_recipe
 from hfsft.recipe.sections import TOP
+from hfsft.run.record import read_record
 from hfsft.tokens.encoding import IGNORED
 from hfsft.tokens.foreign_templates import bounded
 
@@ -187,8 +187,7 @@ def _documents(start: str, tokenizer: Any) -> tuple[list[dict[str, list[int]]], 
 
 
 def _unit(start: str) -> str:
-    record = json.loads((Path(start) / "stage.json").read_text())
-    return "rows" if record["stage"] == "base" else "conversations"
+    return "rows" if read_record(Path(start))["stage"] == "base" else "conversations"
 
 
 def _whole(messages: list[dict[str, Any]], tokenizer: Any) -> list[int]:
