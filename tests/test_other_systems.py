@@ -10,7 +10,7 @@ import yaml
 
 # what Windows or macOS lack, removed from an interpreter before hfsft is imported
 WITHOUT = """
-import os, signal, sys
+import importlib, os, pkgutil, signal, sys
 import datasets, torch, transformers, trl, peft, bitsandbytes, accelerate  # their own is not tested
 for name in ("resource", "fcntl", "pwd", "grp", "termios", "posix_ipc"):
     sys.modules[name] = None
@@ -30,6 +30,9 @@ def opened(path, flags, *rest, **more):
 os.open = opened
 from hfsft import base, mid, sft
 from hfsft.process import run_main
+for module in pkgutil.walk_packages(importlib.import_module("hfsft").__path__, "hfsft."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
 for stage in (base, mid, sft):
     run_main(stage.main, sys.argv[1], "--quiet")
 """
@@ -45,7 +48,7 @@ RECIPE = {
 }
 
 
-def test_the_stages_train_without_what_only_posix_has(tmp_path):
+def test_every_module_imports_and_the_stages_train_without_what_only_posix_has(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text(yaml.safe_dump(RECIPE | {"output_dir": str(tmp_path)}))
     done = subprocess.run(

@@ -9,13 +9,39 @@ from hfsft.plan.step_memory import KINDS
 
 def print_plan(planned: dict[str, Any]) -> None:
     """Print what `plan_run` returns: a table with a column for each stage, and what fits."""
-    from rich import box
-    from rich.table import Table
-
     from hfsft.terminal import Terminal
 
     console = Terminal(highlight=False)
     stages = planned["stages"]
+    console.print(_stages_table(stages))
+    for name, data in stages.items():
+        if data["auto"]:
+            console.print(data["auto"])
+        if not data["fits"]:
+            console.print(
+                f"{name} does not fit; what does:"
+                if data["nearest"]
+                else f"{name} does not fit, and nothing near it does"
+            )
+        for item in data["nearest"]:
+            console.print(f"  {gigabytes(item['peak'])}  {item['settings']}")
+    if all(data["timed"] for data in stages.values()):
+        console.print("Times are measured from a few micro-batches on this device.")
+    else:
+        console.print(
+            f"Times are estimated from FLOPs at {UTILISATION:.0%} of the measured matmul rate, on "
+            "a GPU also from kernel launches; --time measures a few micro-batches."
+        )
+    console.print(f"The run takes up to {gigabytes(planned['disk'])} on disk.")
+    for note in dict.fromkeys(note for data in stages.values() for note in data["notes"]):
+        console.print(f"Note: {note}.", style="dim")
+
+
+def _stages_table(stages: dict[str, dict[str, Any]]) -> Any:
+    """A column for each stage, a row for each figure of its plan."""
+    from rich import box
+    from rich.table import Table
+
     table = Table(box=box.SIMPLE_HEAD, header_style="bold")
     table.add_column("GB")
     for name in stages:
@@ -49,28 +75,7 @@ def print_plan(planned: dict[str, Any]) -> None:
     row("tokens/s", lambda data: f"{data['tokens_per_step'] / data['seconds_per_step']:,.0f}")
     row("minutes, at most", _minutes)
     row("disk", lambda data: f"{data['disk'] / 1e9:.2f}")
-    console.print(table)
-    for name, data in stages.items():
-        if data["auto"]:
-            console.print(data["auto"])
-        if not data["fits"]:
-            console.print(
-                f"{name} does not fit; what does:"
-                if data["nearest"]
-                else f"{name} does not fit, and nothing near it does"
-            )
-        for item in data["nearest"]:
-            console.print(f"  {gigabytes(item['peak'])}  {item['settings']}")
-    if all(data["timed"] for data in stages.values()):
-        console.print("Times are measured from a few micro-batches on this device.")
-    else:
-        console.print(
-            f"Times are estimated from FLOPs at {UTILISATION:.0%} of the measured matmul rate, on "
-            "a GPU also from kernel launches; --time measures a few micro-batches."
-        )
-    console.print(f"The run takes up to {gigabytes(planned['disk'])} on disk.")
-    for note in dict.fromkeys(note for data in stages.values() for note in data["notes"]):
-        console.print(f"Note: {note}.", style="dim")
+    return table
 
 
 def print_largest(found: list[dict[str, Any]]) -> None:

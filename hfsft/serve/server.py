@@ -2,7 +2,6 @@
 
 import errno
 import os
-import resource
 import socket
 from pathlib import Path
 from types import FrameType
@@ -62,13 +61,7 @@ def serve(
         # a core for the event loop, which would wait for OpenMP threads that spin on every core
         torch.set_num_threads(max(1, torch.get_num_threads() - 1))
     served = load_served(models, max_batch, max_queue)
-    try:
-        listener.listen(2048)
-    except OSError as error:
-        raise port_error(error, host, port) from None
-    # a connection is an open file, and the usual limit is 1,024
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    listen(listener, host, port)
     app = make_app(
         served, host=host, api_key=key, allow_hosts=allow_hosts, allow_origins=allow_origins
     )
@@ -84,7 +77,7 @@ def serve(
     print_address(served, listener, key is not None)
     for model in served:
         if model.engine.max_batch < max_batch:
-            print(f"{model.name} answers one request at a time: a batch would change its answers")
+            say(f"{model.name} answers one request at a time: a batch would change its answers")
     Server(config, served).run(sockets=[listener])
 
 
@@ -142,6 +135,24 @@ def open_port(host: str, port: int) -> socket.socket:
     except (OSError, UnicodeError) as error:
         raise port_error(error, host, port) from None
     return listener
+
+
+def listen(listener: socket.socket, host: str, port: int) -> None:
+    """Take connections, as many as there may be open files: the usual limit is 1,024.
+
+    Raises:
+        ServingError: if another socket listens there.
+    """
+    try:
+        listener.listen(2048)
+    except OSError as error:
+        raise port_error(error, host, port) from None
+    try:
+        import resource
+    except ImportError:  # Windows, which has no such limit
+        return
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def port_error(error: Exception, host: str, port: int) -> ServingError:
