@@ -218,7 +218,8 @@ def _recommendation(
     if aim == planned and longer:
         named = min(2 * planned, longer[-1])
     low, high = projected[named]
-    if high - low > VAGUE * (low + high) / 2:
+    vague = high - low > VAGUE * (low + high) / 2
+    if vague:
         says = f"; cannot tell what {named} steps would give ({low:.3f}-{high:.3f})"
     else:
         says = f"; {named} steps would give {low:.3f}-{high:.3f}"
@@ -228,7 +229,7 @@ def _recommendation(
         return f"{says}: stop now, the steps up to {planned} would gain less than {WORTH:.0%}"
     if aim > planned:
         return f"{says}: continue to {aim}"
-    if named == 2 * planned and np.mean(ends[planned] - ends[named]) < least:
+    if not vague and named == 2 * planned and np.mean(ends[planned] - ends[named]) < least:
         return f"{says}: stop at {planned}"
     return f"{says}: whether more steps are worth it is not known yet"
 
