@@ -1,5 +1,7 @@
 """Dropout by token: the same masks wherever a document lies, otherwise as random as torch's."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -34,7 +36,7 @@ def masks_of(model, masks, examples, length, rows) -> dict[tuple[int, ...], list
         made = model["one"](torch.ones(*part["input_ids"].shape, WIDTH))
         for row, ids in enumerate(part["input_ids"]):
             starts = [*(part["position_ids"][row] == 0).nonzero().flatten().tolist(), len(ids)]
-            for start, end in zip(starts, starts[1:], strict=False):
+            for start, end in itertools.pairwise(starts):
                 found[tuple(ids[start:end].tolist())] = made[row, start:end]
     return found
 
