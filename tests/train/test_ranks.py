@@ -140,8 +140,6 @@ def test_a_rank_that_joins_ends_when_the_launcher_is_gone(tmp_path):
     )
 
 
-# without a launcher rank 0 holds the store, and the other rank sometimes ends with status 2 when it
-# exits first, though the bits are the same: to be mended
 @pytest.mark.slow
 def test_killed_at_a_random_moment_two_ranks_and_a_stream_end_with_the_same_bits(tmp_path):
     said = harness(tmp_path, "--rounds", "1", "--configs", "ranks,stream")
