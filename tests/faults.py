@@ -129,7 +129,7 @@ class Run:
         self, config: Config, recipe: Path, name: str, ranks: int = 1, launched: bool = False
     ):
         argv = [str(recipe), "--name", name, "--quiet", *config.extra]
-        self.group, self.launched = None, launched
+        self.group, self.ranks = None, []
         if config.stage not in (None, base):
             start = recipe.parent / "runs" / "start" / ("base" if config.stage is mid else "mid")
             argv += ["--model_name_or_path", str(start)]
@@ -177,7 +177,9 @@ class Run:
         """Wait for it; the first exit status that is not 0, below 0 after a signal."""
         if self.group is not None:
             status = self.group.wait()
-            left = psutil.wait_procs(getattr(self, "ranks", []), timeout=MINUTE)[1]
+            left = psutil.wait_procs(self.ranks, timeout=MINUTE)[1]
+            for rank in left:
+                rank.kill()
             assert left == [], f"{left} outlived their launcher by {MINUTE} s"
             return status
         first, left = 0, list(self.processes)
