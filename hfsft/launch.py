@@ -73,13 +73,16 @@ class Processes:
         config, given = self.config(), asdict(self)
         del given["config_file"]
         options = [f"--{key}={value}" for key, value in given.items() if value is not None]
+        wanted = self.num_processes or getattr(config, "num_processes", None) or 1
+        port = self.main_process_port or getattr(config, "main_process_port", None)
+        if wanted > 1 and port is None and self.machines() == 1:
+            options.append("--main_process_port=0")  # any that is free: two runs on one machine
         if config is None:
             several = (self.num_processes or 1) > 1 or self.machines() > 1
             preset = [one for one in ONE_PROCESS if given.get(one[2:].partition("=")[0]) is None]
             return ["--multi_gpu"] * several + preset + options
         if self.config_file is not None:
             options.append(f"--config_file={_find_config(self.config_file)}")
-        wanted = self.num_processes or getattr(config, "num_processes", None) or 1
         if config.distributed_type.value in ("NO", "MULTI_CPU") and wanted > 1:
             # Accelerate's launcher for the CPU would start one; torchrun starts them all, and each
             # finds the CPU by the variable

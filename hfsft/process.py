@@ -16,6 +16,7 @@ STOPPING = tuple(
 )
 
 
+PARENT = os.getppid()  # as this process began: a launcher, if there is one
 PATIENCE = 5.0  # seconds that a process gets to handle a signal, and again to exit
 
 

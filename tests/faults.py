@@ -5,9 +5,13 @@
 Every round is a run of its own: it is killed up to three times, and must end with the weights, the
 optimizer's states and the log of one that was left alone. Prints a line a configuration.
 
-Processes are forked from this one, which has imported all they need. Two ranks find each other
-without torchrun, which `test_ranks.py` is for; `run` is the command `hfsft run` with all its
-processes.
+The `layouts` draw the number of processes anew for each attempt, and whether `hfsft` launches them.
+Killed are all of them, one rank, or the launcher alone. Such a round must end within rounding of
+one process: weights by 5e-6 of their norm, logged losses by 1e-6.
+
+Processes are forked from this one, which has imported all they need. Ranks find each other
+without torchrun, which `test_ranks.py` is for, unless they are launched; `run` is the command
+`hfsft run` with all its processes.
 """
 
 import argparse
@@ -25,6 +29,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 import yaml
 from hub_server import HubServer
@@ -33,6 +38,7 @@ from safetensors.torch import load_file
 from hfsft import base, mid, sft
 from hfsft.data.tasks import facts
 from hfsft.process import run_main
+from hfsft.run.manifest import PARTIAL
 
 STEPS = 6
 # of a log line, what no two runs share
@@ -89,48 +95,77 @@ class Config:
     stage: object  # its module; None: `hfsft run`
     extra: tuple[str, ...] = ()  # of its command line
     ranks: int = 1
+    draws: bool = False  # another one of `SPREADS` for each attempt
 
+
+# processes, and whether `hfsft` launches them
+SPREADS = ((1, False), (2, False), (4, False), (2, True))
+LORA = ("--lora.r", "4", "--lora.lora_dropout", "0.1")
+LONGER = ("--max_steps", "24", "--save_steps", "2", "--optim", "adamw_torch_fused")
+WEIGHTS, LOSSES = 5e-6, 1e-6  # the most that rounding may change: relative, absolute
+MINUTE = 60  # seconds in which every process has ended after one of them was killed
 
 CONFIGS = {
     "base": Config(base),
     "mid": Config(mid, ("--dataloader_num_workers", "1")),
     "sft": Config(sft),
-    "lora": Config(sft, ("--lora.r", "4", "--lora.lora_dropout", "0.1")),
+    "lora": Config(sft, LORA),
     "workers": Config(sft, ("--dataloader_num_workers", "2", "--optim", "adamw_torch")),
     "stream": Config(base, STREAM),
     "ranks": Config(sft, ranks=2),
     "mid-ranks": Config(mid, ranks=2),
     "run": Config(None),
+    "layouts-base": Config(base, LONGER, draws=True),
+    "layouts-mid": Config(mid, LONGER, draws=True),
+    "layouts": Config(sft, LONGER, draws=True),
+    "layouts-lora": Config(sft, (*LONGER, *LORA), draws=True),
 }
 
 
 class Run:
     """A command's processes."""
 
-    def __init__(self, config: Config, recipe: Path, name: str):
+    def __init__(
+        self, config: Config, recipe: Path, name: str, ranks: int = 1, launched: bool = False
+    ):
         argv = [str(recipe), "--name", name, "--quiet", *config.extra]
-        self.group = None
-        if config.stage is None:
-            command = [sys.executable, "-m", "hfsft", "run", *argv]
-            self.group = subprocess.Popen(command, start_new_session=True)
-            self.processes = [self.group.pid]
-            return
-        if config.stage is not base:
+        self.group, self.ranks = None, []
+        if config.stage not in (None, base):
             start = recipe.parent / "runs" / "start" / ("base" if config.stage is mid else "mid")
             argv += ["--model_name_or_path", str(start)]
+        if config.stage is None or launched:
+            what = "run" if config.stage is None else config.stage.__name__.split(".")[1]
+            argv += ["--num_processes", str(ranks)] if launched else []
+            command = [sys.executable, "-m", "hfsft", what, *argv]
+            env = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+            self.group = subprocess.Popen(command, start_new_session=True, env=env)
+            self.processes = [self.group.pid]
+            return
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        self.processes = [_fork(config, argv, rank, str(port)) for rank in range(config.ranks)]
+        self.processes = [_fork(config, argv, rank, ranks, str(port)) for rank in range(ranks)]
 
-    def send(self, number: int, rng: random.Random) -> None:
-        """Kill every process, or signal one: a launcher, a rank, or both ranks one by one."""
-        if self.group is not None and number == signal.SIGKILL:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.group.pid, number)
-            return
+    def send(self, number: int, rng: random.Random, alone: bool = False) -> None:
+        """Kill every process, or signal one: a launcher, a rank, or both ranks one by one.
+
+        `alone` kills the launcher or a rank in two of three cases.
+        """
         told = self.processes
-        if number != signal.SIGKILL and len(told) > 1 and rng.random() < 0.5:
+        if self.group is not None and number == signal.SIGKILL:
+            found = psutil.Process(self.group.pid)
+            self.ranks = found.children(recursive=True)
+            one = rng.choice([found, *self.ranks])
+            with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+                if alone and rng.random() < 2 / 3:
+                    one.kill()
+                else:
+                    os.killpg(self.group.pid, number)
+                    for rank in self.ranks:  # in sessions of their own
+                        rank.kill()
+            return
+        part = 2 / 3 if alone else 0.5
+        if (alone or number != signal.SIGKILL) and len(told) > 1 and rng.random() < part:
             told = [rng.choice(told)]
         for index, process in enumerate(told):
             if index and number != signal.SIGKILL:
@@ -141,7 +176,12 @@ class Run:
     def end(self) -> int:
         """Wait for it; the first exit status that is not 0, below 0 after a signal."""
         if self.group is not None:
-            return self.group.wait()
+            status = self.group.wait()
+            left = psutil.wait_procs(self.ranks, timeout=MINUTE)[1]
+            for rank in left:
+                rank.kill()
+            assert left == [], f"{left} outlived their launcher by {MINUTE} s"
+            return status
         first, left = 0, list(self.processes)
         while left:
             child, status = os.waitpid(-1, 0)
@@ -153,17 +193,17 @@ class Run:
         return first
 
 
-def _fork(config: Config, argv: list[str], rank: int, port: str) -> int:
+def _fork(config: Config, argv: list[str], rank: int, ranks: int, port: str) -> int:
     child = os.fork()
     if child:
         return child
     status = 1
     try:
-        if config.ranks > 1:
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": config.ranks}
+        if ranks > 1:
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks}
             os.environ.update({key: str(value) for key, value in place.items()})
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            os.environ |= {"LOCAL_WORLD_SIZE": str(config.ranks), "ACCELERATE_USE_CPU": "true"}
+            os.environ |= {"LOCAL_WORLD_SIZE": str(ranks), "ACCELERATE_USE_CPU": "true"}
         torch.set_num_threads(1)
         run_main(config.stage.main, *argv)
         status = 0
@@ -212,48 +252,81 @@ def difference(one: Path, other: Path) -> float:
     )
 
 
-def rounds(name: str, recipe: Path, count: int, number: int, rng: random.Random) -> dict[str, int]:
-    """Break a configuration so many times; what happened."""
-    config, home = CONFIGS[name], recipe.parent / "runs"
+def differences(config: Config, whole: Path, found: Path) -> list[str]:
+    """What a run ended with that is not as in the one that was left alone: bits, or rounding."""
     stages = ("base", "mid", "sft")
     if config.stage is not None:
         stages = (config.stage.__name__.split(".")[1],)
+    problems = []
+    for stage in stages:
+        one, other = whole / stage, found / stage
+        if config.draws:
+            weights, expected, logged = difference(one, other), losses(one), losses(other)
+            if weights > WEIGHTS:
+                problems.append(f"{stage}: a weight differs by {weights:.1e}")
+            if expected.keys() != logged.keys():
+                problems.append(f"{stage}: logged {sorted(expected)}\n  {sorted(logged)}")
+            elif (most := max(abs(logged[key] - expected[key]) for key in logged)) > LOSSES:
+                problems.append(f"{stage}: a logged loss differs by {most:.1e}")
+            continue
+        expected, left = bits(one), bits(other)
+        for what in expected:
+            if left[what] != expected[what]:
+                problems.append(f"{stage}/{what}\n  {expected[what]}\n  {left[what]}")
+    return problems
 
-    def all_bits(run_name: str) -> dict[str, str]:
-        return {
-            f"{stage}/{what}": found
-            for stage in stages
-            for what, found in bits(home / run_name / stage).items()
-        }
 
-    began = time.monotonic()
-    assert Run(config, recipe, f"{name}-whole").end() == 0
-    lasted = time.monotonic() - began
-    expected = all_bits(f"{name}-whole")
+def rounds(name: str, recipe: Path, count: int, number: int, rng: random.Random) -> dict[str, int]:
+    """Break a configuration so many times; what happened."""
+    config, home = CONFIGS[name], recipe.parent / "runs"
+    spreads = SPREADS if config.draws else ((config.ranks, False),)
     seen = {"rounds": count, "kills": 0, "during a save": 0, "other statuses": 0, "mismatches": 0}
+
+    def compare(run_name: str) -> None:
+        problems = differences(config, home / f"{name}-whole", home / run_name)
+        seen["mismatches"] += bool(problems)
+        for problem in problems:
+            print(f"{run_name}: {problem}", flush=True)
+
+    lasted = {}
+    for spread in spreads:
+        began, run_name = time.monotonic(), f"{name}-whole"
+        if lasted:
+            run_name += f"-{spread[0]}{'-launched' * spread[1]}"
+        assert Run(config, recipe, run_name, *spread).end() == 0
+        lasted[spread] = time.monotonic() - began
+        compare(run_name)
     for index in range(count):
         run_name = f"{name}-{index}"
         for _ in range(rng.randint(1, 3)):
-            run = Run(config, recipe, run_name)
-            time.sleep(rng.uniform(0.05, 1.0) * lasted)
-            run.send(number, rng)
+            spread = rng.choice(spreads)
+            run = Run(config, recipe, run_name, *spread)
+            time.sleep(rng.uniform(0.05, 1.0) * lasted[spread])
+            run.send(number, rng, config.draws)
             if (status := run.end()) == 0:
                 break
             seen["kills"] += 1
-            seen["during a save"] += any(
-                (home / run_name / stage / "checkpoints" / "partial").exists() for stage in stages
-            )
+            seen["during a save"] += any((home / run_name).glob(f"*/checkpoints/{PARTIAL}"))
             # of two ranks the one killed last may first say that the other is dead
-            if status not in (-number, 128 + number, *((2,) if config.ranks > 1 else ())):
+            if status not in (-number, 128 + number, *((2,) if spread[0] > 1 else ())):
                 print(f"{run_name}: exit status {status}", flush=True)
                 seen["other statuses"] += 1
-        seen["other statuses"] += Run(config, recipe, run_name).end() != 0
-        found = all_bits(run_name)
-        seen["mismatches"] += found != expected
-        for what in expected:
-            if found[what] != expected[what]:
-                print(f"{run_name}: {what}\n  {expected[what]}\n  {found[what]}", flush=True)
+        seen["other statuses"] += Run(config, recipe, run_name, *rng.choice(spreads)).end() != 0
+        compare(run_name)
     return seen
+
+
+def prepare(folder: Path, dropout: float, stage: object) -> Path:
+    """Write the recipe and train what a stage starts from, if that is not done; its path."""
+    folder.mkdir(exist_ok=True)
+    recipe = folder / "faults.yaml"
+    model = MODEL | {"attention_dropout": dropout}
+    text = yaml.safe_dump(RECIPE | {"model": model, "output_dir": str(folder / "runs")})
+    recipe.write_text(text)
+    for earlier in (base, mid) if stage not in (None, base) else ():
+        if not (folder / "runs" / "start" / earlier.__name__.split(".")[1]).exists():
+            assert Run(Config(earlier), recipe, "start").end() == 0
+    return recipe
 
 
 def main() -> None:
@@ -270,8 +343,6 @@ def main() -> None:
         signal.signal(taken, signal.default_int_handler)
     configs = given.configs.split(",")
     given.folder.mkdir(parents=True, exist_ok=True)
-    recipe = given.folder / "faults.yaml"
-    recipe.write_text(yaml.safe_dump(RECIPE | {"output_dir": str(given.folder / "runs")}))
     with contextlib.ExitStack() as stack:
         if "stream" in configs:
             hub = stack.enter_context(HubServer())
@@ -285,10 +356,11 @@ def main() -> None:
         import hfsft.train.trainer  # noqa: F401
 
         failed = False
-        if set(configs) - {"run", "stream", "base"}:
-            for stage in (base, mid):
-                assert Run(Config(stage), recipe, "start").end() == 0
         for name in configs:
+            # ranks draw other masks of the attention's weights than one process
+            dropout = 0.0 if CONFIGS[name].draws else MODEL["attention_dropout"]
+            folder = given.folder / f"dropout-{dropout}"
+            recipe = prepare(folder, dropout, CONFIGS[name].stage)
             seen = rounds(name, recipe, given.rounds, number, random.Random(f"{given.seed}:{name}"))
             print(
                 f"{name}: " + ", ".join(f"{count} {what}" for what, count in seen.items()),

@@ -30,6 +30,8 @@ def test_processes_asked_for_are_handed_on(given, multi_gpu, count, monkeypatch)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
     command = _command("sft", "r.yaml", ["--max_steps", "3"], Processes(**given))
     assert (command.multi_gpu, command.num_processes) == (multi_gpu, count)
+    several = multi_gpu or "multi_gpu" in given.values()
+    assert command.main_process_port == (0 if several else None)
     assert command.training_script == "hfsft.sft"
     assert command.training_script_args == ["r.yaml", "--max_steps", "3"]
 

@@ -163,19 +163,41 @@ def _best_swap(
     return found
 
 
-def idle_share(steps: list[list[int]], ranks: int, dealt: bool = True) -> float:
+def fewest_tokens(lengths: list[int], ranks: int) -> int:
+    """A lower bound of the fullest rank's tokens, however a step is dealt over equal counts.
+
+    No rank can have fewer than the mean. Of the `count * ranks + 1` longest examples some rank has
+    `count + 1`, at best the shortest of them, and fills up with the shortest of all.
+
+    Args:
+        lengths: tokens of each example; their number is divisible by `ranks`.
+        ranks: the world size.
+    """
+    room, falling = len(lengths) // ranks, sorted(lengths, reverse=True)
+    bound = -(-sum(lengths) // ranks)
+    for count in range(room):
+        crowd = falling[count * (ranks - 1) : count * ranks + 1]
+        bound = max(bound, sum(crowd) + sum(falling[len(falling) - (room - count - 1) :]))
+    return bound
+
+
+def idle_share(steps: list[list[int]], ranks: int, how: str = "dealt") -> float:
     """The share of time that ranks wait for the one with most tokens.
 
     Args:
         steps: tokens of each example of each step.
         ranks: the world size.
-        dealt: as `deal` does; else in blocks of consecutive examples.
+        how: `dealt` as `deal` does, in `blocks` of consecutive examples, or `bound`: the least
+            that any dealing could reach, by `fewest_tokens`.
     """
     busy = waited_for = 0
     for lengths in steps:
         size = len(lengths) // ranks
-        blocks = [list(range(rank * size, (rank + 1) * size)) for rank in range(ranks)]
-        hands = deal(lengths, ranks) if dealt else blocks
-        tokens = [sum(lengths[example] for example in hand) for hand in hands]
-        busy, waited_for = busy + sum(tokens), waited_for + ranks * max(tokens)
+        hands = [list(range(rank * size, (rank + 1) * size)) for rank in range(ranks)]
+        if how == "dealt":
+            hands = deal(lengths, ranks)
+        fullest = max(sum(lengths[example] for example in hand) for hand in hands)
+        if how == "bound":
+            fullest = fewest_tokens(lengths, ranks)
+        busy, waited_for = busy + sum(lengths), waited_for + ranks * fullest
     return 1 - busy / waited_for

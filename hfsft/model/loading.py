@@ -357,7 +357,7 @@ def name_base(adapter: Path, stage: Stage) -> None:
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def merged_model(adapter: Path, stage: Stage, model: Any) -> Any:
+def merged_model(adapter: Path, stage: Stage, model: Any, sharded: bool = False) -> Any:
     """The plain model of a LoRA run: the adapter merged into its base model.
 
     Args:
@@ -365,15 +365,22 @@ def merged_model(adapter: Path, stage: Stage, model: Any) -> Any:
         stage: names the weights it started from.
         model: the trained `PeftModel`; a 4-bit base is reloaded in 16 bits, since merging into
             quantised weights would quantise the adapter as well.
+        sharded: whether its weights are sharded: merging them would be a collective, so the base
+            is reloaded on the rank that asks.
     """
-    if not stage.load_in_4bit:
+    if not (stage.load_in_4bit or sharded):
         return model.merge_and_unload()
     from peft import PeftModel
 
-    plain = load_plain_model(stage.model_name_or_path, stage, dtype="bfloat16")
+    dtype = "bfloat16" if stage.load_in_4bit else stage.dtype or "float32"
+    plain = load_plain_model(stage.model_name_or_path, stage, dtype=dtype)
     size = model.get_input_embeddings().num_embeddings
     if size != plain.get_input_embeddings().num_embeddings:
+        torch.manual_seed(stage.seed)  # the new embeddings that `load_model` drew
         plain.resize_token_embeddings(size)
+    for config in (plain.config, plain.generation_config):
+        config.eos_token_id = model.config.eos_token_id
+        config.pad_token_id = model.config.pad_token_id
     return PeftModel.from_pretrained(plain, str(adapter)).merge_and_unload()
 
 

@@ -95,7 +95,8 @@ def _save_model(trainer: Any, stage: Stage, folder: Path) -> None:
         (adapter / "training_args.bin").unlink()
         (adapter / "README.md").unlink(missing_ok=True)  # peft's empty card
         name_base(adapter, stage)
-        model = merged_model(adapter, stage, trainer.accelerator.unwrap_model(trainer.model))
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        model = merged_model(adapter, stage, model, sharded=trainer.is_fsdp_enabled)
         model.save_pretrained(folder)
         trainer.processing_class.save_pretrained(folder)
     trainer.accelerator.wait_for_everyone()

@@ -15,10 +15,13 @@ import contextlib
 import json
 import os
 import platform
+import re
 import signal
+import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,7 @@ from hfsft.process_group import machine
 from hfsft.run.manifest import checkpoints
 
 BEAT = 1.0  # seconds between heartbeats
+JOIN_POLL = 3.0  # seconds between looks at the launchers while the process group is made
 STORE_POLL = 0.1  # seconds between looks at who still needs the store
 # a peer counts as dead after this many of our heartbeats without one of its own: torchrun kills the
 # other ranks 30 s after a death, and a thread may wait 13 s for the GIL (seen: np.unique of 30 M
@@ -65,7 +69,6 @@ class Watchdog:
         self.beats = 0
         self.has_left = False
         self.lost = ""  # whose launcher is gone
-        self.launcher = os.getppid()
         self.sending, self.ending, self.over = threading.Lock(), threading.Lock(), threading.Event()
         me = {"pid": os.getpid(), "host": platform.node(), "machine": self.machine}
         self.identities[rank] = me | {"began": _proc(os.getpid())[1]}
@@ -104,7 +107,7 @@ class Watchdog:
             except RuntimeError:
                 return self._handle_lost_store()
             self.beats += 1
-            if _has_launcher() and os.getppid() != self.launcher:
+            if _has_launcher() and os.getppid() != process.PARENT:
                 host = platform.node()
                 return self._stop_without_launcher(f"rank {self.rank} (on {host})")
             for rank, silent in self.silent.items():
@@ -232,8 +235,9 @@ class Watchdog:
                     self._exit_because_of(rank)
 
     def _is_first_to_print(self, text: str) -> bool:
+        what = re.sub(r" for \d+ s", "", text)  # peers notice a death at different moments
         try:
-            return self.store.add(f"said {self.machine or self.rank} {text}", 1) == 1
+            return self.store.add(f"said {self.machine or self.rank} {what}", 1) == 1
         except RuntimeError:  # the store is gone
             return _is_first_of_machine()
 
@@ -262,18 +266,23 @@ class Watchdog:
 
     def _finish(self, status: int, why: str, answers: bool = True) -> None:
         """Say why, unless that is empty; tell the peers, if the store answers; and exit."""
-        found = checkpoints(self.folder)
-        newest = f"the newest checkpoint is {found[0]}" if found else "there is no checkpoint yet"
-        if not found and machine():  # which may not see the folder
-            newest = "machine 0 keeps the checkpoints"
-        how = "resumes from it" if found or machine() else "starts over"
-        text = f"hfsft: {why}; {newest}\n  The same command {how}"
+        text = _notice(self.folder, why, machine())
         if why and (self._is_first_to_print(text) if answers else _is_first_of_machine()):
             print(text, file=sys.stderr, flush=True)
         if answers:
             with contextlib.suppress(RuntimeError):
                 self._send(f"{LEFT}{status}")
         os._exit(status)
+
+
+def _notice(folder: Path, why: str, machine: int) -> str:
+    """What a process says that ends because of another one."""
+    found = checkpoints(folder)
+    newest = f"the newest checkpoint is {found[0]}" if found else "there is no checkpoint yet"
+    if not found and machine:  # which may not see the folder
+        newest = "machine 0 keeps the checkpoints"
+    how = "resumes from it" if found or machine else "starts over"
+    return f"hfsft: {why}; {newest}\n  The same command {how}"
 
 
 def _is_broken(error: BaseException) -> bool:
@@ -317,6 +326,62 @@ def _proc(pid: int) -> tuple[str, str]:
     except OSError:
         return "X", ""
     return fields[0], fields[19]
+
+
+# --- before there is a process group ---
+
+
+@contextlib.contextmanager
+def watch_launchers(folder: Path) -> Iterator[None]:
+    """Exit if a launcher dies while this rank joins the process group, which waits for its store.
+
+    Args:
+        folder: holds the stage's checkpoints.
+    """
+    if not (_has_agent_store() and _has_launcher()):  # rank 0, which holds the store, may be late
+        yield
+        return
+    over = threading.Event()
+
+    def watch() -> None:
+        refused = 0
+        while not over.wait(JOIN_POLL):
+            refused = refused + 1 if _refuses() else 0
+            if os.getppid() != process.PARENT:
+                _exit_unjoined(folder, f"rank {os.environ['RANK']} (on {platform.node()})")
+            if refused > 1:
+                _exit_unjoined(folder, "machine 0")
+
+    thread = threading.Thread(target=watch, name="hfsft-launchers", daemon=True)
+    thread.start()
+    try:
+        yield
+    except DistError:
+        if _refuses():
+            _exit_unjoined(folder, "machine 0")
+        raise
+    finally:
+        over.set()
+        thread.join()
+
+
+def _refuses() -> bool:
+    """Whether nobody listens where the store of machine 0's launcher is."""
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        socket.create_connection(address, JOIN_POLL).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:  # a network that is slow, or gone
+        return False
+    return False
+
+
+def _exit_unjoined(folder: Path, whose: str) -> None:
+    if _is_first_of_machine():
+        why = f"the launcher of {whose} is gone"
+        print(_notice(folder, why, int(os.environ["GROUP_RANK"])), file=sys.stderr, flush=True)
+    os._exit(FAILED)
 
 
 def watch_ranks(folder: Path) -> None:

@@ -38,7 +38,7 @@ from hfsft.train.arguments import precision, trains_on_cpu
 from hfsft.train.extending import extend, finish_extending
 from hfsft.train.folder import lock_stage, move_aside
 from hfsft.train.layout import require_layout, require_shardable, uses_deepspeed
-from hfsft.train.ranks import watch_ranks
+from hfsft.train.ranks import watch_launchers, watch_ranks
 
 
 def open_stage(recipe: Recipe, stage: Stage) -> Stage | None:
@@ -82,10 +82,11 @@ def set_up_device(stage: Stage) -> None:
     # DeepSpeed must not be told, only given the backend
     deepspeed = cpu and uses_deepspeed()
     backend = {"backend": "gloo"} if deepspeed else {}
-    try:
-        state = PartialState(cpu=cpu and not deepspeed, timeout=timeout, **backend)
-    except ImportError:  # of DeepSpeed
-        state = PartialState(cpu=True, timeout=timeout)
+    with watch_launchers(stage.checkpoints):
+        try:
+            state = PartialState(cpu=cpu and not deepspeed, timeout=timeout, **backend)
+        except ImportError:  # of DeepSpeed
+            state = PartialState(cpu=True, timeout=timeout)
     watch_ranks(stage.checkpoints)
     layout = require_layout(stage, state._cpu)
     if state.is_main_process and not stage.quiet:

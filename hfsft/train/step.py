@@ -31,6 +31,7 @@ from hfsft.errors import CheckpointError, MemoryShortage, RecipeError, TrainingE
 from hfsft.model.activation import square_in_half
 from hfsft.model.attention import packed_attention
 from hfsft.model.compiling import compile_layers
+from hfsft.model.dropout import drop_by_token
 from hfsft.model.head import fuse_head
 from hfsft.model.loading import plain_model
 from hfsft.model.optimizer import own_optimizer
@@ -81,14 +82,14 @@ class DealtSampler(torch.utils.data.Sampler):
                 yield from (start + i for hand in deal(lengths, self.ranks) for i in hand)
 
 
-def seed_step(seed: int, step: int, rank: int) -> None:
-    """Derive a step's random numbers, dropout's, from the run's seed, the step and the rank.
+def step_seed(*parts: int) -> int:
+    """A seed for a step's random numbers, from the run's seed, the step and perhaps the rank.
 
     A checkpoint then resumes the same under any number of processes: none has a random state that
     the others lack.
     """
-    digest = hashlib.blake2b(f"{seed}:{step}:{rank}".encode(), digest_size=8).digest()
-    torch.manual_seed(int.from_bytes(digest) % 2**63)
+    digest = hashlib.blake2b(":".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest) % 2**63
 
 
 class StepAbandoned(Exception):
@@ -129,7 +130,10 @@ class PackedStep:
         self.bad_steps = 0  # in a row
         self.grad_norm: Any = None  # of the step, after clipping
         self._choose_implementation()
-        if stage.trainer.get("torch_compile"):
+        compiled = bool(stage.trainer.get("torch_compile"))
+        # a graph cannot draw masks
+        self.masks = None if compiled else drop_by_token(self.model)
+        if compiled:
             compile_layers(plain_model(self.model))
         self._add_own_callbacks()
 
@@ -241,7 +245,10 @@ class PackedStep:
         Raises:
             MemoryShortage: if a single document does not fit.
         """
-        seed_step(self.args.seed, self.state.global_step, self.args.process_index)
+        seed, step = self.args.seed, self.state.global_step
+        torch.manual_seed(step_seed(seed, step, self.args.process_index))
+        if self.masks is not None:
+            self.masks.begin_step(step_seed(seed, step))
         cuda = torch.cuda.is_available()
         random_state = torch.get_rng_state(), torch.cuda.get_rng_state() if cuda else None
         counted = self.correct.clone(), self.predicted
@@ -277,6 +284,8 @@ class PackedStep:
                 return None
             try:
                 with nullcontext() if synchronised else self.accelerator.no_sync(model):
+                    if self.masks is not None:
+                        self.masks.begin_micro_batch(part, self.args.device)
                     inputs = model_inputs(part) if self.fused else part
                     inputs = on_device(inputs, self.args.device)
                     total += super().training_step(model, inputs, num_items)

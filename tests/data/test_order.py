@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from hfsft.data.order import deal, idle_share
+from hfsft.data.order import deal, fewest_tokens, idle_share
 from hfsft.train.step import DealtSampler
 
 
@@ -26,14 +26,43 @@ def test_swaps_find_what_longest_first_misses():
 
 def test_the_idle_share_is_what_the_others_wait():
     # in blocks the second rank has 2 tokens of the first one's 6
-    assert idle_share([[3, 3, 1, 1]], 2, dealt=False) == pytest.approx(1 - 8 / 12)
+    assert idle_share([[3, 3, 1, 1]], 2, "blocks") == pytest.approx(1 - 8 / 12)
     assert idle_share([[3, 3, 1, 1]], 2) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("lengths", "ranks"),
+    [
+        ([6, 5, 4, 3], 2),  # the mean
+        ([9, 2, 2, 1], 2),  # the longest, beside the shortest
+        ([9, 9, 9, 1, 1, 1], 2),  # two of three long ones
+        ([7, 7, 7, 7, 2, 2], 3),
+    ],
+)
+def test_the_bound_of_a_small_step_is_what_the_best_dealing_reaches(lengths, ranks):
+    size = len(lengths) // ranks
+    best = min(
+        max(sum(order[i * size : (i + 1) * size]) for i in range(ranks))
+        for order in set(itertools.permutations(lengths))
+    )
+    assert fewest_tokens(lengths, ranks) == best
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8, 16])
+def test_no_dealing_is_below_the_bound_and_ours_is_close_to_it(ranks):
+    rng = random.Random(5)
+    heavy = [[min(2048, int(rng.lognormvariate(5, 1.2))) for _ in range(32)] for _ in range(40)]
+    for lengths in heavy:
+        tokens = max(sum(lengths[i] for i in hand) for hand in deal(lengths, ranks))
+        assert tokens >= fewest_tokens(lengths, ranks)
+    bound, dealt = (idle_share(heavy, ranks, how) for how in ("bound", "dealt"))
+    assert bound <= dealt < bound + 0.01
 
 
 def test_lengths_as_of_chats_leave_eight_ranks_idle_for_less_than_a_twentieth():
     rng = random.Random(3)
     steps = [[min(512, 60 + int(rng.expovariate(1 / 110))) for _ in range(32)] for _ in range(40)]
-    assert idle_share(steps, 8) < 0.05 < 0.2 < idle_share(steps, 8, dealt=False)
+    assert idle_share(steps, 8) < 0.05 < 0.2 < idle_share(steps, 8, "blocks")
 
 
 def test_a_step_keeps_its_examples_and_one_rank_its_order():

@@ -385,6 +385,23 @@ def test_lora_cannot_learn_new_tokens_unless_told(make_start, folder, larger):
     ]
 
 
+def test_merged_into_a_reloaded_base_it_is_the_same_model(make_start, larger, tmp_path):
+    """As where weights are sharded; with embeddings that the base does not have."""
+    lora = {"r": 4, "modules_to_save": ["embed_tokens", "lm_head"]}
+    model = load_model(stage := make_start(lora=lora), larger)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    model.save_pretrained(tmp_path / "adapter")
+    reloaded = merged_model(tmp_path / "adapter", stage, model, sharded=True)
+    merged = merged_model(tmp_path / "adapter", stage, model)
+    expected, found = merged.state_dict(), reloaded.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert reloaded.config.to_dict() == merged.config.to_dict()
+
+
 @pytest.mark.parametrize(
     ("lora", "says"),
     [

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from faults import RECIPE, difference, losses
+from faults import RECIPE, difference, harness, losses
 
 from hfsft import base, sft
 
@@ -86,6 +86,14 @@ def test_stopped_and_resumed_under_other_numbers_of_processes(folder):
     one, changing = folder / "runs/one/sft", folder / "runs/changing/sft"
     assert difference(one, changing) <= 5e-6
     assert losses(changing) == pytest.approx(losses(one), abs=1e-6)
+
+
+@pytest.mark.parametrize("config", ["layouts-base", "layouts-mid", "layouts", "layouts-lora"])
+def test_killed_and_resumed_under_other_numbers_of_processes(tmp_path, config):
+    """Also: 2 and 4 processes, left alone, against one; of LoRA with dropout."""
+    assert " 0 other statuses, 0 mismatches\n" in harness(
+        tmp_path, "--rounds", "2", "--configs", config
+    )
 
 
 def test_two_machines_without_a_shared_folder(folder, tmp_path):

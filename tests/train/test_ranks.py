@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -110,8 +111,35 @@ def test_a_store_that_answers_no_more_ends_the_ranks_with_who_held_it(tmp_path):
         holder.kill()
 
 
-# without a launcher rank 0 holds the store, and the other rank sometimes ends with status 2 when it
-# exits first, though the bits are the same: to be mended
+JOINS = """
+import os, sys, time
+from pathlib import Path
+from hfsft.train import ranks
+ranks.JOIN_POLL = 0.2
+os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "0", "RANK": "0"}
+os.environ |= {"GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[1]}
+with ranks.watch_launchers(Path("checkpoints")):
+    print("joins", flush=True)
+    time.sleep(600)  # as the group does for half an hour
+"""
+
+
+def test_a_rank_that_joins_ends_when_the_launcher_is_gone(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as launcher:
+        command = [sys.executable, "-c", JOINS, str(launcher.getsockname()[1])]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        rank = subprocess.Popen(command, cwd=tmp_path, **pipes)
+        assert rank.stdout.readline() == "joins\n"
+        time.sleep(1)
+        assert rank.poll() is None
+    said = rank.communicate(timeout=60)[1]
+    assert rank.returncode == 2
+    assert said == (
+        "hfsft: the launcher of machine 0 is gone; there is no checkpoint yet\n"
+        "  The same command starts over\n"
+    )
+
+
 @pytest.mark.slow
 def test_killed_at_a_random_moment_two_ranks_and_a_stream_end_with_the_same_bits(tmp_path):
     said = harness(tmp_path, "--rounds", "1", "--configs", "ranks,stream")
@@ -251,3 +279,17 @@ def test_the_launcher_is_killed(folder, undisturbed):
     assert "hfsft: the launcher of machine 0 is gone; " in said and "Traceback" not in said
     assert Launched(folder, "hfsft").end()[0] == 0
     assert bits(folder / "runs/two/sft", STEPS) == undisturbed
+
+
+@pytest.mark.slow
+def test_the_launcher_is_killed_before_its_ranks_have_joined(folder):
+    run = Launched(folder, "hfsft")
+    while len(run.ranks) < 2:
+        time.sleep(0.1)
+        run.ranks = psutil.Process(run.process.pid).children()
+    run.process.kill()
+    assert psutil.wait_procs(run.ranks, timeout=60)[1] == []
+    status, said = run.end()
+    assert status == -signal.SIGKILL
+    assert re.search(r"^hfsft: the launcher of .* is gone; there is no checkpoint yet$", said, re.M)
+    assert "Traceback" not in said

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from faults import RECIPE, difference, losses
+from faults import LORA, RECIPE, difference, losses
 
 from hfsft import base, mid, sft
 
@@ -21,7 +21,7 @@ STAGES = {
     "base": (base, ()),
     "mid": (mid, ("--model_name_or_path", "runs/start/base")),
     "sft": (sft, ("--model_name_or_path", "runs/start/mid")),
-    "lora": (sft, ("--model_name_or_path", "runs/start/mid", "--lora.r", "4")),
+    "lora": (sft, ("--model_name_or_path", "runs/start/mid", *LORA)),
 }
 pytestmark = pytest.mark.slow
 
@@ -109,11 +109,12 @@ def test_two_ranks_train_as_one_process(folder, request, config, name):
     assert manifest["layout"] == {"kind": kind, "processes": 2, "machines": 1}
 
 
-@pytest.mark.parametrize("name", ["sft", "lora"])
+@pytest.mark.parametrize("name", STAGES)
 @pytest.mark.parametrize("config", ["fsdp2", "zero2"])
 def test_killed_and_resumed_it_ends_with_the_same_bits(folder, request, config, name):
     env = request.getfixturevalue("deepspeed") if config == "zero2" else {}
-    whole = folder / "runs" / f"{config}-{name}" / "sft"
+    stage = "sft" if name == "lora" else name
+    whole = folder / "runs" / f"{config}-{name}" / stage
     if not (whole / "model.safetensors").is_file():
         assert launch(folder, config, name, f"{config}-{name}", env).wait(timeout=900) == 0
     killed = launch(folder, config, name, f"killed-{config}-{name}", env)
@@ -125,7 +126,7 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(folder, request, config, 
     again = launch(folder, config, name, f"killed-{config}-{name}", env)
     assert "resuming from" in again.communicate(timeout=900)[0]
     assert again.returncode == 0
-    found = folder / "runs" / f"killed-{config}-{name}" / "sft"
+    found = folder / "runs" / f"killed-{config}-{name}" / stage
     for file in ("model.safetensors", *(["adapter/adapter_model.safetensors"] * (name == "lora"))):
         assert (found / file).read_bytes() == (whole / file).read_bytes()
     assert losses(found) == losses(whole)

@@ -1,4 +1,4 @@
-"""A job on a real Slurm cluster of two nodes on loopback: a node dies, and the job resumes.
+"""A job on a real Slurm cluster of two nodes on loopback: a time limit, then a node that dies.
 
 Needs root and Debian's `slurm-wlm` (slurmctld, slurmd, munged); else it is skipped.
 """
@@ -29,7 +29,7 @@ SlurmctldHost={host}(127.0.0.1)
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={here}/munge.sock
+AuthInfo=socket={here}/munge.sock,cred_expire=30
 SlurmctldPort={port}
 SlurmdTimeout=10
 ReturnToService=2
@@ -106,6 +106,11 @@ class Cluster:
     def state(self, job: str) -> str:
         return self.call("scontrol", "show", "job", job).partition("JobState=")[2].split()[0]
 
+    def restarted(self, job: str) -> int:
+        """How often a job went back into the queue, where it waits for `cred_expire` seconds."""
+        shown = self.call("scontrol", "show", "job", job)
+        return int(shown.partition("Restarts=")[2].split()[0])
+
     def log(self, name: str) -> str:
         path = self.here / f"{name}.log"
         return path.read_text() if path.exists() else ""
@@ -142,18 +147,20 @@ def cluster(tmp_path_factory):
     made.close()
 
 
-def test_a_node_dies_and_the_job_resumes(cluster):
+def test_a_job_is_told_to_stop_and_then_a_node_dies_and_it_resumes(cluster):
     whole = cluster.submit("whole")
     cluster.until(lambda: cluster.state(whole) == "COMPLETED", 600)
     job = cluster.submit("job")
     cluster.until(lambda: "step 20/" in cluster.log("job"), 600)
+    cluster.call("scancel", "--signal=TERM", job)  # as before the time limit
+    cluster.until(lambda: cluster.restarted(job) == 1, 180)
+    cluster.until(lambda: "step 40/" in cluster.log("job"), 600)
     cluster.kill_node("n1")
-    cluster.until(lambda: "Restarts=1" in cluster.call("scontrol", "show", "job", job), 180)
+    cluster.until(lambda: cluster.restarted(job) == 2, 180)
     cluster.call("slurmd", "-N", "n1")
-    with suppress(AssertionError):  # it may be running already
-        cluster.call("scontrol", "update", f"jobid={job}", "StartTime=now")
     cluster.until(lambda: cluster.state(job) == "COMPLETED", 900)
     said = cluster.log("job")
-    assert "2 processes on 2 machines, DDP" in said and "sft: resuming from" in said
+    assert "2 processes on 2 machines, DDP" in said and "sft stopped by SIGTERM at step" in said
+    assert said.count("sft: resuming from") == 2
     runs = cluster.here / "runs"
     assert bits(runs / "job/sft", STEPS) == bits(runs / "whole/sft", STEPS)

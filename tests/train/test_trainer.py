@@ -291,6 +291,21 @@ def test_out_of_memory_leaves_the_result_as_it_is(make_model, make_trainer, toke
     assert len({trainer.state.num_input_tokens_seen for trainer in trainers}) == 1
 
 
+def test_dropout_is_the_same_however_a_step_is_cut_up(make_model, make_trainer):
+    logs = []
+    for rows, dropout in ((1, 0.5), (4, 0.5), (4, 0.0)):
+        lora = LoraConfig(r=4, lora_dropout=dropout, target_modules="all-linear")
+        torch.manual_seed(1)
+        model = get_peft_model(make_model("llama"), lora)
+        trainer = make_trainer(
+            model, conversations(96), 32, steps=3, per_device_train_batch_size=rows
+        )
+        trainer.train()
+        logs.append([line["grad_norm"] for line in trainer.state.log_history if "loss" in line])
+    assert logs[0] == pytest.approx(logs[1], rel=1e-5)
+    assert logs[0] != pytest.approx(logs[2], rel=1e-2)
+
+
 def test_a_conversation_that_does_not_fit_says_so(make_model, make_trainer):
     model = make_model("llama")
     trainer = make_trainer(model)
