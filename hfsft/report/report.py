@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hfsft.data.audit import what_is_missing
 from hfsft.errors import HfsftError
 from hfsft.hub.bounds import without_tokens
 from hfsft.noise import Z95
@@ -386,12 +387,12 @@ def _data(started: dict[str, Any]) -> str:
         header += ["trained on", "median", "95% up to", "longest", "truncated or split"]
         rows = [_source_row(source, unit) for source in audit["sources"]]
         blocks.append(table(header, rows))
-        reasons = [
-            f"{plain(source['source'])}: {count:,} rejected, {plain(reason)}"
+        missing = [
+            f"- {plain(source['source'])}: {plain(line)}"
             for source in audit["sources"]
-            for reason, count in source["refused"].items()
+            for line in what_is_missing(source)
         ]
-        blocks += ["\n".join(f"- {reason}" for reason in reasons)] if reasons else []
+        blocks += ["\n".join(missing)] if missing else []
     if blocks:
         blocks.append("Lengths are those of prepared rows.")
     return "\n\n".join(blocks)
