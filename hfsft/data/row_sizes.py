@@ -16,6 +16,7 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
+from datasets.utils.extract import Extractor
 
 from hfsft.data.json_rows import BLOCK, RowTooLong, bounded_lines
 
@@ -67,6 +68,19 @@ def unpacked(file: Path) -> Iterator[io.BufferedReader]:
     """
     with fsspec.open(str(file), "rb", compression="infer") as opened:
         yield io.BufferedReader(_Unpacked(opened, os.path.getsize(file)), BLOCK)
+
+
+def require_packed_as_named(file: Path) -> None:
+    """Check that what `datasets` would unpack by a file's content is what its name says.
+
+    It also unpacks a .txt that is a zip or a tar, whose sparse members may have any size.
+
+    Raises:
+        ValueError: if it is packed in another way.
+    """
+    packed = Extractor.infer_extractor_format(file)
+    if packed != {".gz": "gzip", ".zst": "zstd"}.get(file.suffix):
+        raise ValueError(f"is {f'packed as {packed}' if packed else 'not packed'}, unlike its name")
 
 
 # --- text and CSV ---

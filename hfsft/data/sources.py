@@ -28,6 +28,7 @@ from hfsft.data.row_sizes import (
     UnpacksTooFar,
     longest_csv_row,
     parquet_batch,
+    require_packed_as_named,
     require_short_text,
     unpacked,
 )
@@ -194,6 +195,8 @@ def _bounded(
     rows_at_once = []
     for file in files:
         try:
+            if reader != "parquet":
+                require_packed_as_named(file)
             if reader == "parquet":
                 rows_at_once.append(parquet_batch(file, most))
             elif reader == "csv":

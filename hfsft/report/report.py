@@ -10,7 +10,14 @@ from hfsft.errors import HfsftError
 from hfsft.hub.bounds import without_tokens
 from hfsft.noise import Z95
 from hfsft.report.markdown import code, fenced, plain, table, write_page
-from hfsft.run.results import accuracies, forgetting, read_run, validated_sources
+from hfsft.run.results import (
+    MALFORMED,
+    accuracies,
+    forgetting,
+    malformed,
+    read_run,
+    validated_sources,
+)
 
 GIB = 2**30
 
@@ -59,6 +66,8 @@ def write_report(folder: Path, as_html: bool = False) -> tuple[dict[str, Any], P
         return run, write_page(folder / "report.md", text, as_html)
     except OSError as error:
         raise HfsftError(f"the report of {folder} cannot be written: {error.strerror}") from None
+    except MALFORMED as error:
+        raise malformed(folder, error) from error
 
 
 def report_text(run: dict[str, Any], pictures: dict[str, Path]) -> str:

@@ -284,6 +284,24 @@ def test_a_folder_that_is_not_a_run_is_an_error(run, tmp_path):
         write_report(run)
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("stage.json", '{"stage": "sft", "status": "finished", "settings": {}}'),
+        ("metrics.jsonl", '{"step": 1, "loss": [], "tokens": "x"}\n'),
+        ("samples.jsonl", '{"step": 1}\n'),
+        ("data.json", '{"sources": [{"source": 3}]}'),
+        ("data.json", "[" * 100_000),
+        ("eval.json", '{"tasks": {"arithmetic": {"accuracy": "x"}}}'),
+    ],
+)
+def test_a_file_of_another_shape_is_an_error_that_says_where_to_look(run, name, text):
+    (run / "sft" / name).write_text(text)
+    with pytest.raises(HfsftError) as error:
+        write_report(run)
+    assert str(run) in str(error.value) and len(str(error.value).splitlines()) <= 2
+
+
 def test_a_folder_that_is_not_writable_is_an_error(run):
     (run / "report").write_text("in the way")
     with pytest.raises(HfsftError, match="cannot be written"):
