@@ -162,7 +162,8 @@ class Fault:
 
     `delay` seconds pass before the answer, or after its first `truncate` bytes; a truncated answer
     ends with a closed connection. `body` replaces the answer's, and with `drip` so many seconds
-    pass before each of its bytes. A request answered with `status` or `reset` has no effect unless
+    pass before each of its bytes, with `drip_headers` before each byte of the headers. `headers`
+    are added to the answer's. A request answered with `status` or `reset` has no effect unless
     `applied`: then the commit or upload is done and only its answer is lost.
     """
 
@@ -177,6 +178,8 @@ class Fault:
     applied: bool = False
     body: bytes | None = None
     drip: float | None = None  # seconds
+    drip_headers: float | None = None  # seconds
+    headers: dict[str, str] = field(default_factory=dict)
     matched: int = 0  # requests so far
 
     def acts_on(self, request: Request) -> bool:
@@ -653,9 +656,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, answer: Answer, fault: Fault) -> None:
         self.send_response(answer.status)
-        for name, value in answer.headers.items():
+        for name, value in (answer.headers | fault.headers).items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(answer.body)))
+        if fault.drip_headers is not None:
+            lines, self._headers_buffer = b"".join(self._headers_buffer), []
+            for byte in lines:
+                if self.server.hub.stopped.wait(fault.drip_headers):
+                    return
+                self.wfile.write(bytes([byte]))
         self.end_headers()
         if self.command != "HEAD" and fault.drip is None:
             self.wfile.write(answer.body[: fault.truncate])

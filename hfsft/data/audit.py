@@ -140,7 +140,7 @@ def print_audit(stage: str, audit: dict[str, Any], console: Terminal) -> None:
     is_text = "characters" in audit["sources"][0]
     console.print(_table(stage, audit["sources"], is_text))
     for source in audit["sources"]:
-        for line in _losses(source):
+        for line in what_is_missing(source):
             console.print(f"{source['source']}: {line}", soft_wrap=True)
     prepared = sum(source.get("prepared", 0) for source in audit["sources"])
     if not is_text and prepared < sum(source["kept"] for source in audit["sources"]):
@@ -179,8 +179,12 @@ def _table(stage: str, sources: list[dict[str, Any]], is_text: bool) -> Table:
     return table
 
 
-def _losses(source: dict[str, Any]) -> Iterator[str]:
-    """Why a source's epoch does not have exactly its rows, where the table does not show it."""
+def what_is_missing(source: dict[str, Any]) -> Iterator[str]:
+    """Why a source's epoch does not have exactly its rows, and what of them nothing reads.
+
+    Args:
+        source: as `audit_source` returns it.
+    """
     for reason, count in source["refused"].items():
         yield f"{count:,} refused: {reason}"
     for reason, count in source.get("passed_over", {}).items():

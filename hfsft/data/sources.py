@@ -6,7 +6,6 @@ the rows of a JSON file need not share a schema. `parse_row` makes a plain mappi
 """
 
 import glob
-import io
 import json
 import os
 import random
@@ -24,6 +23,15 @@ import zstandard
 
 from hfsft.data.cache import cached_rows, files_digest
 from hfsft.data.json_rows import RowTooLong, bounded_lines, list_items
+from hfsft.data.row_sizes import (
+    HELD,
+    UnpacksTooFar,
+    longest_csv_row,
+    parquet_batch,
+    require_packed_as_named,
+    require_short_text,
+    unpacked,
+)
 from hfsft.data.tasks import TASKS, TEXTS, task_rows, text_rows
 from hfsft.errors import DataError, first_line, nearest
 from hfsft.hub.client import require_on_hub
@@ -156,15 +164,62 @@ def _read_files(files: list[Path], source: Source) -> datasets.Dataset:
     if suffix in JSON:
         return _read_json(files, [suffix] * len(files), source)
     try:
-        options = _csv_options(files, source) if suffix == ".csv" else {}
-        if suffix == ".txt":
-            options = {"sample_by": "document"}
+        options = {"sample_by": "document"} if suffix == ".txt" else {}
+        options |= _bounded(files, READERS[suffix], source, by_line=False)
+        if suffix == ".csv":
+            options |= _csv_options(files, source)
         rows = datasets.load_dataset(
             READERS[suffix], data_files=[str(file) for file in files], split="train", **options
         )
     except (*BROKEN_FILE, ValueError, datasets.exceptions.DatasetGenerationError) as error:
         raise _unreadable(source, error) from None
     return _plain_columns(rows)
+
+
+def _bounded(
+    files: list[Path], reader: str, source: Source, by_line: bool, separator: str = ","
+) -> dict[str, Any]:
+    """Options for `datasets` to read files in bounded memory; it holds whole rows, and many.
+
+    Args:
+        files: what it reads.
+        reader: its name for the kind of file.
+        source: says how long a row may be.
+        by_line: whether a row of text is a line, or the file.
+        separator: between the cells of a CSV.
+
+    Raises:
+        DataError: if a row is longer, or a file unpacks to far too much.
+    """
+    most = source.max_row_bytes
+    rows_at_once = []
+    for file in files:
+        try:
+            if reader != "parquet":
+                require_packed_as_named(file)
+            if reader == "parquet":
+                rows_at_once.append(parquet_batch(file, most))
+            elif reader == "csv":
+                longest = longest_csv_row(file, most, separator)
+                rows_at_once.append(min(10_000, max(1, HELD // max(1, longest))))
+            elif reader == "text":
+                require_short_text(file, most, by_line)
+        except (RowTooLong, UnpacksTooFar) as error:
+            raise _too_much(_named(source, file), error) from None
+    name = {"parquet": "batch_size", "csv": "chunksize"}.get(reader)
+    return {name: min(rows_at_once)} if name else {}
+
+
+def _named(source: Source, file: Path) -> str:
+    """A source, with the file in it."""
+    return str(source) if str(source) == str(file) else f"{source}: {file.name}"
+
+
+def _too_much(name: str, error: ValueError) -> DataError:
+    """A file's row that is too long, or a file that unpacks to too much, with the way out."""
+    if isinstance(error, UnpacksTooFar):
+        return DataError(f"{name}: {error}\n  If it is meant: decompress it and name that file")
+    return DataError(f"{name}: {error}\n  If it is a row: raise max_row_bytes")
 
 
 def _unreadable(source: Source, error: Exception) -> DataError:
@@ -232,11 +287,9 @@ def _refuse_split(source: Source) -> None:
 
 def _json_lines(file: Path, suffix: str, source: Source) -> Iterator[str]:
     """Each row's JSON text: a line of a .jsonl, or an item of the list in a .json."""
-    name = str(source) if str(source) == str(file) else f"{source}: {file.name}"
-    number, longest = 0, source.max_row_bytes
+    name, number, longest = _named(source, file), 0, source.max_row_bytes
     try:
-        with fsspec.open(str(file), "rb", compression="infer") as opened:
-            opened = io.BufferedReader(opened)  # zstandard's reader gives less than is asked for
+        with unpacked(file) as opened:
             if suffix != ".jsonl":
                 yield from map(json.dumps, list_items(opened, longest))
                 return
@@ -249,8 +302,8 @@ def _json_lines(file: Path, suffix: str, source: Source) -> Iterator[str]:
                     yield text
     except TypeError:
         raise DataError(f"{name}: is not a list of rows") from None
-    except RowTooLong as error:
-        raise DataError(f"{name}: {error}\n  If it is a row: raise max_row_bytes") from None
+    except (RowTooLong, UnpacksTooFar) as error:
+        raise _too_much(name, error) from None
     except UnicodeDecodeError:
         where = f" (line {number})" if number else ""
         raise DataError(f"{name}: not UTF-8 text{where}") from None
@@ -280,9 +333,7 @@ def _read_folder(source: Source) -> datasets.Dataset:
         suffixes = {_suffix(file) for file in files}
         # with `field` the rows are under a key of the file
         if not files or suffixes - set(JSON) or builder.config.field:
-            options = {}
-            if suffixes == {".csv"}:
-                options = _csv_options(files, source, **builder.config.pd_read_csv_kwargs)
+            options = _folder_options(files, builder, source)
             rows = datasets.load_dataset(folder, source.name, split=source.split, **options)
             return _plain_columns(rows)
         kinds = [_json_kind(file) for file in files]
@@ -290,6 +341,20 @@ def _read_folder(source: Source) -> datasets.Dataset:
         raise _unreadable(source, error) from None
     # Arrow's JSON reader crashes on a deeply nested row, and wants one schema for all rows
     return _read_json(files, kinds, source)
+
+
+def _folder_options(files: list[Path], builder: Any, source: Source) -> dict[str, Any]:
+    """Options for `datasets` to read a folder's files of another kind than JSON."""
+    kinds = {READERS.get(_suffix(file)) for file in files}
+    if len(kinds) != 1 or (kind := kinds.pop()) is None:
+        return {}
+    config = builder.config
+    by_line = getattr(config, "sample_by", "line") == "line"
+    separator = getattr(config, "sep", None) or ","
+    options = _bounded(files, kind, source, by_line, separator if len(separator) == 1 else ",")
+    if kind == "csv":
+        options |= _csv_options(files, source, **config.pd_read_csv_kwargs)
+    return options
 
 
 def _json_kind(file: Path) -> str:

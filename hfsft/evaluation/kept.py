@@ -14,7 +14,7 @@ import torch
 
 from hfsft import __version__
 from hfsft.errors import HfsftError
-from hfsft.run.files import read_json_lines, write_text_atomically
+from hfsft.run.files import read_json_lines, read_small, write_text_atomically
 from hfsft.run.identity import FINGERPRINTED
 
 # --- whose answers ---
@@ -70,8 +70,8 @@ def open_results(model: str, out: Path, digest: str, seed: int) -> dict[str, Any
         seed: of the choice of rows.
     """
     try:
-        earlier = json.loads((out / "eval.json").read_text())
-    except (OSError, ValueError):
+        earlier = json.loads(read_small(out / "eval.json"))
+    except (OSError, ValueError, RecursionError):
         earlier = {}
     same = earlier.get("fingerprint") == digest and earlier.get("seed") == seed
     names = ("torch", "transformers")

@@ -4,17 +4,19 @@ import os
 import re
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from json import JSONDecodeError
 from typing import Any
 
+import httpcore2
 import httpx2
 from huggingface_hub import constants, get_session, get_token, set_client_factory
 from huggingface_hub import logging as client_log
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils import parse_ratelimit_headers
 
-from hfsft.errors import HfsftError, first_line, printable
+from hfsft.errors import HfsftError, first_line, printable, quoted
 
 TIMEOUT = 30.0  # seconds without progress after which a request fails; the client has no limit
 
@@ -32,7 +34,7 @@ QUIET = 5.0  # seconds of pauses after which the user is told that a request is 
 LONGEST_PAUSE = 60.0  # seconds
 
 
-LONGEST_ANSWER = 60.0  # seconds that the body of an answer may take, other than a file's
+LONGEST_ANSWER = 60.0  # seconds that an answer may take, other than the content of a file
 
 
 LARGEST_ANSWER = 1 << 26  # bytes of it; a listing of 100,000 files has some 30 MB
@@ -58,49 +60,121 @@ def bound_requests(seconds: float = TIMEOUT) -> None:
 
 
 class EndlessAnswer(HfsftError):
-    """An answer of the Hub whose body is too large or takes too long."""
+    """An answer of the Hub that is too large or takes too long."""
 
 
 def bound_answers(seconds: float = TIMEOUT) -> None:
-    """Bound every request of the Hub's client, and the time and size of every answer's body.
+    """Bound every request of the Hub's client, and the time and size of every answer.
 
     Args:
         seconds: to connect, send or receive something.
     """
     session = get_session()
-    hooks = {"request": session.event_hooks["request"], "response": [_bound_body]}
     if session.event_hooks["response"] == [_bound_body] and session.timeout.read == seconds:
         return  # a new client would cut off the requests of other threads
-    set_client_factory(
-        lambda: httpx2.Client(event_hooks=hooks, follow_redirects=True, timeout=seconds)
-    )
+    set_client_factory(lambda: _bounded_client(session.event_hooks["request"], seconds))
+
+
+def _bounded_client(asked: list[Callable[..., Any]], seconds: float) -> httpx2.Client:
+    """The Hub's client, with the hooks that huggingface_hub gives its requests."""
+    asked = [hook for hook in asked if hook is not _ask_for_gzip]
+    hooks = {"request": [*asked, _ask_for_gzip], "response": [_bound_body]}
+    client = httpx2.Client(event_hooks=hooks, follow_redirects=True, timeout=seconds)
+    # the only way to a transport's sockets, also to those of proxies
+    for transport in filter(None, (client._transport, *client._mounts.values())):
+        transport._pool._network_backend = _BoundBackend(transport._pool._network_backend)
+    return client
+
+
+class _BoundStream(httpcore2.NetworkStream):
+    """A connection on which no answer may take for ever: a timeout counts each read anew.
+
+    Headers, the framing of a body and the body itself count, from the end of the request on.
+    """
+
+    def __init__(self, stream: httpcore2.NetworkStream):
+        self.stream, self.asked, self.is_file = stream, time.monotonic(), False
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        if not self.is_file and time.monotonic() - self.asked > LONGEST_ANSWER:
+            raise EndlessAnswer(f"the Hub's answer takes longer than {LONGEST_ANSWER:g} s")
+        return self.stream.read(max_bytes, timeout)
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        self.stream.write(buffer, timeout)
+        self.asked, self.is_file = time.monotonic(), False
+
+    def close(self) -> None:
+        self.stream.close()
+
+    def start_tls(self, *args: Any, **settings: Any) -> httpcore2.NetworkStream:
+        return _BoundStream(self.stream.start_tls(*args, **settings))
+
+    def get_extra_info(self, info: str) -> Any:
+        return self.stream.get_extra_info(info)
+
+
+class _BoundBackend(httpcore2.NetworkBackend):
+    """Opens connections whose answers are bounded."""
+
+    def __init__(self, backend: httpcore2.NetworkBackend):
+        self.backend = backend
+
+    def connect_tcp(self, *args: Any, **settings: Any) -> httpcore2.NetworkStream:
+        return _BoundStream(self.backend.connect_tcp(*args, **settings))
+
+    def connect_unix_socket(self, *args: Any, **settings: Any) -> httpcore2.NetworkStream:
+        return _BoundStream(self.backend.connect_unix_socket(*args, **settings))
+
+    def sleep(self, seconds: float) -> None:
+        self.backend.sleep(seconds)
 
 
 class _BoundBody(httpx2.SyncByteStream):
-    """The body of an answer, which may not go on for ever: a timeout counts each part anew."""
+    """The body of an answer, which may be only so large, packed and unpacked."""
 
-    def __init__(self, stream: Any):
-        self.stream, self.began = stream, time.monotonic()
+    def __init__(self, stream: Any, packed: bool):
+        self.stream = stream
+        self.unpack = zlib.decompressobj(zlib.MAX_WBITS | 32) if packed else None
 
     def __iter__(self) -> Iterator[bytes]:
         size = 0
         for part in self.stream:
-            yield part
+            if self.unpack:
+                try:
+                    part = self.unpack.decompress(part, LARGEST_ANSWER + 1 - size)
+                except zlib.error as error:
+                    raise httpx2.DecodingError(str(error)) from None
             size += len(part)
             if size > LARGEST_ANSWER:
                 raise EndlessAnswer(f"the Hub's answer is larger than {LARGEST_ANSWER:,} bytes")
-            if time.monotonic() - self.began > LONGEST_ANSWER:
-                raise EndlessAnswer(f"the Hub's answer takes longer than {LONGEST_ANSWER:g} s")
+            yield part
 
     def close(self) -> None:
         """Close the connection."""
         self.stream.close()
 
 
+def _ask_for_gzip(request: httpx2.Request) -> None:
+    """Ask for no other compression: what it unpacks to is bounded here."""
+    if request.headers.get("Accept-Encoding") != "identity":
+        request.headers["Accept-Encoding"] = "gzip"
+
+
 def _bound_body(response: httpx2.Response) -> None:
     """Bound the body of whatever is not a file that is downloaded."""
-    if response.request.method != "GET" or "/api/" in response.request.url.path:
-        response.stream = _BoundBody(response.stream)
+    is_api = response.request.method != "GET" or "/api/" in response.request.url.path
+    connection = response.extensions.get("network_stream")
+    if response.status_code in (200, 206) and not is_api:
+        if isinstance(connection, _BoundStream):
+            connection.is_file = True
+        return
+    packing = response.headers.get("Content-Encoding", "identity").strip().lower()
+    if packing not in ("identity", "gzip", "x-gzip", "deflate"):
+        raise EndlessAnswer(f"the Hub's answer is packed as {quoted(packing)}, not as asked for")
+    if packing != "identity":
+        del response.headers["Content-Encoding"]
+    response.stream = _BoundBody(response.stream, packing != "identity")
 
 
 def insist(request: Callable[[], Any], patience: float = PATIENCE) -> Any:

@@ -43,6 +43,7 @@ from hfsft.hub.bounds import (
     insist,
     without_tokens,
 )
+from hfsft.run.files import read_small
 from hfsft.run.manifest import MANIFEST, verify_model
 
 MAIN = "main"  # the branch that readers get
@@ -165,7 +166,7 @@ def _require_sizes(start: str, path: Path) -> None:
         ModelError: naming the first key with an impossible value.
     """
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(read_small(path))
     except (OSError, ValueError, RecursionError):
         config = None
     if not isinstance(config, dict):

@@ -239,18 +239,21 @@ def _require_forward(model: Any, start: str) -> None:
     """Run two tokens through a loaded model, whose config.json may make one that cannot.
 
     Raises:
-        ModelError: if it fails.
+        ModelError: if it fails, or gives what is no number though every weight is one.
     """
     if model.config._attn_implementation not in ("sdpa", "eager"):
         return  # the others may need a GPU or half precision, which it gets later
     try:
-        model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=model.device))
+        inputs = torch.zeros((1, 2), dtype=torch.long, device=model.device)
+        logits = model(input_ids=inputs).logits
     except torch.OutOfMemoryError:
         raise
     except (*NOT_LOADED, RuntimeError) as error:
         raise ModelError(
             f"{start}: its config.json makes a model that computes nothing: {first_line(error)}"
         ) from None
+    if not logits.isfinite().all() and all(p.isfinite().all() for p in model.parameters()):
+        raise ModelError(f"{start}: its config.json makes a model whose outputs are no numbers")
 
 
 def _require_safe_weights(start: str, revision: str | None) -> None:

@@ -74,7 +74,8 @@ class Source:
     )
     streaming: bool = key("read while training instead of before; base text only", default=False)
     max_row_bytes: int = key(
-        "a longer line of a JSON file is refused, and counted; bounds what one row takes in memory",
+        "a longer line of a JSON file is refused, and counted; a longer row of another file is an "
+        "error. Bounds what one row takes in memory",
         default=64 * 2**20,
         low=1,
         high=2**33,

@@ -5,11 +5,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hfsft.data.audit import what_is_missing
 from hfsft.errors import HfsftError
 from hfsft.hub.bounds import without_tokens
 from hfsft.noise import Z95
 from hfsft.report.markdown import code, fenced, plain, table, write_page
-from hfsft.run.results import accuracies, forgetting, read_run, validated_sources
+from hfsft.run.results import (
+    MALFORMED,
+    accuracies,
+    forgetting,
+    malformed,
+    read_run,
+    validated_sources,
+)
 
 GIB = 2**30
 
@@ -58,6 +66,8 @@ def write_report(folder: Path, as_html: bool = False) -> tuple[dict[str, Any], P
         return run, write_page(folder / "report.md", text, as_html)
     except OSError as error:
         raise HfsftError(f"the report of {folder} cannot be written: {error.strerror}") from None
+    except MALFORMED as error:
+        raise malformed(folder, error) from error
 
 
 def report_text(run: dict[str, Any], pictures: dict[str, Path]) -> str:
@@ -386,12 +396,12 @@ def _data(started: dict[str, Any]) -> str:
         header += ["trained on", "median", "95% up to", "longest", "truncated or split"]
         rows = [_source_row(source, unit) for source in audit["sources"]]
         blocks.append(table(header, rows))
-        reasons = [
-            f"{plain(source['source'])}: {count:,} rejected, {plain(reason)}"
+        missing = [
+            f"- {plain(source['source'])}: {plain(line)}"
             for source in audit["sources"]
-            for reason, count in source["refused"].items()
+            for line in what_is_missing(source)
         ]
-        blocks += ["\n".join(f"- {reason}" for reason in reasons)] if reasons else []
+        blocks += ["\n".join(missing)] if missing else []
     if blocks:
         blocks.append("Lengths are those of prepared rows.")
     return "\n\n".join(blocks)

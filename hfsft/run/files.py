@@ -1,11 +1,14 @@
 """Files that survive a kill or a full disk: written atomically, and read past a torn line."""
 
+import errno
 import json
 import os
 import secrets
 import shutil
 from pathlib import Path
 from typing import Any
+
+LARGEST = 1 << 26  # bytes of a file of facts; a manifest of 100,000 files has 15 MB
 
 
 def write_text_atomically(path: Path, text: str) -> None:
@@ -34,6 +37,21 @@ def write_text_atomically(path: Path, text: str) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def read_small(path: Path) -> str:
+    """Read a file that holds facts about a stage or model, such as a `stage.json`.
+
+    Raises:
+        OSError: if it cannot be read, is no plain file (a FIFO waits for ever, a device has no end)
+            or is larger than `LARGEST`.
+        UnicodeDecodeError: if it is not UTF-8.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "is not a plain file", str(path))
+    if (size := path.stat().st_size) > LARGEST:
+        raise OSError(errno.EFBIG, f"has {size:,} bytes", str(path))
+    return path.read_text(encoding="utf-8")
 
 
 def remove(path: Path) -> None:
@@ -75,7 +93,7 @@ def read_json_lines(path: Path, nan_as_none: bool = False) -> list[dict[str, Any
     for line in path.read_bytes().split(b"\n"):
         try:
             value = json.loads(line.decode(), parse_constant=parse_constant)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(value, dict):
             found.append(value)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hfsft.errors import CheckpointError
-from hfsft.run.files import first_free, remove
+from hfsft.run.files import first_free, read_small, remove
 
 MANIFEST = "manifest.json"
 
@@ -122,17 +122,21 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         CheckpointError: if it is missing or unreadable.
     """
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
+        manifest = json.loads(read_small(checkpoint / MANIFEST))
     except FileNotFoundError:
         raise CheckpointError(f"{checkpoint}: has no {MANIFEST}") from None
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         manifest = None
     files = manifest.get("files") if isinstance(manifest, dict) else None
-    if not isinstance(files, dict) or not all(
-        isinstance(facts, dict)
-        and isinstance(facts.get("bytes"), int)
-        and isinstance(facts.get("sha256"), str)
-        for facts in files.values()
+    if (
+        not isinstance(files, dict)
+        or not files
+        or not all(
+            isinstance(facts, dict)
+            and isinstance(facts.get("bytes"), int)
+            and isinstance(facts.get("sha256"), str)
+            for facts in files.values()
+        )
     ):
         raise CheckpointError(f"{checkpoint}: its {MANIFEST} cannot be read")
     return manifest
@@ -185,7 +189,7 @@ def verify_model(folder: Path) -> None:
         CheckpointError: naming the first file that is missing or differs.
     """
     key = folder.resolve()
-    if not (key / MANIFEST).is_file():
+    if not os.path.lexists(key / MANIFEST):
         return
     if not NAME.fullmatch(key.name) and not os.path.lexists(key / "stage.json"):
         return  # a manifest of another tool

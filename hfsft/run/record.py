@@ -10,7 +10,7 @@ from hfsft.errors import CheckpointError, RecipeError
 from hfsft.recipe.key import FIXED, ROUNDED, STAGES
 from hfsft.recipe.schema import PER_PARAMETER, Recipe, Stage
 from hfsft.recipe.sections import on_resume
-from hfsft.run.files import first_free, write_text_atomically
+from hfsft.run.files import first_free, read_small, write_text_atomically
 from hfsft.run.identity import model_digest
 from hfsft.run.manifest import (
     MANIFEST,
@@ -120,7 +120,7 @@ def _written_record(
 ) -> dict[str, Any] | None:
     """The record in a file, or None if there is none that can be read."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"), parse_constant=parse_constant)
+        record = json.loads(read_small(path), parse_constant=parse_constant)
     except (OSError, ValueError, RecursionError):
         return None
     return record if _is_record(record) else None

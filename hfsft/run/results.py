@@ -8,11 +8,14 @@ from typing import Any
 
 import yaml
 
-from hfsft.errors import HfsftError
+from hfsft.errors import HfsftError, first_line
 from hfsft.noise import Z95, mean_change
 from hfsft.recipe.key import STAGES
-from hfsft.run.files import read_json_lines
+from hfsft.run.files import read_json_lines, read_small
 from hfsft.run.record import RECORD, read_record
+
+# what JSON of another shape raises where it is used
+MALFORMED = (KeyError, IndexError, TypeError, AttributeError, ValueError, ArithmeticError)
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -33,8 +36,10 @@ def read_run(folder: Path) -> dict[str, Any]:
         path = folder / "recipe.yaml"
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
         recipe = yaml.safe_load(text) or {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise HfsftError(f"{folder} cannot be read: {' '.join(str(error).split())}") from None
+    except MALFORMED as error:
+        raise malformed(folder, error) from error
     if not any(started.values()):
         is_stage = (folder / RECORD).is_file()
         hint = f"; its run is {folder.absolute().parent}" if is_stage else ""
@@ -43,6 +48,20 @@ def read_run(folder: Path) -> dict[str, Any]:
         )
     stages = {name: stage for name, stage in started.items() if stage or name in recipe}
     return {"run": str(folder), "recipe": recipe, "recipe_text": text, "stages": stages}
+
+
+def malformed(folder: Path, error: Exception) -> HfsftError:
+    """The error for a run whose files lack what hfsft writes there.
+
+    Args:
+        folder: the run's.
+        error: one of `MALFORMED`, raised where a value was used.
+    """
+    return HfsftError(
+        f"{folder}: a file of it is not as hfsft writes it ({type(error).__name__}: "
+        f"{first_line(error)})\n"
+        "  Compare stage.json, data.json, eval.json and the .jsonl files of its stages with a copy"
+    )
 
 
 def read_stage(folder: Path) -> dict[str, Any] | None:
@@ -176,4 +195,4 @@ def accuracies(stage: dict[str, Any]) -> dict[str, Any]:
 def _read_json(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
-    return json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda name: None)
+    return json.loads(read_small(path), parse_constant=lambda name: None)

@@ -75,8 +75,11 @@ def is_trained(fields: Mapping[str, Any]) -> bool | None:
             continue
         flag = as_flag(value)
         if flag is None and isinstance(value, int | float):
-            # trl's and transformers' loss is a mean over tokens, each of which counts or does not
-            raise BadRow(f"{name} is neither 0 nor 1, and a token is trained on or it is not")
+            # the loss is a mean over trained tokens, of every stage, rank and report
+            raise BadRow(
+                f"{name} is neither 0 nor 1, and a token is trained on or it is not; to see rows "
+                "less often, give them a source with that `weight`"
+            )
         if flag is None:
             raise BadRow(f"{name} is neither true nor false")
         answers.append(flag is not no)

@@ -148,6 +148,21 @@ BAD_FILES = {
         "r.csv",
         "cannot tell the format from its columns prompt, prompt.1",
     ),
+    "gzip under a plain csv's name": (
+        {"r.csv": gzip.compress(PAIRS)},
+        "r.csv",
+        "cannot be read: is packed as gzip, unlike its name",
+    ),
+    "a tar under a text's name": (
+        {"r.txt": b"\0" * 10_240},
+        "r.txt",
+        "cannot be read: is packed as tar, unlike its name",
+    ),
+    "a plain csv under gzip's name": (
+        {"r.csv.gz": PAIRS},
+        "r.csv.gz",
+        "cannot be read: is not packed, unlike its name",
+    ),
     "a folder named as a file": ({"r.jsonl/inside.xyz": b""}, "r.jsonl", "cannot be read: "),
     "a folder among the files": (
         {"a.jsonl": LINES, "b.jsonl/inside.xyz": b""},

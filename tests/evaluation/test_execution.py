@@ -214,6 +214,31 @@ FAKES = [
 ]
 
 
+# reads what the test expects in the memory of its process
+READS_THE_TEST = """
+import os, re
+def expected(x):
+    for pid in filter(str.isdigit, os.listdir('/proc')):
+        try:
+            if b'confined.py' not in open(f'/proc/{pid}/cmdline', 'rb').read(): continue
+            memory = open(f'/proc/{pid}/mem', 'rb', 0)
+            for line in open(f'/proc/{pid}/maps'):
+                first, end = (int(at, 16) for at in line.split()[0].split('-'))
+                if ' rw' not in line or int(pid) == os.getpid(): continue
+                memory.seek(first)
+                if found := re.search(rb'candidate.%d. == (\\d+)' % x, memory.read(end - first)):
+                    return int(found[1])
+        except (OSError, ValueError, OverflowError): pass
+def f(x): return expected(x)
+"""
+
+
+def test_the_test_cannot_be_read_in_its_process(each_sandbox):
+    test = "def check(candidate):\n    assert candidate(12) == 9841377\n"
+    assert run("def f(x): return 9841377", test)
+    assert not run(READS_THE_TEST, test)
+
+
 @pytest.mark.parametrize("program", FAKES)
 def test_an_answer_cannot_be_faked(program):
     assert not run(program)

@@ -1,5 +1,6 @@
 """Models and datasets on a Hub on loopback, and with no Hub reachable."""
 
+import gzip
 import hashlib
 import json
 import subprocess
@@ -325,12 +326,21 @@ def test_a_token_whose_owner_is_odd_is_one_error(hub, tmp_path, body):
     ("damage", "words"),
     [
         ({"drip": 0.1, "body": b"{" + b" " * 10**6}, "takes longer than 1 s"),
+        ({"drip_headers": 0.1, "headers": {"X-Long": "x" * 10_000}}, "takes longer than 1 s"),
         ({"body": b"{" + b" " * 10**6 + b"}"}, "is larger than 100,000 bytes"),
+        (
+            {"body": gzip.compress(b" " * 10**8), "headers": {"Content-Encoding": "gzip"}},
+            "is larger than 100,000 bytes",
+        ),
+        (
+            {"body": b"{}", "headers": {"Content-Encoding": "zstd"}},
+            "is packed as 'zstd', not as asked for",
+        ),
     ],
-    ids=["slow", "large"],
+    ids=["slow", "slow headers", "large", "a bomb", "another packing"],
 )
 def test_an_answer_without_end_is_cut_off(hub, tmp_path, folder, damage, words):
-    name = f"me/endless-{len(damage)}"
+    name = f"me/endless-{len(repr(damage))}"
     hub.add_repo(name)
     hub.fail(f"POST .*/{name}/commit/", **damage)
     hub.fail(f"GET /api/models/{name}$", **damage)

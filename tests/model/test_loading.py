@@ -457,6 +457,7 @@ def altered(folder: Path, make_model, tokenizer, **keys) -> str:
         ({"num_attention_heads": 3}, ""),
         ({"hidden_act": "no such"}, "cannot be loaded: "),
         ({"rms_norm_eps": "x"}, ""),
+        ({"rms_norm_eps": -1e9}, "makes a model whose outputs are no numbers"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": "x"}}, ""),
         ({"vocab_size": 10**12}, ""),
         ({"head_dim": 7}, ""),

@@ -14,6 +14,7 @@ import yaml
 from PIL import Image
 
 from hfsft import base, mid, sft
+from hfsft.data.mixture import load_conversations
 from hfsft.errors import HfsftError, printable
 from hfsft.evaluation.evaluate import evaluate
 from hfsft.report.comparison import compare_runs, write_comparison
@@ -283,6 +284,24 @@ def test_a_folder_that_is_not_a_run_is_an_error(run, tmp_path):
         write_report(run)
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("stage.json", '{"stage": "sft", "status": "finished", "settings": {}}'),
+        ("metrics.jsonl", '{"step": 1, "loss": [], "tokens": "x"}\n'),
+        ("samples.jsonl", '{"step": 1}\n'),
+        ("data.json", '{"sources": [{"source": 3}]}'),
+        ("data.json", "[" * 100_000),
+        ("eval.json", '{"tasks": {"arithmetic": {"accuracy": "x"}}}'),
+    ],
+)
+def test_a_file_of_another_shape_is_an_error_that_says_where_to_look(run, name, text):
+    (run / "sft" / name).write_text(text)
+    with pytest.raises(HfsftError) as error:
+        write_report(run)
+    assert str(run) in str(error.value) and len(str(error.value).splitlines()) <= 2
+
+
 def test_a_folder_that_is_not_writable_is_an_error(run):
     (run / "report").write_text("in the way")
     with pytest.raises(HfsftError, match="cannot be written"):
@@ -300,6 +319,25 @@ def test_text_is_shown_literally(text, tmp_path):
     assert page.tags & {"script", "b", "a", "img", "s", "em"} == set()
     block = Seen(html_page("t", fenced(text), tmp_path))
     assert printable(text).rstrip() in block.text and "h1" not in block.tags
+
+
+def test_what_nothing_reads_of_the_rows_is_named(run, tmp_path, tokenizer, make_stage):
+    """As a stage's own audit counts it."""
+    rows = [
+        {"messages": [{"role": "user", "content": f"Q{n}"},
+                      {"role": "assistant", "content": "A", "glossary": "x"}], "score": n}
+        for n in range(5)
+    ]  # fmt: skip
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"a": 1}]))
+    stage = make_stage(
+        str(tmp_path / "r.jsonl"), on_bad_rows="skip", max_steps=2, examples_per_step=1
+    )
+    load_conversations(stage, tokenizer)
+    shutil.copy(stage.folder / "data.json", run / "sft/data.json")
+    text = sections(report_text(read_run(run), {}))["Data"]
+    assert "r.jsonl: 1 refused: " in text
+    assert re.search(r"r\.jsonl: not used: .*column score \(5\)", text)
+    assert re.search(r"r\.jsonl: not used: .*field glossary \(5\)", text)
 
 
 def test_hostile_text_stays_text_everywhere_in_the_report(run):

@@ -2,10 +2,12 @@
 
 import math
 import os
+from pathlib import Path
 
 import pytest
 
-from hfsft.run.files import read_json_lines, write_text_atomically
+from hfsft.run import files
+from hfsft.run.files import read_json_lines, read_small, write_text_atomically
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -27,6 +29,31 @@ def test_torn_lines_are_skipped_and_line_separators_kept(tmp_path):
     assert first == {"a": "x\u2028y"} and math.isnan(second["loss"])
     assert read_json_lines(path, nan_as_none=True)[1] == {"loss": None}
     assert read_json_lines(tmp_path / "missing.jsonl") == []
+
+
+def test_the_content_is_on_disk_before_the_name(tmp_path, monkeypatch):
+    """Else a power cut after the rename leaves an empty file under the name."""
+    path, done = tmp_path / "stage.json", []
+    fsync, replace = os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda number: (done.append("flushed"), fsync(number)))
+    monkeypatch.setattr(
+        Path, "replace", lambda old, new: (done.append(old.read_text()), replace(old, new))
+    )
+    write_text_atomically(path, "new")
+    assert done == ["flushed", "new"] and path.read_text() == "new"
+
+
+def test_what_is_no_plain_file_or_too_large_is_not_read(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "device").symlink_to("/dev/zero")
+    (tmp_path / "folder").mkdir()
+    monkeypatch.setattr(files, "LARGEST", 100)
+    (tmp_path / "large").write_text("x" * 101)
+    for path in tmp_path.iterdir():
+        with pytest.raises(OSError, match=r"is not a plain file|has 101 bytes"):
+            read_small(path)
+    (tmp_path / "large").write_text("é" * 50)
+    assert read_small(tmp_path / "large") == "é" * 50
 
 
 def test_a_write_follows_no_link_and_trips_over_nothing(tmp_path):

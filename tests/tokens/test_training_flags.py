@@ -116,9 +116,13 @@ def test_with_every_message_trained_those_that_say_no_are_not(fields, expected, 
     assert ("Hi" in text) is expected and "Hello." in text and "Well?" in text
 
 
+FRACTION = (
+    "{} is neither 0 nor 1, and a token is trained on or it is not; to see rows less often, give "
+    "them a source with that `weight`"
+)
 REFUSED_MESSAGES = [
-    ({"weight": 0.5}, "weight is neither 0 nor 1, and a token is trained on or it is not"),
-    ({"loss_weight": 2}, "loss_weight is neither 0 nor 1, and a token is trained on or it is not"),
+    ({"weight": 0.5}, FRACTION.format("weight")),
+    ({"loss_weight": 2}, FRACTION.format("loss_weight")),
     ({"weight": "half"}, "weight is neither true nor false"),
     ({"train": [True]}, "train is neither true nor false"),
     ({"masked": {"a": 1}}, "masked is neither true nor false"),
@@ -132,7 +136,7 @@ REFUSED_MESSAGES = [
     ({"train_detail": [{"begin_offset": 0, "end_offset": 1}]},
      "train_detail that is not ranges of its content"),
     ({"content": [{"type": "text", "text": "a", "weight": 0.3}]},
-     "weight is neither 0 nor 1, and a token is trained on or it is not"),
+     FRACTION.format("weight")),
 ]  # fmt: skip
 
 
@@ -174,7 +178,7 @@ OF_A_ROW = [
     ({"weight": 1}, None),
     ({"weight": 0}, f"{UNTRAINED} (weight)"),
     ({"weight": "0.0"}, f"{UNTRAINED} (weight)"),
-    ({"weight": 0.25}, "weight is neither 0 nor 1, and a token is trained on or it is not"),
+    ({"weight": 0.25}, FRACTION.format("weight")),
     ({"loss_weight": 0.0}, f"{UNTRAINED} (loss_weight)"),
     ({"train": False}, f"{UNTRAINED} (train)"),
     ({"train": "yes"}, "train is neither true nor false"),

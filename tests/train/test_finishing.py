@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -185,6 +186,33 @@ def test_what_is_missing_without_a_checkpoint_is_an_error(recipe, finished):
         CheckpointError, match=r"safetensors is missing, and there is no .*\n.*--rest"
     ):
         sft.main(recipe, "--quiet")
+
+
+UNREADABLE = {
+    "a FIFO": os.mkfifo,
+    "a device": lambda path: path.symlink_to("/dev/zero"),
+    "a link to itself": lambda path: path.symlink_to(path),
+    "a folder": os.mkdir,
+}
+
+
+@pytest.mark.parametrize("plant", UNREADABLE.values(), ids=UNREADABLE)
+def test_what_is_no_plain_file_is_not_waited_for(recipe, finished, capsys, plant):
+    (finished / "stage.json").unlink()
+    plant(finished / "stage.json")
+    sft.main(recipe)
+    assert "stage.json could not be read; it was written again" in capsys.readouterr().out
+    (finished / MANIFEST).unlink()
+    plant(finished / MANIFEST)
+    with pytest.raises(CheckpointError, match=r"manifest\.json"):
+        sft.main(recipe)
+
+
+@pytest.mark.parametrize("text", ['{"files": {}}', "[" * 100_000])
+def test_a_manifest_of_nothing_vouches_for_nothing(recipe, finished, text):
+    (finished / MANIFEST).write_text(text)
+    with pytest.raises(CheckpointError, match=r"its manifest.json cannot be read"):
+        sft.main(recipe)
 
 
 FOREIGN = {
