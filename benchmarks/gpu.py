@@ -3,8 +3,9 @@
     python benchmarks/gpu.py [--parts plan,step] [--memory 8] [--data CHATS.jsonl] [--model FOLDER]
     python benchmarks/gpu.py --device cpu --tiny      # every part once, on a CPU, in minutes
 
-Each part is a process of its own under a cap of --memory GB. Results are kept in
-benchmarks/results/CARD.json after every row, and the same command resumes; --restart begins anew.
+Each part is a process of its own (--tiny: one for all) under a cap of --memory GB. Results are kept
+in benchmarks/results/CARD.json after every row, and the same command resumes; --restart begins
+anew.
 Models are randomly initialised: d8 is the 92 M NanoChat of recipes/nanochat-d8.yaml, smol has the
 shape of SmolLM2-135M. Without --data the conversations are those of the built-in tasks.
 """
@@ -71,16 +72,10 @@ def main() -> None:
     parser.add_argument("--parts", default=",".join(PARTS[:-1]))
     parser.add_argument("--memory", type=float, default=8.0, help="GB of the card to use")
     path = os.path.abspath  # a part works in another folder
-    parser.add_argument(
-        "--data", type=path, help="conversations, .jsonl; default: the built-in tasks"
-    )
-    parser.add_argument(
-        "--model", type=path, help="a model folder, for the learning-rate sweep of fast.yaml"
-    )
+    parser.add_argument("--data", type=path, help=".jsonl; default: the built-in tasks")
+    parser.add_argument("--model", type=path, help="a folder: sweep fast.yaml's learning rate")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument(
-        "--tiny", action="store_true", help="the smallest sizes, to try the program"
-    )
+    parser.add_argument("--tiny", action="store_true", help="to try the program")
     parser.add_argument("--folder", type=path, default="/tmp/hfsft-gpu", help="for models and runs")
     parser.add_argument("--results", type=path, default=str(RESULTS))
     parser.add_argument("--restart", action="store_true", help="discard the results so far")
@@ -89,7 +84,8 @@ def main() -> None:
     if given.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if given.child:
-        Part(given).run()
+        for part in given.child.split(","):
+            Part(given).run(part)
         return
     wanted = given.parts.split(",")
     if (given.model or given.tiny) and "sweep" not in wanted:
@@ -99,15 +95,13 @@ def main() -> None:
     arguments = [word for word in sys.argv[1:] if word != "--restart"]
     if given.restart:
         results_file(given).unlink(missing_ok=True)
-    for part in wanted:
+    # --tiny in one process, whose start takes longer than most parts
+    for part in [",".join(wanted)] if given.tiny else wanted:
         began = time.perf_counter()
         command, status = [sys.executable, __file__, *arguments, "--child", part], AGAIN
         while status == AGAIN:
             status = subprocess.run(command).returncode
-        print(
-            f"{part}: {time.perf_counter() - began:.0f} s, exit status {status}",
-            flush=True,
-        )
+        print(f"{part}: {time.perf_counter() - began:.0f} s, exit status {status}", flush=True)
     print(tables(json.loads(results_file(given).read_text())))
 
 
@@ -152,10 +146,10 @@ class Part:
         found = {"card": name, "memory": self.given.memory, "cuda": torch.version.cuda}
         return found | {library: version(library) for library in LIBRARIES}
 
-    def run(self) -> None:
-        """Run the part that was asked for."""
-        for name, measure in getattr(self, self.given.child)():
-            key = f"{self.given.child}: {name}"
+    def run(self, part: str) -> None:
+        """Run one of `PARTS`."""
+        for name, measure in getattr(self, part)():
+            key = f"{part}: {name}"
             if key in self.results["rows"]:
                 continue
             gc.collect()
