@@ -18,7 +18,7 @@ def losses(folder, name: str, *more: str) -> list[float]:
     return [line["loss"] for line in map(json.loads, lines) if "loss" in line]
 
 
-@pytest.mark.slow  # a C++ compiler needs minutes for the kernels
+@pytest.mark.slow  # a C++ compiler makes the kernels
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
 def test_a_compiled_run_has_the_losses_of_an_eager_one(tmp_path, checkpointing):
     write_recipe(tmp_path)
