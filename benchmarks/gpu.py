@@ -3,8 +3,9 @@
     python benchmarks/gpu.py [--parts plan,step] [--memory 8] [--data CHATS.jsonl] [--model FOLDER]
     python benchmarks/gpu.py --device cpu --tiny      # every part once, on a CPU, in minutes
 
-Each part is a process of its own under a cap of --memory GB. Results are kept in
-benchmarks/results/CARD.json after every row, and the same command resumes; --restart begins anew.
+Each part is a process of its own (--tiny: one for all) under a cap of --memory GB. Results are kept
+in benchmarks/results/CARD.json after every row, and the same command resumes; --restart begins
+anew.
 Models are randomly initialised: d8 is the 92 M NanoChat of recipes/nanochat-d8.yaml, smol has the
 shape of SmolLM2-135M. Without --data the conversations are those of the built-in tasks.
 """
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,8 @@ PLANS = [
     ("1.1b", 1024, 1, f"{SMALL} --lora.r 16 --dtype bfloat16"),
     ("1.1b", 1024, 1, f"{SMALL} --lora.r 16 --load_in_4bit true"),
 ]
+# variants of stock SFTTrainer that need a package: its name for pip, and for Python
+KERNELS = {"padding_free": ("flash-attn", "flash_attn"), "liger": ("liger-kernel", "liger_kernel")}
 TINY_PLANS = [
     ("tiny", 64, 2, PLAIN),
     ("tiny", 64, 2, SMALL),
@@ -67,39 +71,37 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--parts", default=",".join(PARTS[:-1]))
     parser.add_argument("--memory", type=float, default=8.0, help="GB of the card to use")
-    parser.add_argument("--data", help="conversations, .jsonl; default: the built-in tasks")
-    parser.add_argument("--model", help="a model folder, for the learning-rate sweep of fast.yaml")
+    path = os.path.abspath  # a part works in another folder
+    parser.add_argument("--data", type=path, help=".jsonl; default: the built-in tasks")
+    parser.add_argument("--model", type=path, help="a folder: sweep fast.yaml's learning rate")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument(
-        "--tiny", action="store_true", help="the smallest sizes, to try the program"
-    )
-    parser.add_argument("--folder", default="/tmp/hfsft-gpu", help="for models and runs")
-    parser.add_argument("--results", default=str(RESULTS))
+    parser.add_argument("--tiny", action="store_true", help="to try the program")
+    parser.add_argument("--folder", type=path, default="/tmp/hfsft-gpu", help="for models and runs")
+    parser.add_argument("--results", type=path, default=str(RESULTS))
     parser.add_argument("--restart", action="store_true", help="discard the results so far")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if given.child:
-        Part(given).run()
+        for part in given.child.split(","):
+            Part(given).run(part)
         return
-    wanted = given.parts.split(",") + (
-        ["sweep"] if given.model and "sweep" not in given.parts else []
-    )
+    wanted = given.parts.split(",")
+    if (given.model or given.tiny) and "sweep" not in wanted:
+        wanted.append("sweep")
     if unknown := set(wanted) - set(PARTS):
         sys.exit(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     arguments = [word for word in sys.argv[1:] if word != "--restart"]
     if given.restart:
         results_file(given).unlink(missing_ok=True)
-    for part in wanted:
+    # --tiny in one process, whose start takes longer than most parts
+    for part in [",".join(wanted)] if given.tiny else wanted:
         began = time.perf_counter()
         command, status = [sys.executable, __file__, *arguments, "--child", part], AGAIN
         while status == AGAIN:
             status = subprocess.run(command).returncode
-        print(
-            f"{part}: {time.perf_counter() - began:.0f} s, exit status {status}",
-            flush=True,
-        )
+        print(f"{part}: {time.perf_counter() - began:.0f} s, exit status {status}", flush=True)
     print(tables(json.loads(results_file(given).read_text())))
 
 
@@ -128,6 +130,8 @@ class Part:
         if self.cuda:
             total = torch.cuda.get_device_properties(0).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, given.memory * 1e9 / total))
+        if given.tiny:
+            steps.EXAMPLES, steps.LENGTH = 4, 128
         self.results = {"machine": self.machine(), "rows": {}}
         if self.file.is_file():
             self.results = json.loads(self.file.read_text())
@@ -142,10 +146,10 @@ class Part:
         found = {"card": name, "memory": self.given.memory, "cuda": torch.version.cuda}
         return found | {library: version(library) for library in LIBRARIES}
 
-    def run(self) -> None:
-        """Run the part that was asked for."""
-        for name, measure in getattr(self, self.given.child)():
-            key = f"{self.given.child}: {name}"
+    def run(self, part: str) -> None:
+        """Run one of `PARTS`."""
+        for name, measure in getattr(self, part)():
+            key = f"{part}: {name}"
             if key in self.results["rows"]:
                 continue
             gc.collect()
@@ -207,7 +211,7 @@ class Part:
         """Rows that fill any length if `full`, else those of --data, or of the built-in tasks."""
         if not full:
             if self.given.data:
-                return f"[{{path: {Path(self.given.data).resolve()}}}]"
+                return f"[{{path: {self.given.data}}}]"
             return "[{path: identity, rows: 400}, {path: spelling_bee, rows: 1200}]"
         path = self.folder / "full.jsonl"
         if not path.is_file():
@@ -288,24 +292,35 @@ class Part:
 
     def step(self) -> Iterator[tuple[str, Callable[[], dict]]]:
         """The same conversations through hfsft, a bare loop, and stock SFTTrainer."""
-        variants = [*steps.VARIANTS, "padding_free"]
+        variants = [*steps.VARIANTS, *KERNELS]
         for shape in ("tiny",) if self.given.tiny else ("d8", "smol"):
             for turn in range(1 if self.given.tiny else 2):
                 for name in variants:
                     yield f"{shape}, {name}, {turn}", lambda s=shape, n=name: self.one_variant(s, n)
 
     def one_variant(self, shape: str, variant: str) -> dict[str, Any]:
-        """Tokens a second, peak memory and energy of some steps."""
+        """Tokens a second, peak memory, MFU and energy of some steps."""
+        package, module = KERNELS.get(variant, (None, None))
+        if module and find_spec(module) is None:
+            return {"unavailable": f"{package} is not installed"}
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
         count = 4 if self.given.tiny else 6
         steps.ROWS = 16 if variant in ("hfsft", "bare") else 2
         found: dict[str, Any] = {}
         folder = self.folder / "step"
         folder.mkdir(exist_ok=True)
+
+        def make(size: int) -> Any:
+            model = self.build(shape)
+            if variant == "padding_free":  # other attention would not separate the documents
+                model.set_attn_implementation("flash_attention_2")
+            return model
+
         with self.energy(found):
-            found |= steps.run(
-                variant, lambda size: self.build(shape), self.given.data, str(folder), count
-            )
+            found |= steps.run(variant, make, self.given.data, str(folder), count)
+        card = self.results["machine"]["card"]
+        if peak := next((flops for name, flops in steps.PEAK_FLOPS.items() if name in card), None):
+            found["mfu"] = 6 * found["parameters"] * found["tokens_a_second"] / peak
         return found
 
     def job(self) -> Iterator[tuple[str, Callable[[], dict]]]:
@@ -363,7 +378,8 @@ class Part:
 
         for shape in ("tiny",) if self.given.tiny else ("d8", "smol"):
             argv = [str(self.recipe(shape)), "--max_steps", "5" if self.given.tiny else "12"]
-            argv += ["--examples_per_step", "32", "--logging_steps", "1", "--restart", "--quiet"]
+            argv += ["--examples_per_step", "4" if self.given.tiny else "32"]
+            argv += ["--logging_steps", "1", "--restart", "--quiet"]
             automatic = (
                 "--per_device_train_batch_size auto --gradient_checkpointing auto --optim auto"
             )
@@ -402,32 +418,24 @@ class Part:
 
     def sweep(self) -> Iterator[tuple[str, Callable[[], dict]]]:
         """Validation loss of fast.yaml's stage at several learning rates."""
-        for rate in ("1e-4", "2e-4", "3e-4", "6e-4", "1e-3"):
+        for rate in ("3e-4",) if self.given.tiny else ("1e-4", "2e-4", "3e-4", "6e-4", "1e-3"):
             yield rate, lambda rate=rate: self.one_rate(rate)
 
     def one_rate(self, rate: str) -> dict[str, Any]:
         """Run the stage with one learning rate."""
         from hfsft import sft
 
+        model = self.model_folder("tiny") if self.given.model is None else self.given.model
         argv = [str(RESULTS.parent.parent / "recipes" / "fast.yaml"), "--restart", "--quiet"]
-        argv += [
-            "--model_name_or_path",
-            str(Path(self.given.model).resolve()),
-            "--data",
-            self.chats(False),
-        ]
-        argv += [
-            "--learning_rate",
-            rate,
-            "--name",
-            f"sweep-{rate}",
-            "--output_dir",
-            str(self.folder),
-        ]
-        argv += ["--held_out", "100", "--on_bad_rows", "skip"]
+        argv += ["--model_name_or_path", str(model), "--data", self.chats(False)]
+        argv += ["--learning_rate", rate, "--name", f"sweep-{rate}"]
+        argv += ["--output_dir", str(self.folder), "--on_bad_rows", "skip"]
         argv += ["--per_device_train_batch_size", "auto", "--gradient_checkpointing", "auto"]
         if self.given.tiny:
-            argv += ["--max_steps", "4"]
+            argv += ["--max_steps", "4", "--examples_per_step", "4", "--max_length", "64"]
+            argv += ["--held_out", "8"]
+        else:
+            argv += ["--held_out", "100"]
         sft.main(*argv)
         record = json.loads((self.folder / f"sweep-{rate}" / "sft" / "stage.json").read_text())
         return {key: record[key] for key in ("steps", "eval_loss_before", "eval_loss")}
@@ -457,7 +465,7 @@ def medians(rows: dict[str, dict]) -> dict[str, dict]:
     grouped: dict[str, list[dict]] = {}
     for name, found in rows.items():
         grouped.setdefault(name.rpartition(", ")[0], []).append(found)
-    keys = ("tokens_a_second", "peak_bytes", "joules")
+    keys = ("tokens_a_second", "peak_bytes", "mfu", "joules")
     return {
         name: {
             key: statistics.median(found[key] for found in several)

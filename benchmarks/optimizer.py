@@ -50,9 +50,12 @@ RECIPE = {
     },
 }
 NEAREST = ("--optim_args", "bf16_stochastic_round=False")
+OFFLOAD = ("--gradient_checkpointing", "true")
+OFFLOAD += ("--activation_checkpointing_kwargs", "{offload: true}")
 # name in the table → optimizer, dtype of the weights, more of the command line
 SETTINGS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "adamw_torch, float32": ("adamw_torch", "float32", ()),
+    "adamw_torch, float32, offload": ("adamw_torch", "float32", OFFLOAD),
     "adamw_bnb_8bit, float32": ("adamw_bnb_8bit", "float32", ()),
     "paged_adamw_8bit, float32": ("paged_adamw_8bit", "float32", ()),
     "adamw_torch_8bit, bfloat16": ("adamw_torch_8bit", "bfloat16", ()),

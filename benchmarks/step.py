@@ -262,9 +262,11 @@ def trainer_of(
     args = SFTConfig(
         **settings,
         gradient_accumulation_steps=accumulation,
-        max_length=LENGTH,
+        # padding_free and liger are variants of gpu.py
+        max_length=None if variant == "padding_free" else LENGTH,
         packing=variant == "packing",
-        padding_free=variant == "padding_free",  # gpu.py: needs flash attention
+        padding_free=variant == "padding_free",
+        use_liger_kernel=variant == "liger",
         pad_to_multiple_of=LENGTH if variant == "padded" else None,
         dataset_kwargs={"skip_prepare_dataset": True},
         train_sampling_strategy="sequential",

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from hfsft.doctor import machine, stage_checks, step_checks
+from hfsft.doctor import kernels, machine, stage_checks, step_checks
 from hfsft.doctor.findings import ABSENT, FAILED, PASSED, REINSTALL, CheckFailed, Finding, NotHere
 from hfsft.errors import first_line
 
@@ -38,6 +38,8 @@ CHECKS: tuple[tuple[str, Callable[[], str], str], ...] = (
     ("resume", stage_checks.resume, REINSTALL),
     ("out of memory", stage_checks.out_of_memory, "set per_device_train_batch_size: 1"),
     ("torch.compile", step_checks.compiled_layers, "leave torch_compile out"),
+    ("flash-attn", kernels.flash_attention, "leave attn_implementation out"),
+    ("other fused heads", kernels.other_heads, "hfsft does not use them"),
     ("rates", step_checks.rates, REINSTALL),
 )
 

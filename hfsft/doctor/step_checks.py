@@ -82,8 +82,17 @@ def fused_head() -> str:
     return f"gradients agree to {error:.1e}"
 
 
-def _packed_gradient(model: Any, packed: bool, dtype: Any) -> Any:
-    """The gradient of some documents, packed into one row or each by itself."""
+def packed_gradient(model: Any, packed: bool, dtype: Any) -> Any:
+    """The gradient of some documents.
+
+    Args:
+        model: with a fused head, on the training device.
+        packed: into one row; else each by itself.
+        dtype: of autocast; float32: none.
+
+    Returns:
+        The gradients of all parameters, float32 [parameters].
+    """
     import torch
 
     from hfsft.data.packing import StepCollator, micro_batches, model_inputs, on_device
@@ -120,10 +129,10 @@ def packed_attention_of_documents() -> str:
         for dtype in dtypes:
             half = dtype != torch.float32
             model.set_attn_implementation(own)
-            expected = _packed_gradient(model, False, dtype)
+            expected = packed_gradient(model, False, dtype)
             fast = packed_attention(model, device, half, sum(LENGTHS))
             model.set_attn_implementation(fast)
-            error = difference(_packed_gradient(model, True, dtype), expected)
+            error = difference(packed_gradient(model, True, dtype), expected)
             if not error < (3e-2 if half else 1e-4):
                 raise CheckFailed(
                     f"{model_type}, {dtype}, {fast}: gradients differ by {error:.1e}",
@@ -202,7 +211,7 @@ def activation_checkpointing() -> str:
     for on in (False, True):
         if on:
             model.activation_checkpointing_enable({"use_reentrant": False})
-        results.append(_packed_gradient(model, False, torch.float32))
+        results.append(packed_gradient(model, False, torch.float32))
     error = difference(*results)
     if not error < 1e-5:
         raise CheckFailed(f"gradients differ by {error:.1e}", "gradient_checkpointing: false")
@@ -218,10 +227,10 @@ def compiled_layers() -> str:
 
     model = tiny_model()
     fuse_head(model)
-    expected = _packed_gradient(model, False, torch.float32)
+    expected = packed_gradient(model, False, torch.float32)
     compile_layers(model)
     try:
-        error = difference(_packed_gradient(model, False, torch.float32), expected)
+        error = difference(packed_gradient(model, False, torch.float32), expected)
     except Exception as reason:  # no C compiler, no Triton
         raise NotHere(f"torch.compile: {first_line(reason)}") from None
     if not error < 1e-4:

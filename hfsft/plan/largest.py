@@ -49,10 +49,12 @@ def largest_models(recipe: Recipe, memory: int) -> list[dict[str, Any]]:
         stage, per_device_train_batch_size=1, activation_checkpointing=True, revision=None
     )
     found = []
+    near = WIDTHS[len(WIDTHS) // 8]
     with tempfile.TemporaryDirectory() as folder:
         for method, settings in METHODS:
             changed = with_settings(stage, **settings)
-            width, plan = _largest_width(recipe, changed, memory, Path(folder))
+            width, plan = _largest_width(recipe, changed, memory, Path(folder), near)
+            near = width or near  # the methods are in the order of what they reach
             shown = {key: value for key, value in settings.items() if value}
             found.append(
                 {
@@ -68,14 +70,15 @@ def largest_models(recipe: Recipe, memory: int) -> list[dict[str, Any]]:
 
 
 def _largest_width(
-    recipe: Recipe, stage: Stage, memory: int, folder: Path
+    recipe: Recipe, stage: Stage, memory: int, folder: Path, near: int
 ) -> tuple[int | None, Plan | None]:
     """The largest width that fits, and its plan; None twice if none does.
 
-    The next width to plan is the one whose memory would be right if it grew with the parameters.
+    A plan takes 2 to 5 seconds, so few are made: first of the width `near`, then of the one whose
+    memory would be right if it grew with the parameters.
     """
     best: tuple[int | None, Plan | None] = None, None
-    low, high, guess = -1, len(WIDTHS), len(WIDTHS) // 8  # fits, does not fit
+    low, high, guess = -1, len(WIDTHS), WIDTHS.index(near)  # fits, does not fit
     while high - low > 1:
         guess = min(max(guess, low + 1), high - 1)
         width = WIDTHS[guess]

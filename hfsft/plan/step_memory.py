@@ -465,6 +465,7 @@ def uses_checkpointing(stage: Stage) -> bool:
     return bool(stage.trainer.get("activation_checkpointing", stage.name == "sft"))  # trl's default
 
 
+@cache
 def count_parameters(step: TracedStep) -> tuple[int, int]:
     """The number of parameters of the model, and of those that are trained."""
     with isolated():

@@ -29,7 +29,7 @@ from hfsft.data.packing import (
 from hfsft.data.stream import TextStream
 from hfsft.errors import CheckpointError, MemoryShortage, RecipeError, TrainingError
 from hfsft.model.activation import square_in_half
-from hfsft.model.attention import packed_attention
+from hfsft.model.attention import DOCUMENTS, packed_attention
 from hfsft.model.compiling import compile_layers
 from hfsft.model.dropout import drop_by_token
 from hfsft.model.head import fuse_head
@@ -169,6 +169,8 @@ class PackedStep:
         self.own_attention = own = model.config._attn_implementation
         self.half = self.args.bf16 or self.args.fp16 or model.dtype != torch.float32
         fast = packed_attention(model, self.args.device, self.half, self.data_collator.max_length)
+        if fast == DOCUMENTS and self.stage.trainer.get("torch_compile"):
+            fast = own  # a call a document would be compiled anew for each number of documents
         # trl's own loss, which router losses and label smoothing need
         self.stock = self.label_smoother is not None or getattr(self, "aux_loss_enabled", False)
         dft = getattr(self.args, "loss_type", "nll") == "dft"

@@ -3,13 +3,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from hub_server import HubServer
 from transformers import AttentionInterface
 
-from hfsft.doctor import machine, stage_checks, step_checks
+from hfsft.doctor import kernels, machine, stage_checks, step_checks
 from hfsft.doctor.examine import CHECKS, examine
 from hfsft.doctor.findings import ABSENT, FAILED, PASSED, CheckFailed, NotHere
-from hfsft.model.attention import document_attention
+from hfsft.model.attention import DOCUMENTS, document_attention
 
 FAST = [
     step_checks.fused_head,
@@ -32,6 +33,26 @@ def test_what_a_cpu_lacks_is_not_a_failure():
     for check in (step_checks.four_bit_weights, stage_checks.out_of_memory):
         with pytest.raises(NotHere, match="CUDA GPU"):
             check()
+    for check in (kernels.flash_attention, kernels.other_heads):
+        with pytest.raises(NotHere, match="not needed"):
+            check()
+
+
+def test_kernels_of_other_packages_are_compared_with_ours():
+    """With torch's own in their place: the packages need a card."""
+    assert "gradients agree to" in kernels.compare_attention(DOCUMENTS)
+    AttentionInterface.register("half", lambda *a, **k: (document_attention(*a, **k)[0] / 2, None))
+    with pytest.raises(CheckFailed, match="gradients differ") as failure:
+        kernels.compare_attention("half")
+    assert failure.value.advice == "do not set attn_implementation: half"
+
+    def plain(hidden, weight, targets):
+        logits = (hidden @ weight.t()).float()
+        return torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+
+    assert "hfsft does not use it" in kernels.compare_head(plain)
+    with pytest.raises(CheckFailed, match="gradients differ"):
+        kernels.compare_head(lambda *given: plain(*given) / 2)
 
 
 def test_a_wrong_result_fails_with_what_to_set(monkeypatch):

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.gpu
 def test_every_check_of_doctor_passes():
     found = examine()
     assert [check for check in found["checks"] if check["status"] == FAILED] == []
-    assert len(found["checks"]) == 12
+    assert len(found["checks"]) == 14
 
 
 def test_a_stage_trains_on_the_card_and_as_planned(tmp_path):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from hfsft.cli import app
 from hfsft.errors import RecipeError
 from hfsft.plan import largest
 from hfsft.plan.choosing import with_settings
@@ -45,3 +46,30 @@ def test_a_recipe_that_loads_no_model_is_refused(tmp_path, monkeypatch):
     Path("r.yaml").write_text(text)
     with pytest.raises(RecipeError, match="--largest plans sft or mid, and it has neither"):
         largest.largest_models(load_recipe("r.yaml"), 8 * 10**9)
+
+
+def test_few_plans_are_made_whatever_auto_values_the_recipe_has(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    auto = {"per_device_train_batch_size": "auto", "optim": "auto", "memory_limit": "1GB"}
+    Path("r.yaml").write_text(json.dumps({"name": "r", "output_dir": "runs", "sft": SFT | auto}))
+    planned = []
+    monkeypatch.setattr(
+        largest, "plan_stage", lambda *args: planned.append(args) or plan_stage(*args)
+    )
+    monkeypatch.setattr(largest, "WIDTHS", range(128, 2049, 128))
+    app(["plan", "r.yaml", "--memory", "1.2GB", "--largest", "--json"], standalone_mode=False)
+    found = json.loads(capsys.readouterr().out)
+    assert [item["method"] for item in found] == ["full"] * 4 + ["LoRA", "QLoRA"]
+    reached = [item["parameters"] for item in found]
+    assert reached[0] < reached[1] <= reached[2] <= reached[4] <= reached[5]
+    assert all(0 < item["peak"] <= 1_200_000_000 for item in found)
+    assert len(planned) <= 4 * len(found)  # by bisection from the middle it would be more
+
+
+@pytest.mark.slow  # a minute a recipe
+@pytest.mark.parametrize("name", ["fast", "full-1b", "nanochat-d8"])
+def test_the_shipped_recipes_reach_more_with_each_method(name, capsys):
+    recipe = Path(__file__).parents[2] / "recipes" / f"{name}.yaml"
+    app(["plan", str(recipe), "--memory", "8GB", "--largest"], standalone_mode=False)
+    said = capsys.readouterr().out
+    assert said.count(" B ") == 6 and "none fits" not in said
