@@ -98,14 +98,7 @@ def arguments(stage: Stage, train: Any, examples: int) -> TrainingArguments:
         )
     except (ValueError, TypeError, ImportError) as error:
         raise RecipeError(f"{stage.name}: {' '.join(str(error).split())}") from None
-    if stage.max_steps is not None:
-        made.max_steps = stage.max_steps
-    elif stage.name == "sft":
-        made.max_steps = len(train) // examples  # the examples of the whole run
-    elif isinstance(train, TextStream):
-        raise RecipeError(f"{stage.name}: a stream has no epochs; give max_steps")
-    else:
-        made.max_steps = max(1, math.ceil(len(train) * made.num_train_epochs / examples))
+    made.max_steps = _steps(stage, train, examples, made.num_train_epochs)
     made.lr_scheduler_kwargs = scheduler_settings(stage, made.max_steps)
     notice = scaled_notice(stage, made.max_steps)
     if notice:
@@ -113,6 +106,17 @@ def arguments(stage: Stage, train: Any, examples: int) -> TrainingArguments:
         if PartialState().is_main_process and not stage.quiet:
             print(notice)
     return made
+
+
+def _steps(stage: Stage, train: Any, examples: int, epochs: float) -> int:
+    """The optimizer steps of a run: `max_steps`, or those of its epochs."""
+    if stage.max_steps is not None:
+        return stage.max_steps
+    if stage.name == "sft":
+        return len(train) // examples  # the examples of the whole run
+    if isinstance(train, TextStream):
+        raise RecipeError(f"{stage.name}: a stream has no epochs; give max_steps")
+    return max(1, math.ceil(len(train) * epochs / examples))
 
 
 def _check_optimizer(stage: Stage) -> None:
