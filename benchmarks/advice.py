@@ -1,7 +1,8 @@
 """How often the intervals of `hfsft.train.advice` held, and whether its verdicts were right.
 
-    python benchmarks/advice.py            # the table, in a minute
-    python benchmarks/advice.py --train    # rebuild curves.json first: 80 runs, an hour
+    python benchmarks/advice.py                # the table, in a minute
+    python benchmarks/advice.py --train        # rebuild curves.json first: 80 runs, an hour
+    python benchmarks/advice.py --train_new    # rebuild new_curves.json: 32 runs, 20 minutes
 
 Advice is requested at half and at three quarters of a run's planned steps and at their end, with 4
 to 24 validations in all. The truth is the final loss of another run with that many steps and a
@@ -18,7 +19,8 @@ The constants of advice.py were tuned on the rows marked *; of the real curves, 
 under warmup_stable_decay were trained afterwards. After a first look at all rows two faults were
 fixed: repeated data no longer makes it certain that the loss rises (`few` and `overfitting`, hence
 their *), and nothing is projected beyond 4 times the steps done. LATE was added later, after a
-look at all real curves, whose longer runs gained more than projected.
+look at all real curves, whose longer runs gained more than projected. The rows called new are of
+curves trained after that: other data, shapes, rates and a cosine schedule.
 """
 
 import argparse
