@@ -2,7 +2,7 @@
 
     python benchmarks/advice.py                # the table, in a minute
     python benchmarks/advice.py --train        # rebuild curves.json first: 80 runs, an hour
-    python benchmarks/advice.py --train_new    # rebuild new_curves.json: 32 runs, 20 minutes
+    python benchmarks/advice.py --train_new    # rebuild new_curves.json: 32 runs
 
 Advice is requested at half and at three quarters of a run's planned steps and at their end, with 4
 to 24 validations in all. The truth is the final loss of another run with that many steps and a
