@@ -189,11 +189,13 @@ def _status_of_ranks(codes: list[int], signalled: bool) -> int:
     Args:
         codes: of the ranks that failed, the earliest first; below 0 of those that were killed.
         signalled: whether the launcher was told to stop. If it was not, a SIGTERM is torchrun's,
-            which ends the other ranks after a failure, and says nothing about its cause.
+            which ends the other ranks after a failure, and says nothing about its cause; unless
+            every rank stopped by it, because one was told to.
     """
+    stopped = 128 + signal.SIGTERM
     chosen = [code for code in codes if code > 0]
-    if not signalled:
-        chosen = [code for code in chosen if code != 128 + signal.SIGTERM] or [2]
+    if not signalled and set(codes) != {stopped}:
+        chosen = [code for code in chosen if code != stopped] or [2]
     return chosen[0] if chosen else _status(codes[0])
 
 

@@ -64,6 +64,7 @@ def test_plans_are_spread_as_asked():
         ([143, -signal.SIGKILL], False, 2),
         ([-signal.SIGKILL], False, 2),
         ([143, 143], True, 143),
+        ([143, 143], False, 143),  # one rank was told to stop, and all did
         ([1, 143], False, 1),
         ([130], True, 130),
     ],

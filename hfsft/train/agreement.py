@@ -28,6 +28,7 @@ from hfsft.process_group import (
     meet,
     place,
 )
+from hfsft.recipe.key import STAGES
 from hfsft.recipe.schema import Recipe, Stage
 from hfsft.run.manifest import MANIFEST, read_manifest
 
@@ -76,7 +77,10 @@ def agree_on_run(recipe: Recipe, stage: Stage) -> None:
     versions["the version of Python"] = sys.version.split()[0]
     agree(stage, {"the stage": stage.name}, "Give the same command on every machine")
     agree(stage, versions, "Install the same on every machine")
-    agree(stage, dict(_flat(recipe.resolved)), "Give the same recipe and flags on every machine")
+    # a later stage may name a model that this machine alone has
+    keys = {key: value for key, value in recipe.resolved.items() if key not in STAGES}
+    keys[stage.name] = recipe.resolved[stage.name]
+    agree(stage, dict(_flat(keys)), "Give the same recipe and flags on every machine")
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -237,7 +237,7 @@ class Watchdog:
     def _is_first_to_print(self, text: str) -> bool:
         what = re.sub(r" for \d+ s", "", text)  # peers notice a death at different moments
         try:
-            return self.store.add(f"said {self.machine or self.rank} {what}", 1) == 1
+            return self.store.add(f"said {machine()} {what}", 1) == 1
         except RuntimeError:  # the store is gone
             return _is_first_of_machine()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from faults import RECIPE, difference, harness, losses
+from faults import LORA, RECIPE, difference, harness, losses
 
 from hfsft import base, sft
 
@@ -35,7 +35,7 @@ run_main(sft.main, *sys.argv[1:])
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A folder with the recipe, its base, and `one`: sft and base by one process."""
+    """A folder with the recipe, its base, and `one`: sft, LoRA and base by one process."""
     folder = tmp_path_factory.mktemp("machines")
     model = RECIPE["model"] | {"attention_dropout": 0.0}
     (folder / "r.yaml").write_text(yaml.safe_dump(RECIPE | {"model": model, "output_dir": "runs"}))
@@ -45,6 +45,7 @@ def folder(tmp_path_factory) -> Path:
         base.main("r.yaml", "--quiet")
         base.main("r.yaml", "--quiet", "--name", "one", *SETTINGS)
         sft.main("r.yaml", "--quiet", "--name", "one", *START, *SETTINGS)
+        sft.main("r.yaml", "--quiet", "--name", "one-lora", *START, *SETTINGS, *LORA)
     finally:
         os.chdir(before)
     return folder
@@ -72,9 +73,11 @@ def ended(run: subprocess.Popen) -> tuple[int, str, str]:
     return run.returncode, said, errors
 
 
-def test_stopped_and_resumed_under_other_numbers_of_processes(folder):
+@pytest.mark.parametrize("extra", [(), LORA], ids=["full", "lora-with-dropout"])
+def test_stopped_and_resumed_under_other_numbers_of_processes(folder, extra):
+    name = "changing-lora" if extra else "changing"
     for options in (("--config_file", "multi_gpu"), ("--num_processes", "4"), ()):
-        run = start(folder, "sft", "changing", *options)
+        run = start(folder, "sft", name, *extra, *options)
         if options:
             step = "step 6/" if options[0] == "--config_file" else "step 14/"
             assert any(step in line for line in run.stdout)
@@ -83,7 +86,8 @@ def test_stopped_and_resumed_under_other_numbers_of_processes(folder):
         else:
             status, said, errors = ended(run)
             assert (status, errors) == (0, "") and "sft: resuming from" in said
-    one, changing = folder / "runs/one/sft", folder / "runs/changing/sft"
+    one = folder / "runs" / ("one-lora" if extra else "one") / "sft"
+    changing = folder / "runs" / name / "sft"
     assert difference(one, changing) <= 5e-6
     assert losses(changing) == pytest.approx(losses(one), abs=1e-6)
 
@@ -153,4 +157,4 @@ def test_the_others_wait_longer_than_the_time_out(folder):
     waits = (
         r"^rank 1 on machine 0 \(.*\) waits for its machine's first one, which prepares the data$"
     )
-    assert re.search(f"{waits}the data$", done.stdout, re.M)
+    assert re.search(waits, done.stdout, re.M)
