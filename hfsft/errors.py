@@ -2,7 +2,8 @@
 
 import errno
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 # what a terminal or browser would act on instead of showing: control characters (but not tab and
 # newline) and those that change the direction of writing
@@ -34,6 +35,21 @@ def nearest(word: str, known: Iterable[str]) -> str:
     longer = [name for name in by_plain_name if plain and name.startswith(plain)]
     matches = longer or difflib.get_close_matches(plain, by_plain_name, n=1)
     return f"; did you mean '{by_plain_name[matches[0]]}'?" if matches else ""
+
+
+@contextmanager
+def panics_as(kind: type[Exception], what: str) -> Iterator[None]:
+    """Raise an error of `kind` where Rust code panics, such as a tokenizer's regular expressions.
+
+    They do so at texts that are very long without a break, and where tokenizer.json has a pattern
+    that takes exponential time. pyo3's exception is no `Exception`.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise kind(f"{what}: {first_line(error)}") from None
 
 
 def first_line(error: BaseException) -> str:

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from types import FrameType
 
-from hfsft.errors import DISK_ERRNOS, HfsftError, first_line, printable
+from hfsft.errors import DISK_ERRNOS, HfsftError, first_line, panics_as, printable
 
 # Windows has no SIGHUP
 STOPPING = tuple(
@@ -59,7 +59,8 @@ def run_main(main: Callable[..., None], *argv: str) -> None:
     gc.disable()
     install_handlers()
     try:
-        main(*argv)
+        with panics_as(HfsftError, "a text cannot be tokenized"):
+            main(*argv)
     except HfsftError as error:
         _leave(error, str(error), error.exit_status)
     except KeyboardInterrupt as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from hfsft.errors import HfsftError, Interrupted
 from hfsft.process import run_main
@@ -255,6 +256,21 @@ def test_exit_statuses(error, status, capsys):
         run_main(fails)
     assert end.value.code == status
     assert capsys.readouterr().err.startswith("hfsft: ")
+
+
+def test_a_tokenizer_that_panics_is_two_lines(capsys):
+    def fails(*argv):
+        made = Tokenizer(models.BPE({"a": 0}, []))
+        made.pre_tokenizer = pre_tokenizers.Split(Regex("(a+)+$|(x|x)*y"), "isolated")
+        made.encode("a" * 60 + "!")
+
+    with pytest.raises(SystemExit) as end:
+        run_main(fails)
+    assert end.value.code == 2
+    said = capsys.readouterr().err.splitlines()
+    lines = [line for line in said if not line.startswith(("thread", "note:", "called"))]
+    assert any(line.startswith("hfsft: a text cannot be tokenized: ") for line in lines)
+    assert "Traceback" not in "".join(said)
 
 
 def test_a_bug_is_not_hidden():

@@ -70,7 +70,10 @@ def load_its_tokenizer(model: str) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             model, padding_side="left", trust_remote_code=False
         )
-    except NOT_LOADED as error:
+    except Exception as error:
+        # the tokenizers library raises Exception itself
+        if type(error) is not Exception and not isinstance(error, NOT_LOADED):
+            raise
         raise ModelError(f"{model}: cannot load its tokenizer: {first_line(error)}") from None
     require_bounded(tokenizer, model)
     if tokenizer.pad_token is None:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hfsft.errors import ModelError, first_line, nearest, quoted
+from hfsft.errors import DataError, ModelError, first_line, nearest, quoted
 from hfsft.evaluation.calling import split_calls
 from hfsft.serve.engine import Sampling
 
@@ -259,7 +259,10 @@ def completion_request(
         if _are_ids(prompt) and all(0 <= token < vocabulary for token in prompt):
             encoded.append(prompt)
         elif isinstance(prompt, str):
-            encoded.append(encode(prompt))
+            try:
+                encoded.append(encode(prompt))
+            except DataError as error:  # a text that the tokenizer cannot take
+                raise Refused(first_line(error), "prompt") from None
         else:
             raise Refused("prompt must be text or token ids", "prompt", "invalid_type")
     if not all(encoded):

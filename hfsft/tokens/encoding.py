@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from hfsft.errors import DataError, first_line, quoted
+from hfsft.errors import DataError, panics_as, quoted
 from hfsft.tokens import turns
 from hfsft.tokens.foreign_templates import TemplateError
 from hfsft.tokens.messages import Conversation, Messages
@@ -128,17 +128,13 @@ def encode_texts(texts: list[str], tokenizer: Any) -> list[list[int]]:
     backend.no_truncation()
     backend.no_padding()
     before, backend.encode_special_tokens = backend.encode_special_tokens, True
+    longest = max(texts, key=len, default="")
+    failed = f"the tokenizer fails on one of the texts such as {quoted(longest)} ({len(longest):,} "
+    failed += "characters, the longest)"
     try:
         # encode_batch would also compute character offsets, a third of its time
-        return [text.ids for text in backend.encode_batch_fast(texts, add_special_tokens=False)]
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":  # of Rust code, such as a regular expression's
-            raise
-        longest = max(texts, key=len)
-        raise DataError(
-            f"the tokenizer fails on a text of up to {len(longest):,} characters: "
-            f"{first_line(error)}\n  It is among those that begin like {quoted(longest)}"
-        ) from None
+        with panics_as(DataError, failed):
+            return [text.ids for text in backend.encode_batch_fast(texts, add_special_tokens=False)]
     finally:
         backend.encode_special_tokens = before
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
-from hfsft.errors import ModelError, first_line
+from hfsft.errors import ModelError, first_line, panics_as
 from hfsft.tokens.messages import Messages, with_new_ids
 
 try:
@@ -323,12 +323,13 @@ def encoded_text(
     start = 0
     for segment in re.split(f"([{''.join(literals)}])" if literals else r"(?!)", text):
         literal = segment in literals
-        encoded = tokenizer(
-            literals.get(segment, segment),
-            add_special_tokens=False,
-            split_special_tokens=literal,
-            return_offsets_mapping=True,
-        )
+        with panics_as(ModelError, f"the tokenizer fails on a text of {len(segment):,} characters"):
+            encoded = tokenizer(
+                literals.get(segment, segment),
+                add_special_tokens=False,
+                split_special_tokens=literal,
+                return_offsets_mapping=True,
+            )
         ids += encoded["input_ids"]
         offsets = encoded["offset_mapping"]
         places += [

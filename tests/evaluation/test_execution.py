@@ -3,6 +3,10 @@
 import itertools
 import math
 import os
+import shutil
+import subprocess
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -43,6 +47,21 @@ def works(name: str) -> bool:
             return sandbox() == name
         finally:
             sandbox.cache_clear()
+
+
+@pytest.mark.parametrize("name", SANDBOXES)
+def test_a_sandbox_that_the_system_has_is_used(name):
+    """Else the tests of each sandbox would be skipped where its code is broken."""
+    prefix, _ = SANDBOXES[name]
+    if prefix:
+        found = shutil.which(prefix[0])
+        has = found and subprocess.run([*prefix, "true"], capture_output=True).returncode == 0
+    else:
+        modules = Path("/sys/kernel/security/lsm")
+        has = find_spec("landlock") and modules.exists() and "landlock" in modules.read_text()
+    if not has:
+        pytest.skip(f"{name}: the system has none")
+    assert works(name)
 
 
 @pytest.mark.parametrize(

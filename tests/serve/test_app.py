@@ -1,9 +1,11 @@
 """The endpoint, as the official `openai` client and raw sockets see it."""
 
 import json
+import shutil
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx2
 import openai
@@ -388,6 +390,26 @@ class Held:
     def __call__(self, tokens):
         wait_for(lambda: self.go)
         return self.step(tokens)
+
+
+def test_a_text_that_the_tokenizer_cannot_take_is_refused(folders, tmp_path):
+    """One whose regular expressions take exponential time panics; the server goes on."""
+    path = Path(shutil.copytree(folders("nanochat"), tmp_path / "model")) / "tokenizer.json"
+    made = json.loads(path.read_text())
+    pattern = {"Regex": "(a+)+$|(x|x)*y"}
+    first = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+    made["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [first, made["pre_tokenizer"]]}
+    path.write_text(json.dumps(made))
+    with serving(str(path.parent)) as running, client(running) as api:
+        for ask_it in (
+            lambda text: api.completions.create(model="m", prompt=text, max_tokens=1),
+            lambda text: api.chat.completions.create(
+                model="m", messages=[user(text)], max_completion_tokens=1
+            ),
+        ):
+            with pytest.raises(openai.BadRequestError, match="the tokenizer fails on"):
+                ask_it("a" * 60 + "!")
+            assert ask_it("Hi").usage.completion_tokens == 1
 
 
 def test_an_error_of_the_model_has_its_status(folders, capsys):
