@@ -40,8 +40,6 @@ RECIPE = {
         "data": [{"path": "small_talk", "rows": 3000}, {"path": "identity", "rows": 800}],
         "held_out": 200,
         "eval_budget": 1.0,
-        "eval_steps": 1.0,
-        "save_steps": 1.0,
         "examples_per_step": 16,
         "per_device_train_batch_size": 16,
         "max_length": 128,
@@ -80,6 +78,7 @@ def train(recipe: Path, start: str, steps: int, seed: int, name: str) -> dict[st
     sft.main(
         *(str(recipe), "--name", run, "--seed", str(seed), "--quiet", "--max_steps", str(steps)),
         *("--model_name_or_path", start, "--optim", optim, "--dtype", dtype, *more),
+        *("--eval_steps", str(steps), "--save_steps", str(steps)),  # 1.0 would be every step
     )
     folder = recipe.parent / run / "sft"
     record = json.loads((folder / "stage.json").read_text())
