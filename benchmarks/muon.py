@@ -49,7 +49,6 @@ def recipe_of(options: argparse.Namespace) -> dict:
             "data": options.data,
             "held_out": options.held_out,
             "eval_budget": 1.0,
-            "eval_steps": 1.0,
             "save_strategy": "no",
             "tokens_per_step": options.tokens_per_step,
             "per_device_train_batch_size": options.rows,
@@ -89,9 +88,8 @@ class Runs:
             tokenizer = {"path": str(trained)} if trained.is_dir() else {"train": True}
             runs = {"output_dir": str(self.folder), "tokenizer": tokenizer, "name": name}
             file.write_text(yaml.safe_dump(self.recipe | runs))
-            base.main(
-                *(str(file), "--seed", str(seed), "--max_steps", str(steps), "--quiet", *words)
-            )
+            words += ["--max_steps", str(steps), "--eval_steps", str(steps)]  # 1.0: every step
+            base.main(str(file), "--seed", str(seed), "--quiet", *words)
             if not trained.is_dir():
                 (self.folder / name / "tokenizer").rename(trained)
             record = json.loads((self.folder / name / "base" / "stage.json").read_text())

@@ -5,8 +5,8 @@
 
 The sft stage of a model of 0.9 M parameters on built-in conversations, after a short base stage;
 three seeds, the same data. Bytes a parameter are those of weights, gradients and the optimizer's
-saved states. An optimizer whose package is not installed is left out, as are paged states where
-there is no GPU. `--results` keeps each run's figures: the same command resumes.
+saved states. An optimizer whose package is not installed is left out, as are paged states and
+offload where there is no GPU. `--results` keeps each run's figures: the same command resumes.
 """
 
 import argparse
@@ -40,8 +40,6 @@ RECIPE = {
         "data": [{"path": "small_talk", "rows": 3000}, {"path": "identity", "rows": 800}],
         "held_out": 200,
         "eval_budget": 1.0,
-        "eval_steps": 1.0,
-        "save_steps": 1.0,
         "examples_per_step": 16,
         "per_device_train_batch_size": 16,
         "max_length": 128,
@@ -66,9 +64,11 @@ SETTINGS: dict[str, tuple[str, str, tuple[str, ...]]] = {
 }
 
 
-def available(optim: str) -> bool:
-    """Whether an optimizer runs here."""
-    return missing_package(optim) is None and ("paged" not in optim or torch.cuda.is_available())
+def available(name: str) -> bool:
+    """Whether a setting runs here."""
+    optim, _, more = SETTINGS[name]
+    needs_gpu = "paged" in optim or more == OFFLOAD
+    return missing_package(optim) is None and (torch.cuda.is_available() or not needs_gpu)
 
 
 def train(recipe: Path, start: str, steps: int, seed: int, name: str) -> dict[str, float]:
@@ -78,6 +78,7 @@ def train(recipe: Path, start: str, steps: int, seed: int, name: str) -> dict[st
     sft.main(
         *(str(recipe), "--name", run, "--seed", str(seed), "--quiet", "--max_steps", str(steps)),
         *("--model_name_or_path", start, "--optim", optim, "--dtype", dtype, *more),
+        *("--eval_steps", str(steps), "--save_steps", str(steps)),  # 1.0 would be every step
     )
     folder = recipe.parent / run / "sft"
     record = json.loads((folder / "stage.json").read_text())
@@ -98,7 +99,7 @@ def main() -> None:
     kept = {}
     if options.results and options.results.is_file():
         kept = json.loads(options.results.read_text())
-    names = [name for name, (optim, _, _) in SETTINGS.items() if available(optim)]
+    names = [name for name in SETTINGS if available(name)]
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder) / "r.yaml"
         recipe.write_text(yaml.safe_dump(RECIPE | {"output_dir": folder}))

@@ -1,13 +1,21 @@
-"""The benchmark for a card, with all its parts, on the CPU."""
+"""The benchmark for a card, with all its parts, on the CPU; the demo without its mid stage."""
 
 import json
 import math
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
-PROGRAM = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from hfsft import base, sft
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+STAGES = ("base", "sft")
 ROWS = {"plan": 3, "step": 7, "job": 1, "base": 4, "auto": 4, "sweep": 1}  # of each part
 
 
@@ -21,7 +29,7 @@ def numbers(value: object) -> list[float]:
 
 
 def test_the_benchmark_for_a_card_runs_every_part_on_a_cpu(tmp_path):
-    command = [sys.executable, str(PROGRAM), "--device", "cpu", "--tiny"]
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--device", "cpu", "--tiny"]
     command += ["--folder", "runs", "--results", "results"]  # relative to where it is started
     # inductor's C++ takes minutes: tests/model/test_compiling.py has it
     environment = os.environ | {"TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
@@ -42,3 +50,22 @@ def test_the_benchmark_for_a_card_runs_every_part_on_a_cpu(tmp_path):
     losses = [rows[f"step: tiny, {name}, 0"]["losses"] for name in ("hfsft", "bare", "padded")]
     for step in zip(*losses, strict=True):
         assert max(step) / min(step) < 1 + 1e-5
+
+
+def test_the_demo_goes_from_base_to_sft_at_the_tokens_of_all_its_stages(tmp_path):
+    bench = runpy.run_path(str(BENCHMARKS / "with_mid.py"))
+    recipe = bench["without_mid"]() | {"output_dir": str(tmp_path), "name": "run"}
+    assert list(recipe).count("mid") == 0 and "model_name_or_path" not in recipe["sft"]
+    rows = {source["path"]: source["rows"] for source in recipe["sft"]["data"]}
+    assert rows["simple_spelling"] == 14_000 and rows["identity"] == 1_400 and len(rows) == 5
+    for source in recipe["sft"]["data"]:
+        source["rows"] = 60
+    (path := tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    base.main(str(path), "--max_steps", "2", "--quiet")
+    steps = bench["steps_of"](path, [], 2_000)
+    sft.main(str(path), "--max_steps", str(steps), "--quiet")
+    records = [json.loads((tmp_path / "run" / name / "stage.json").read_text()) for name in STAGES]
+    assert [record["steps"] for record in records] == [2, steps]
+    assert 2_000 <= records[1]["tokens"] <= 2_000 * steps / (steps - 1)
+    before, after = (load_file(tmp_path / "run" / name / "model.safetensors") for name in STAGES)
+    assert not torch.equal(before["lm_head.weight"], after["lm_head.weight"])

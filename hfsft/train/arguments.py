@@ -14,6 +14,7 @@ from hfsft.data.stream import TextStream
 from hfsft.errors import RecipeError
 from hfsft.model.loading import bf16_is_native
 from hfsft.model.optimizer import INSTALL, missing_package, optimizer_settings
+from hfsft.plan.step_memory import uses_checkpointing
 from hfsft.recipe.checks import check_tokens_per_step
 from hfsft.recipe.schema import MUON, Stage
 from hfsft.train.schedule import scaled_notice, scheduler_settings, warmup_steps
@@ -70,6 +71,7 @@ def arguments(stage: Stage, train: Any, examples: int) -> TrainingArguments:
     else:
         settings |= {key: bool(settings.get(key)) for key in ("bf16", "fp16")}
     _check_optimizer(stage)
+    _check_offload(stage)
     settings |= optimizer_settings(stage)
     on_cpu = PartialState().device.type == "cpu"
     use_cpu = on_cpu
@@ -138,6 +140,16 @@ def _check_optimizer(stage: Stage) -> None:
                 f"{stage.name}.optim: {optim} needs whole matrices on each device, and {plugin} "
                 "shards them; use accelerate_configs/multi_gpu.yaml, or another optimizer"
             )
+
+
+def _check_offload(stage: Stage) -> None:
+    """Refuse to move activations into main memory where they are there already."""
+    kwargs = stage.trainer.get("activation_checkpointing_kwargs") or {}
+    if kwargs.get("offload") and uses_checkpointing(stage) and PartialState().device.type == "cpu":
+        raise RecipeError(
+            f"{stage.name}.activation_checkpointing_kwargs.offload: moves activations from a GPU "
+            "to main memory; leave it out on a CPU"
+        )
 
 
 def rows_per_step(stage: Stage, length: int) -> int:

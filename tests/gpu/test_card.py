@@ -65,6 +65,16 @@ def test_relu_squared_has_the_bits_of_autocast_in_less_memory():
     assert results[1][2] < results[0][2]
 
 
+def test_inputs_of_layers_in_main_memory_change_no_weight(tmp_path):
+    write_recipe(tmp_path)
+    words = (*QUIET, "--gradient_checkpointing", "true")
+    offload = ("--activation_checkpointing_kwargs", "{offload: true}")
+    whole, again = (train_tiny(tmp_path, name, *words) for name in ("whole", "again"))
+    offloaded = train_tiny(tmp_path, "offloaded", *words, *offload)
+    noise = step_checks.difference(again, whole)  # of two equal runs on this card
+    assert step_checks.difference(offloaded, whole) <= 2 * noise + 1e-7
+
+
 def test_a_step_waits_for_the_card_once(tmp_path, monkeypatch):
     """Copies from the card: the finite check, the log line, and the count of the step's tokens."""
     write_recipe(tmp_path)

@@ -107,8 +107,10 @@ def tuned(recipe) -> str:
     ("optim", "package"),
     [
         ("apollo_adamw", "apollo_torch"),
-        # compiles its update for each shape: a minute on a CPU
+        ("adamw_bnb_8bit", "bitsandbytes"),
+        # compile their update for each shape: a minute on a CPU
         pytest.param("adamw_torch_8bit", "torchao", marks=pytest.mark.slow),
+        pytest.param("adamw_torch_4bit", "torchao", marks=pytest.mark.slow),
     ],
 )
 def test_weights_in_bfloat16_resume_to_the_bit(tuned, optim, package):
@@ -118,3 +120,11 @@ def test_weights_in_bfloat16_resume_to_the_bit(tuned, optim, package):
     assert_resumes_to_the_bit(sft.main, "sft", tuned, words)
     weights = load_file(Path(tuned).parent / "runs/r/sft/model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+
+
+def test_activations_are_not_offloaded_from_a_cpu(tuned):
+    words = ("--model_name_or_path", str(Path(tuned).parent / "runs/r/base"))
+    words += ("--activation_checkpointing_kwargs", "{offload: true}", "--quiet")
+    with pytest.raises(RecipeError, match=r"sft\.activation_checkpointing_kwargs\.offload: moves"):
+        sft.main(tuned, *words)
+    sft.main(tuned, *words, "--gradient_checkpointing", "false", "--max_steps", "1")
