@@ -315,8 +315,8 @@ def test_a_command_answers_signals_in_one_line(where, number):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # what a shell in the background ignores
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        # what a shell in the background, or nohup, ignores
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     )
     assert command.stdout.readline() == "busy\n"
     command.send_signal(number)
