@@ -7,8 +7,6 @@ import torch
 from torch.nn.functional import pad
 from transformers import DynamicCache
 
-Layers = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values, [rows, heads, tokens, width]
-
 
 class Batch:
     """The key-value cache of several answers, padded on the left to the longest.
@@ -77,12 +75,9 @@ class Batch:
             return
         index = torch.tensor(rows, device=self.model.device)
         longest = max(self.lengths)
-        self.cache = DynamicCache(
-            [
-                (keys[index, :, -longest:], values[index, :, -longest:])
-                for keys, values in _layers(self.cache)
-            ]
-        )
+        for layer in self.cache.layers:  # a new cache would copy them once more
+            layer.keys = layer.keys[:, :, -longest:].index_select(0, index)
+            layer.values = layer.values[:, :, -longest:].index_select(0, index)
 
     @torch.inference_mode()
     def alone(self, prompt: list[int], tokens: list[int]) -> torch.Tensor:
@@ -98,9 +93,9 @@ class Batch:
 
     def bytes_per_token(self) -> float:
         """Memory of a position of a row; the batch has at least one row."""
-        layers = _layers(self.cache)
-        held = sum(keys.nbytes + values.nbytes for keys, values in layers)
-        return held / (layers[0][0].shape[0] * layers[0][0].shape[2])
+        layers = self.cache.layers
+        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+        return held / (layers[0].keys.shape[0] * layers[0].keys.shape[2])
 
     def _forward(self, ids: list[list[int]], cache: DynamicCache, **settings: Any) -> torch.Tensor:
         """The logits of each row's next token, in float32; [rows, vocabulary]."""
@@ -114,22 +109,17 @@ class Batch:
         return output.logits[:, -1].float()
 
 
-def _layers(cache: DynamicCache) -> Layers:
-    return [(layer.keys, layer.values) for layer in cache.layers]
-
-
 def _side_by_side(caches: list[DynamicCache]) -> DynamicCache:
-    """One cache of all rows, padded on the left to the longest."""
+    """The first of some caches with the rows of all, padded on the left to the longest."""
     if len(caches) == 1:
         return caches[0]
     width = max(cache.get_seq_length() for cache in caches)
 
-    def joined(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    def joined(parts: list[torch.Tensor]) -> torch.Tensor:
         return torch.cat([pad(part, (0, 0, width - part.shape[2], 0)) for part in parts])
 
-    return DynamicCache(
-        [
-            tuple(joined(parts) for parts in zip(*layers, strict=True))
-            for layers in zip(*map(_layers, caches), strict=True)
-        ]
-    )
+    for index, layer in enumerate(caches[0].layers):
+        same = [cache.layers[index] for cache in caches]
+        layer.keys = joined([one.keys for one in same])
+        layer.values = joined([one.values for one in same])
+    return caches[0]
