@@ -69,9 +69,9 @@ MODEL = {
 DEPTH = {
     "final_logit_softcapping": Key(
         "float | None",
-        help="logits become x * tanh(logits / x), with nanochat's x; null: unchanged, as every "
+        help="logits become x * tanh(logits / x), in nanochat with 15; null: unchanged, as every "
         "reader of an exported model computes them",
-        default=15.0,
+        default=None,
         above=0,
         high=10**6,
     ),
