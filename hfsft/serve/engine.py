@@ -27,9 +27,7 @@ from hfsft.serve.text import AnswerText
 # the two highest are closer than this part of it, a batch of one decides between them
 NEAR_TIE = 1e-4
 WINDOW = 10.0  # seconds over which tokens/s are counted
-GATHER = (
-    0.02  # seconds of pieces that the event loop gets together; a small model's step takes 3 ms
-)
+GATHER = 0.02  # seconds of pieces that are published together; a small model's step takes 3 ms
 
 
 class Busy(Exception):
