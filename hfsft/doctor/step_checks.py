@@ -222,7 +222,7 @@ def compiled_layers() -> str:
     """Gradients of compiled layers beside eager ones."""
     import torch
 
-    from hfsft.model.compiling import compile_layers
+    from hfsft.model.compiling import COMPILER_ADVICE, COMPILER_MISSING, compile_layers
     from hfsft.model.head import fuse_head
 
     model = tiny_model()
@@ -231,8 +231,11 @@ def compiled_layers() -> str:
     compile_layers(model)
     try:
         error = difference(packed_gradient(model, False, torch.float32), expected)
-    except Exception as reason:  # no C compiler, no Triton
-        raise NotHere(f"torch.compile: {first_line(reason)}") from None
+    except Exception as error:
+        reason = first_line(error)
+        if any(name in reason for name in COMPILER_MISSING):
+            raise NotHere(reason) from None
+        raise CheckFailed(reason, COMPILER_ADVICE) from None
     if not error < 1e-4:
         raise CheckFailed(f"gradients differ by {error:.1e}", "leave torch_compile out")
     return f"gradients of compiled layers agree to {error:.1e}"

@@ -3,6 +3,14 @@
 from typing import Any
 
 import torch
+from torch._dynamo.exc import TorchDynamoException
+
+COMPILER_ADVICE = (
+    "install a C++ compiler, delete a compiler cache that an interrupted run left broken "
+    "(TORCHINDUCTOR_CACHE_DIR), or leave torch_compile out"
+)
+# what torch.compile raises where there is nothing to compile with
+COMPILER_MISSING = ("InvalidCxxCompiler", "TritonMissing")
 
 
 def compile_layers(model: Any) -> int:
@@ -24,3 +32,8 @@ def compile_layers(model: Any) -> int:
                 layer.compile(dynamic=True)
             return layers
     return 0
+
+
+def compiler_failed(error: Exception) -> bool:
+    """Whether an error of a step came from torch.compile, not from the code it compiled."""
+    return isinstance(error, TorchDynamoException)

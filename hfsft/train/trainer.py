@@ -36,6 +36,7 @@ PRIVATE_API = {
     "transformers.modeling_utils": {
         "save_on_cpu": "counted as main memory in a plan, with `offload: true`",
     },
+    "accelerate.PartialState": {"_cpu": "whether the layout is one of CPUs"},
     "torch.distributed.distributed_c10d": {
         "_get_default_store": "the launcher's store, through which ranks watch each other",
     },
@@ -43,6 +44,22 @@ PRIVATE_API = {
         "_fingerprint": "names what cached rows were made from",
         "_indices": "a run's order is a view of the conversations, not a copy",
     },
+    "torch._dynamo.exc": {"TorchDynamoException": "a failure of the compiler, not of the step"},
+    "torch._subclasses.fake_tensor": {"FakeTensorMode": "a step is traced without memory"},
+    "torch.utils._python_dispatch": {"TorchDispatchMode": "sees every tensor of a traced step"},
+    "torch.utils._pytree": {"tree_leaves": "the tensors among an operation's results"},
+    "torch.UntypedStorage": {"_cdata": "tells the storages of a traced step apart"},
+    "torch.nn.Module": {
+        "_parameters": "each is replaced by one without memory",
+        "_buffers": "each is replaced by one without memory",
+    },
+    "httpx2.Client": {
+        "_transport": "the way to a client's sockets, whose answers are bounded",
+        "_mounts": "the same, to those of proxies",
+    },
+    "httpx2.HTTPTransport": {"_pool": "the same"},
+    "httpcore2.ConnectionPool": {"_network_backend": "the same"},
+    "rich.console.Console": {"_render_buffer": "where control characters are taken out"},
 }
 
 

@@ -6,6 +6,7 @@
 import math
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -131,12 +132,15 @@ class ValidatingStep(ResumableStep):
         """Answer the sample prompts, then compute the held-out loss."""
         began = time.perf_counter()
         self.metrics_log.began_validation = self.metrics_log.seconds()
-        # with sharded weights every generated token would gather them all
-        if self.is_world_process_zero() and self.stage.sample_prompts and not self.is_sharded():
-            self._answer_samples()
-        meet("answers the sample prompts", self.stage.quiet)
-        self.metrics_log.sample_seconds = time.perf_counter() - began
-        return super().evaluate(*args, **kwargs)
+        compiled = bool(self.stage.trainer.get("torch_compile"))
+        # answers and losses without a gradient would take eight graphs of their own
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            # with sharded weights every generated token would gather them all
+            if self.is_world_process_zero() and self.stage.sample_prompts and not self.is_sharded():
+                self._answer_samples()
+            meet("answers the sample prompts", self.stage.quiet)
+            self.metrics_log.sample_seconds = time.perf_counter() - began
+            return super().evaluate(*args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader:
         """This rank's share of the held-out examples, every n-th of them, packed."""
