@@ -37,7 +37,7 @@ def test_a_compiled_run_has_the_losses_of_an_eager_one(tmp_path, checkpointing):
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert len(eager) == 12 and eager[-1] < eager[0]
     assert compiled == pytest.approx(eager, rel=1e-4)
-    assert 1 <= graphs <= 3
+    assert graphs == 1
     samples = (tmp_path / "runs/compiled/sft/samples.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in samples] == [0, 6, 12]
     assert not torch._dynamo.utils.counters["graph_break"]
@@ -70,6 +70,6 @@ def test_a_compiler_that_fails_is_a_failure(no_compiler, monkeypatch):
         raise ImportError("main is too short")
 
     monkeypatch.setattr("torch._inductor.graph.GraphLowering.codegen", broken)
-    with pytest.raises(CheckFailed, match="^ImportError: main is too short$") as failure:
+    with pytest.raises(CheckFailed, match="ImportError: main is too short") as failure:
         compiled_layers()
     assert failure.value.advice == COMPILER_ADVICE
