@@ -37,7 +37,7 @@ def test_a_compiled_run_has_the_losses_of_an_eager_one(tmp_path, checkpointing):
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert len(eager) == 12 and eager[-1] < eager[0]
     assert compiled == pytest.approx(eager, rel=1e-4)
-    assert graphs == 1
+    assert 1 <= graphs <= 3  # one row or several, documents alone in their row or not
     samples = (tmp_path / "runs/compiled/sft/samples.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in samples] == [0, 6, 12]
     assert not torch._dynamo.utils.counters["graph_break"]
