@@ -1,12 +1,17 @@
 """Kernels of other packages, where they are installed, beside hfsft's own: exact, and faster?"""
 
-import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
 from hfsft.doctor.findings import CheckFailed, NotHere
-from hfsft.doctor.step_checks import difference, packed_gradient, tiny_model, training_device
+from hfsft.doctor.step_checks import (
+    difference,
+    packed_gradient,
+    shortest,
+    tiny_model,
+    training_device,
+)
 
 FLASH = "flash_attention_2"
 ROUNDED = 3e-2  # of gradients in bfloat16
@@ -41,7 +46,7 @@ def compare_attention(name: str) -> str:
     for attention in (own, name):
         model.set_attn_implementation(attention)
         gradient = packed_gradient(model, True, half)
-        seconds.append(_seconds(lambda: packed_gradient(model, True, half)))
+        seconds.append(shortest(lambda: packed_gradient(model, True, half)))
     error = difference(gradient, expected)
     if not error < ROUNDED:
         raise CheckFailed(
@@ -105,22 +110,8 @@ def compare_head(head: Callable[..., Any]) -> str:
     error = difference(gradient(head), gradient(own))
     if not error < ROUNDED:
         raise CheckFailed(f"gradients differ by {error:.1e}", "hfsft does not use it")
-    seconds = [_seconds(lambda fused=fused: gradient(fused)) for fused in (own, head)]
+    seconds = [shortest(lambda fused=fused: gradient(fused)) for fused in (own, head)]
     return _said(error, seconds, "hfsft does not use it")
-
-
-def _seconds(act: Callable[[], Any]) -> float:
-    """The shortest of five times."""
-    import torch
-
-    found = []
-    for _ in range(5):
-        began = time.perf_counter()
-        act()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        found.append(time.perf_counter() - began)
-    return min(found)
 
 
 def _said(error: float, seconds: list[float], use: str) -> str:

@@ -122,7 +122,9 @@ AttentionInterface.register(DOCUMENTS, document_attention)
 AttentionInterface.register(VARLEN, varlen_attention)
 
 
-def packed_attention(model: Any, device: torch.device, half: bool, longest: int | None) -> str:
+def packed_attention(
+    model: Any, device: torch.device, half: bool, longest: int | None, compiled: bool = False
+) -> str:
     """The fastest attention that keeps the documents of a packed row separate.
 
     Args:
@@ -130,6 +132,7 @@ def packed_attention(model: Any, device: torch.device, half: bool, longest: int 
         device: where it trains.
         half: whether it computes in bfloat16 or float16.
         longest: tokens of the longest row; None: not known.
+        compiled: whether its layers are, by torch.compile.
 
     Returns:
         A name for `set_attn_implementation`; the model's own where that is not sdpa, or where it
@@ -144,4 +147,5 @@ def packed_attention(model: Any, device: torch.device, half: bool, longest: int 
         ampere = torch.cuda.get_device_capability(device) >= (8, 0)
         dropout = getattr(config, "attention_dropout", 0.0)
         return VARLEN if half and ampere and not dropout else own
-    return DOCUMENTS if device.type == "cpu" else own
+    # a call a document would be compiled anew for each number of documents
+    return DOCUMENTS if device.type == "cpu" and not compiled else own

@@ -1,13 +1,18 @@
 """Compiled decoder layers: one graph for all layers and for every width of a micro-batch."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch._dynamo.exc import TorchDynamoException
 
+from hfsft.errors import RecipeError, first_line
+from hfsft.recipe.schema import Stage
+
 COMPILER_ADVICE = (
     "install a C++ compiler, delete a compiler cache that an interrupted run left broken "
-    "(TORCHINDUCTOR_CACHE_DIR), or leave torch_compile out"
+    "(TORCHINDUCTOR_CACHE_DIR), or leave {} out"
 )
 # what torch.compile raises where there is nothing to compile with
 COMPILER_MISSING = ("InvalidCxxCompiler", "TritonMissing")
@@ -34,6 +39,20 @@ def compile_layers(model: Any) -> int:
     return 0
 
 
-def compiler_failed(error: Exception) -> bool:
-    """Whether an error of a step came from torch.compile, not from the code it compiled."""
-    return isinstance(error, TorchDynamoException)
+@contextmanager
+def compiled_for(stage: Stage) -> Iterator[None]:
+    """Report a failure of the compiler, not of the code it compiles, as the recipe's.
+
+    Args:
+        stage: has `torch_compile`, or an optimizer of torchao's, which compiles its update.
+
+    Raises:
+        RecipeError: if the compiler fails.
+    """
+    try:
+        yield
+    except TorchDynamoException as error:
+        key = "torch_compile" if stage.trainer.get("torch_compile") else "optim"
+        raise RecipeError(
+            f"{stage.name}.{key}: {first_line(error)}\n  {COMPILER_ADVICE.format(key)}"
+        ) from None

@@ -269,7 +269,8 @@ def plan_run(
 
     Returns:
         `stages`: name → `Plan.as_data`, `auto` (what was chosen) and `nearest` (where it does not
-        fit), `seconds_per_step`, at most, and whether it was `timed`; `disk`: bytes of all.
+        fit), `seconds_per_step`, at most, whether it was `timed`, and where it was and is compiled
+        `seconds_per_step_uncompiled`; `disk`: bytes of all.
 
     Raises:
         RecipeError, ModelError: as the stages themselves would.
@@ -284,6 +285,11 @@ def plan_run(
         plan = plan_stage(recipe, stage, limit, device)
         nearest = [] if plan.fits else nearest_settings(recipe, stage, limit, device)
         other = with_settings(stage, gradient_checkpointing=not plan.checkpointing)
+        uncompiled = None
+        if time_step is not None and stage.trainer.get("torch_compile"):
+            uncompiled = plan.seconds_sent + time_step(
+                recipe, with_settings(stage, torch_compile=False)
+            )
         stages[name] = plan.as_data() | {
             "peak_with_checkpointing_changed": plan_stage(recipe, other, limit, device).peak,
             "seconds_per_step": plan.seconds_sent
@@ -293,6 +299,7 @@ def plan_run(
                 else estimated_seconds(plan, stage.lora is not None)
             ),
             "timed": time_step is not None,
+            "seconds_per_step_uncompiled": uncompiled,
             "auto": why,
             "nearest": [
                 {"settings": as_flags(changes), "peak": its_plan.peak}

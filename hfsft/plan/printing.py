@@ -25,6 +25,8 @@ def print_plan(planned: dict[str, Any]) -> None:
             )
         for item in data["nearest"]:
             console.print(f"  {gigabytes(item['peak'])}  {item['settings']}")
+        if data["seconds_per_step_uncompiled"] is not None:
+            console.print(_compiled(name, data))
     if all(data["timed"] for data in stages.values()):
         console.print("Times are measured from a few micro-batches on this device.")
     else:
@@ -35,6 +37,13 @@ def print_plan(planned: dict[str, Any]) -> None:
     console.print(f"The run takes up to {gigabytes(planned['disk'])} on disk.")
     for note in dict.fromkeys(note for data in stages.values() for note in data["notes"]):
         console.print(f"Note: {note}.", style="dim")
+
+
+def _compiled(name: str, data: dict[str, Any]) -> str:
+    """Whether compiled layers are worth it, for a stage that was timed with and without."""
+    now, without = data["seconds_per_step"], data["seconds_per_step_uncompiled"]
+    verdict = "is worth it" if now < without else "is not worth it: leave it out"
+    return f"{name}: torch_compile {verdict}; {now:.3g} s a step with it, {without:.3g} s without."
 
 
 def _stages_table(stages: dict[str, dict[str, Any]]) -> Any:

@@ -9,7 +9,8 @@ from hfsft.data.packing import StepCollator, model_inputs, on_device
 from hfsft.errors import RecipeError
 from hfsft.model.activation import square_in_half
 from hfsft.model.attention import packed_attention
-from hfsft.model.loading import with_lora
+from hfsft.model.compiling import compile_layers, compiled_for
+from hfsft.model.loading import plain_model, with_lora
 from hfsft.plan.plan import examples_per_rank, planned_step
 from hfsft.plan.step_memory import make_optimizer, model_of
 from hfsft.recipe.schema import Recipe, Stage
@@ -28,8 +29,8 @@ def seconds_per_step(recipe: Recipe, stage: Stage) -> float:
         Seconds of a step at the most tokens it can have: its micro-batches and the update.
 
     Raises:
-        RecipeError: for 4-bit weights, which cannot be built from a configuration, and for an
-            optimizer that cannot be built from its settings alone.
+        RecipeError: for 4-bit weights, which cannot be built from a configuration, for an optimizer
+            that cannot be built from its settings alone, and if nothing can be compiled.
     """
     if stage.load_in_4bit:
         raise RecipeError(f"{stage.name}.load_in_4bit: 4-bit weights cannot be timed before a run")
@@ -39,9 +40,13 @@ def seconds_per_step(recipe: Recipe, stage: Stage) -> float:
         model, fused = model_of(step, step.layers, step.attention)
     half = getattr(torch, step.half) if step.half else None
     square_in_half(model)
-    model.set_attn_implementation(packed_attention(model, device, half is not None, step.length))
+    compiled = bool(stage.trainer.get("torch_compile"))
+    attention = packed_attention(model, device, half is not None, step.length, compiled)
+    model.set_attn_implementation(attention)
     if stage.lora is not None:
         model = with_lora(model, stage)
+    if compiled:
+        compile_layers(plain_model(model))
     optimizer = make_optimizer(step, model)
     if optimizer is None:
         raise RecipeError(
@@ -63,8 +68,9 @@ def seconds_per_step(recipe: Recipe, stage: Stage) -> float:
         optimizer.step()
 
     model.train()
-    micro_batch()
-    update()  # allocates the optimizer's states
+    with compiled_for(stage):
+        micro_batch()
+        update()  # allocates the optimizer's states
     count = -(-examples_per_rank(recipe, stage) // step.rows)
     return count * _seconds(micro_batch, MICRO_BATCHES) + _seconds(update, 1)
 

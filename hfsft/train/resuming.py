@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
-from hfsft.errors import Interrupted, RecipeError, first_line
-from hfsft.model.compiling import COMPILER_ADVICE, compiler_failed
+from hfsft.errors import Interrupted, first_line
+from hfsft.model.compiling import compiled_for
 from hfsft.process_group import from_main
 from hfsft.recipe.schema import Recipe, Stage
 from hfsft.run.files import write_text_atomically
@@ -91,16 +91,11 @@ def _train(trainer: Any, stage: Stage) -> None:
         trainer.say(f"{stage.name}: resuming from {checkpoint}")
         trainer.args.eval_on_start = trainer.validation_is_due(step_of(checkpoint))
     try:
-        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        with compiled_for(stage):
+            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     except StepAbandoned:
         if not trainer.has_every_step() or trainer.stop_signal.received:
             raise
-    except RuntimeError as error:
-        if not stage.trainer.get("torch_compile") or not compiler_failed(error):
-            raise
-        raise RecipeError(
-            f"{stage.name}.torch_compile: {first_line(error)}\n  {COMPILER_ADVICE}"
-        ) from None
     if trainer.has_every_step() and not trainer.is_complete():
         trainer.evaluate()
 

@@ -29,7 +29,7 @@ from hfsft.data.packing import (
 from hfsft.data.stream import TextStream
 from hfsft.errors import CheckpointError, MemoryShortage, RecipeError, TrainingError
 from hfsft.model.activation import square_in_half
-from hfsft.model.attention import DOCUMENTS, packed_attention
+from hfsft.model.attention import packed_attention
 from hfsft.model.compiling import compile_layers
 from hfsft.model.dropout import drop_by_token
 from hfsft.model.head import fuse_head
@@ -129,11 +129,11 @@ class PackedStep:
         self.predicted = 0  # trained tokens since the last log
         self.bad_steps = 0  # in a row
         self.grad_norm: Any = None  # of the step, after clipping
+        self.compiled = bool(stage.trainer.get("torch_compile"))
         self._choose_implementation()
-        compiled = bool(stage.trainer.get("torch_compile"))
         # a graph cannot draw masks
-        self.masks = None if compiled else drop_by_token(self.model)
-        if compiled:
+        self.masks = None if self.compiled else drop_by_token(self.model)
+        if self.compiled:
             compile_layers(plain_model(self.model))
         self._add_own_callbacks()
 
@@ -168,9 +168,8 @@ class PackedStep:
         square_in_half(model)
         self.own_attention = own = model.config._attn_implementation
         self.half = self.args.bf16 or self.args.fp16 or model.dtype != torch.float32
-        fast = packed_attention(model, self.args.device, self.half, self.data_collator.max_length)
-        if fast == DOCUMENTS and self.stage.trainer.get("torch_compile"):
-            fast = own  # a call a document would be compiled anew for each number of documents
+        longest = self.data_collator.max_length
+        fast = packed_attention(model, self.args.device, self.half, longest, self.compiled)
         # trl's own loss, which router losses and label smoothing need
         self.stock = self.label_smoother is not None or getattr(self, "aux_loss_enabled", False)
         dft = getattr(self.args, "loss_type", "nll") == "dft"

@@ -132,9 +132,8 @@ class ValidatingStep(ResumableStep):
         """Answer the sample prompts, then compute the held-out loss."""
         began = time.perf_counter()
         self.metrics_log.began_validation = self.metrics_log.seconds()
-        compiled = bool(self.stage.trainer.get("torch_compile"))
         # answers and losses without a gradient would take eight graphs of their own
-        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+        with torch.compiler.set_stance("force_eager") if self.compiled else nullcontext():
             # with sharded weights every generated token would gather them all
             if self.is_world_process_zero() and self.stage.sample_prompts and not self.is_sharded():
                 self._answer_samples()

@@ -56,7 +56,7 @@ def test_without_a_compiler_a_run_says_so(tmp_path, no_compiler):
     write_recipe(tmp_path)
     with pytest.raises(RecipeError, match=r"sft\.torch_compile: InvalidCxxCompiler") as failure:
         train_tiny(tmp_path, "compiled", "--torch_compile", "true")
-    assert str(failure.value).splitlines()[1:] == [f"  {COMPILER_ADVICE}"]
+    assert str(failure.value).splitlines()[1:] == [f"  {COMPILER_ADVICE.format('torch_compile')}"]
     assert json.loads((tmp_path / "runs/compiled/sft/stage.json").read_text())["status"] == "failed"
 
 
@@ -72,4 +72,4 @@ def test_a_compiler_that_fails_is_a_failure(no_compiler, monkeypatch):
     monkeypatch.setattr("torch._inductor.graph.GraphLowering.codegen", broken)
     with pytest.raises(CheckFailed, match="ImportError: main is too short") as failure:
         compiled_layers()
-    assert failure.value.advice == COMPILER_ADVICE
+    assert failure.value.advice == COMPILER_ADVICE.format("torch_compile")

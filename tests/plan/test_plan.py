@@ -330,3 +330,19 @@ def test_table(capsys):
     shown = capsys.readouterr().out
     for words in ("base", "sft", "weights", "optimizer states", "nothing near it does", "on disk"):
         assert words in shown
+
+
+def test_a_compiled_stage_is_timed_without_the_compiler_too(capsys):
+    recipe = load_recipe("r.yaml", "--sft.torch_compile", "true")
+    planned = plan_run(recipe, None, lambda r, s: 2.0 if s.trainer.get("torch_compile") else 1.25)
+    base_data, sft_data = planned["stages"]["base"], planned["stages"]["sft"]
+    assert base_data["seconds_per_step_uncompiled"] is None
+    assert sft_data["seconds_per_step"] == 2.0
+    assert sft_data["seconds_per_step_uncompiled"] == 1.25
+    print_plan(planned)
+    slower = "sft: torch_compile is not worth it: leave it out; 2 s a step with it, 1.25 s without."
+    assert slower in " ".join(capsys.readouterr().out.split())
+    sft_data["seconds_per_step"] = 1.0
+    print_plan(planned)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "sft: torch_compile is worth it; 1 s a step with it, 1.25 s without." in shown

@@ -82,3 +82,23 @@ def test_an_optimizer_that_cannot_be_built_is_an_error(recipe):
     stage = with_settings(recipe.sft, optim="galore_adamw")
     with pytest.raises(RecipeError, match=r"sft.optim: galore_adamw cannot be built before a run"):
         seconds_per_step(recipe, stage)
+
+
+def test_compiled_layers_are_timed(recipe, monkeypatch):
+    compiled = []
+    compile_layer = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "compile",
+        lambda self, **k: (compiled.append(self), compile_layer(self, backend="eager", **k)),
+    )
+    assert seconds_per_step(recipe, with_settings(recipe.base, torch_compile=True)) > 0
+    assert len(compiled) == 2
+
+
+def test_a_compiler_that_fails_is_an_error_of_the_recipe(recipe):
+    missing = torch._inductor.config.patch({"cpp.cxx": (None, "/nowhere/g++")})
+    with missing, torch.compiler.config.patch(force_disable_caches=True):
+        torch._dynamo.reset()
+        with pytest.raises(RecipeError, match=r"^base\.torch_compile: InvalidCxxCompiler"):
+            seconds_per_step(recipe, with_settings(recipe.base, torch_compile=True))
