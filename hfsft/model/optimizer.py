@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hfsft.errors import RecipeError
 from hfsft.model.muon import muon_adamw
 from hfsft.recipe.schema import MUON, Stage
 
@@ -35,6 +36,18 @@ def missing_package(optim: str) -> str | None:
         if part in optim and find_spec(module) is None:
             return package
     return None
+
+
+def require_package(stage: Stage) -> None:
+    """Refuse a stage whose optimizer is in a package that is not installed.
+
+    Raises:
+        RecipeError: with how to install it.
+    """
+    optim = str(stage.trainer.get("optim"))
+    package = missing_package(optim)
+    if package is not None:
+        raise RecipeError(f"{stage.name}.optim: {optim} needs {package}: {INSTALL[package]}")
 
 
 def optimizer_settings(stage: Stage) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from hfsft.model.activation import square_in_half
 from hfsft.model.attention import packed_attention
 from hfsft.model.compiling import compile_layers, compiled_for
 from hfsft.model.loading import plain_model, with_lora
+from hfsft.model.optimizer import require_package
 from hfsft.plan.plan import examples_per_rank, planned_step
 from hfsft.plan.step_memory import make_optimizer, model_of
 from hfsft.recipe.schema import Recipe, Stage
@@ -30,10 +31,12 @@ def seconds_per_step(recipe: Recipe, stage: Stage) -> float:
 
     Raises:
         RecipeError: for 4-bit weights, which cannot be built from a configuration, for an optimizer
-            that cannot be built from its settings alone, and if nothing can be compiled.
+            that is not installed or cannot be built from its settings alone, and if nothing can be
+            compiled.
     """
     if stage.load_in_4bit:
         raise RecipeError(f"{stage.name}.load_in_4bit: 4-bit weights cannot be timed before a run")
+    require_package(stage)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     step = planned_step(recipe, stage, device.type == "cuda")
     with device:

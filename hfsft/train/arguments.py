@@ -13,7 +13,7 @@ from trl import SFTConfig
 from hfsft.data.stream import TextStream
 from hfsft.errors import RecipeError
 from hfsft.model.loading import bf16_is_native
-from hfsft.model.optimizer import INSTALL, missing_package, optimizer_settings
+from hfsft.model.optimizer import optimizer_settings, require_package
 from hfsft.plan.step_memory import uses_checkpointing
 from hfsft.recipe.checks import check_tokens_per_step
 from hfsft.recipe.schema import MUON, Stage
@@ -129,9 +129,7 @@ def _check_optimizer(stage: Stage) -> None:
         raise RecipeError(
             f"{stage.name}.optim: {optim} does not run on Apple's GPUs; use --optim adamw_torch"
         )
-    package = missing_package(optim)
-    if package is not None:
-        raise RecipeError(f"{stage.name}.optim: {optim} needs {package}: {INSTALL[package]}")
+    require_package(stage)
     if optim != MUON and not optim.startswith("apollo"):
         return
     for plugin in ("FSDP", "DEEPSPEED"):

@@ -135,6 +135,7 @@ def set_up_libraries(stage: Stage) -> None:
     datasets.utils.logging.set_verbosity_error()
     # peft 0.21 asks transformers by the old name
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+    warnings.filterwarnings("ignore", message=".*_stable_hash_for_caching.*")  # torchao's states
     if stage.quiet or not sys.stdout.isatty():
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()

@@ -102,3 +102,10 @@ def test_a_compiler_that_fails_is_an_error_of_the_recipe(recipe):
         torch._dynamo.reset()
         with pytest.raises(RecipeError, match=r"^base\.torch_compile: InvalidCxxCompiler"):
             seconds_per_step(recipe, with_settings(recipe.base, torch_compile=True))
+
+
+def test_an_optimizer_that_is_not_installed_is_named(recipe, monkeypatch):
+    monkeypatch.setattr("hfsft.model.optimizer.find_spec", lambda name: None)
+    stage = with_settings(recipe.sft, optim="adamw_torch_8bit", dtype="bfloat16")
+    with pytest.raises(RecipeError, match=r"sft\.optim: adamw_torch_8bit needs torchao: pip"):
+        seconds_per_step(recipe, stage)
