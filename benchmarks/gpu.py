@@ -87,11 +87,17 @@ def main() -> None:
         for part in given.child.split(","):
             Part(given).run(part)
         return
+    if given.device == "cpu" and not given.tiny:
+        parser.error("--device cpu tries the program, with --tiny")
+    import torch
+
+    if given.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no CUDA GPU here; --device cpu --tiny tries the program")
     wanted = given.parts.split(",")
     if (given.model or given.tiny) and "sweep" not in wanted:
         wanted.append("sweep")
     if unknown := set(wanted) - set(PARTS):
-        sys.exit(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+        parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     arguments = [word for word in sys.argv[1:] if word != "--restart"]
     if given.restart:
         results_file(given).unlink(missing_ok=True)

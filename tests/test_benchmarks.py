@@ -52,6 +52,14 @@ def test_the_benchmark_for_a_card_runs_every_part_on_a_cpu(tmp_path):
         assert max(step) / min(step) < 1 + 1e-5
 
 
+def test_the_benchmark_for_a_card_needs_one(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--results", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.endswith("error: no CUDA GPU here; --device cpu --tiny tries the program\n")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_demo_goes_from_base_to_sft_at_the_tokens_of_all_its_stages(tmp_path):
     bench = runpy.run_path(str(BENCHMARKS / "with_mid.py"))
     recipe = bench["without_mid"]() | {"output_dir": str(tmp_path), "name": "run"}
