@@ -256,7 +256,7 @@ def test_signals_stop_both_at_the_same_step(folder, undisturbed, launcher, name,
     targets = {"launcher": [run.process], "0": run.ranks[:1], "1": run.ranks[1:], "both": run.ranks}
     for process in targets[told]:
         process.send_signal(number)
-        time.sleep(0.6)
+        time.sleep(0.1)  # some steps later; half a second later all have ended
     status, said = run.end()
     assert status == (128 + number if launcher == "hfsft" else 1), said
     stopped = rf"sft stopped by SIG{name} at step \d+ of {STEPS}, saved in"
