@@ -1,4 +1,4 @@
-"""Compiled decoder layers: one graph for all layers and for every width of a micro-batch."""
+"""Compiled decoder layers: few graphs for all layers and for every width of a micro-batch."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ COMPILER_MISSING = ("InvalidCxxCompiler", "TritonMissing")
 def compile_layers(model: Any) -> int:
     """Compile each decoder layer in place, with sizes left symbolic.
 
-    The layers have one code and so share one graph (regional compilation, as
+    The layers have one code and so share their graphs (regional compilation, as
     `accelerate.utils.compile_regions` does on a copy, which our patched forward would not use).
 
     Args:
