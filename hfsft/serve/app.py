@@ -269,9 +269,13 @@ class Endpoints:
         return Response(event({"status": "ready", "cached": True}), media_type="text/event-stream")
 
     async def health(self, request: Request) -> Response:
-        """Answer GET /health: 503 once the server shuts down."""
-        stopping = any(model.engine.is_draining for model in self.served)
-        return JSONResponse({"status": "stopping" if stopping else "ok"}, 503 if stopping else 200)
+        """Answer GET /health: 503 once the server shuts down, or a model answers no more."""
+        status = "ok"
+        if any(model.engine.is_draining for model in self.served):
+            status = "stopping"
+        elif any(model.engine.is_failed for model in self.served):
+            status = "failed"
+        return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
     async def metrics(self, request: Request) -> Response:
         """Answer GET /metrics, in Prometheus' text format."""

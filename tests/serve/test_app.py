@@ -427,3 +427,12 @@ def test_an_error_of_the_model_has_its_status(folders, capsys):
             list(ask(api, stream=True))
         running.engine.batch.step = step
         assert ask(api).usage.completion_tokens == 8
+
+
+def test_a_model_that_answers_no_more_is_unhealthy(folders):
+    with serving(folders("nanochat")) as running:
+        assert httpx2.get(f"{running.url}/health").json() == {"status": "ok"}
+        running.engine.close()
+        running.engine.is_closed = False  # as if an error had ended its thread
+        response = httpx2.get(f"{running.url}/health")
+        assert (response.status_code, response.json()) == (503, {"status": "failed"})
