@@ -1,5 +1,6 @@
 """The endpoint, as the official `openai` client and raw sockets see it."""
 
+import copy
 import json
 import shutil
 import socket
@@ -207,6 +208,23 @@ def test_tools_where_the_template_has_them(make_model, tokenizer, tmp_path, api)
         assert ask(calling, tools=tools, tool_choice="none").usage == without.usage
 
 
+def test_the_clients_stream_helper_gathers_a_call(make_model, tokenizer, tmp_path):
+    function = {"name": "f", "strict": True, "parameters": {"type": "object", "properties": {}}}
+    own = copy.deepcopy(tokenizer)
+    own.add_tokens(['{"name": "f", "arguments": {}}', "#1#", "#2#", "#3#"])  # heads of even width
+    made = rigged_to_say('{"name": "f", "arguments": {}}', make_model, own, tmp_path)
+    given = {"model": "m", "messages": HI, "tools": [{"type": "function", "function": function}]}
+    with (
+        serving(made) as running,
+        client(running) as api,
+        api.chat.completions.stream(**given) as stream,
+    ):
+        (choice,) = stream.get_final_completion().choices
+    assert choice.message.role == "assistant" and choice.finish_reason == "tool_calls"
+    (call,) = choice.message.tool_calls
+    assert (call.function.name, call.function.arguments) == ("f", "{}")
+
+
 def test_a_base_model_completes_and_does_not_chat(tmp_path, make_model, tokenizer):
     made = save(make_model(), tokenizer, tmp_path / "base")
     (tmp_path / "base" / "stage.json").write_text(
@@ -254,6 +272,7 @@ def test_two_models_answer_by_name(folders):
         ({"messages": [user([IMAGE])]}, "messages[0].content"),
         ({"messages": [user("Hi"), system("late")]}, "messages"),  # the template refuses it
         ({"messages": HI * 1025}, "messages"),
+        ({"tools": [{"name": "f"}]}, "tools[0]"),
     ],
 )
 def test_what_is_unsupported_is_refused(api, settings, param):
