@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import Any
@@ -53,6 +54,7 @@ def make_app(served: list[ServedModel], **guard: Any) -> Starlette:
         yield
         for model in served:
             model.engine.close()
+        endpoints.encoding.shutdown(wait=False, cancel_futures=True)
 
     endpoints = Endpoints(served)
     page, policy = load_page()
@@ -145,6 +147,9 @@ class Endpoints:
         """Remember the models; the first answers requests that name none of them."""
         self.served = served
         self.requests: dict[tuple[str, str], int] = {}  # by model and outcome
+        # one thread, as a fast tokenizer must not encode in two; and not the main one, where the
+        # bounds of a chat template are limits of the whole process, the engines' threads included
+        self.encoding = ThreadPoolExecutor(1, "hfsft-encoding")
 
     # --- generation ---
 
@@ -158,19 +163,33 @@ class Endpoints:
                 "model",
                 "not_a_chat_model",
             )
-        asked = chat_request(
-            body, model.encode_chat, model.defaults, model.context, model.takes_tools
+        asked = await self._encoded(
+            chat_request,
+            body,
+            model.encode_chat,
+            model.defaults,
+            model.context,
+            model.takes_tools,
         )
-        return await self._answer(request, model, asked, Reply(asked, model.tokenizer, True))
+        return await self._answer(request, model, asked, is_chat=True)
 
     async def complete(self, request: Request) -> Response:
         """Answer POST /v1/completions."""
         body = await read_json(request)
         model = self._named(body)
-        asked = completion_request(
-            body, model.encode_text, model.defaults, model.context, model.vocabulary
+        asked = await self._encoded(
+            completion_request,
+            body,
+            model.encode_text,
+            model.defaults,
+            model.context,
+            model.vocabulary,
         )
-        return await self._answer(request, model, asked, Reply(asked, model.tokenizer, False))
+        return await self._answer(request, model, asked, is_chat=False)
+
+    async def _encoded(self, check: Callable[..., Asked], *given: Any) -> Asked:
+        """What a function makes of a request, in the thread that encodes prompts."""
+        return await asyncio.get_running_loop().run_in_executor(self.encoding, check, *given)
 
     def _named(self, body: dict[str, Any]) -> ServedModel:
         """The model of that name, or else the first."""
@@ -179,9 +198,10 @@ class Endpoints:
         return by_name.get(name if isinstance(name, str) else "", self.served[0])
 
     async def _answer(
-        self, request: Request, model: ServedModel, asked: Asked, reply: Reply
+        self, request: Request, model: ServedModel, asked: Asked, is_chat: bool
     ) -> Response:
         """Generate, and reply whole or as a stream; a client that leaves ends it."""
+        reply = Reply(asked, model.engine.tokenizer, is_chat)  # no prompt is encoded with it
         pieces: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
         answers = []
 

@@ -118,7 +118,7 @@ class Engine:
             ModelError: if the model cannot be loaded, or cannot generate.
         """
         self.evaluator, self.max_batch, self.max_queue = evaluator, max_batch, max_queue
-        # a fast tokenizer must not be used by two threads; the event loop has the evaluator's
+        # a fast tokenizer must not encode in two threads; prompts are encoded with the evaluator's
         self.tokenizer = load_its_tokenizer(evaluator.folder)
         self.calculator = Calculator(self.tokenizer, 0) if evaluator.has_calculator else None
         self.ends = set(evaluator.eos_token_ids)

@@ -1,5 +1,6 @@
 """The endpoint, as the official `openai` client and raw sockets see it."""
 
+import asyncio
 import copy
 import json
 import shutil
@@ -16,8 +17,11 @@ from openai import OpenAI
 from rigged import rigged_to_say, save
 from serving import Running, serving, wait_for
 
+from hfsft.errors import ModelError
 from hfsft.evaluation.answering import Evaluator
-from hfsft.serve.app import MOST_BYTES
+from hfsft.serve.app import MOST_BYTES, make_app
+from hfsft.serve.served import load_served
+from hfsft.tokens import foreign_templates
 
 HI = [user("Hi!")]
 IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
@@ -223,6 +227,35 @@ def test_the_clients_stream_helper_gathers_a_call(make_model, tokenizer, tmp_pat
     assert choice.message.role == "assistant" and choice.finish_reason == "tool_calls"
     (call,) = choice.message.tool_calls
     assert (call.function.name, call.function.arguments) == ("f", "{}")
+
+
+def test_requests_set_no_limit_on_the_process(folders, monkeypatch):
+    """In the main thread a template is rendered within limits, which the engine would share."""
+    served = load_served([folders("nanochat")], 1, 1)
+    app = make_app(served, host="127.0.0.1")
+    limited = []
+    monkeypatch.setattr(foreign_templates, "_limited", lambda *given: limited.append(given))
+
+    async def status() -> int:
+        transport = httpx2.ASGITransport(app)
+        async with (
+            app.router.lifespan_context(app),
+            httpx2.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client,
+        ):
+            body = {"messages": HI, "max_tokens": 2}
+            return (await client.post("/v1/chat/completions", json=body)).status_code
+
+    assert asyncio.run(status()) == 200 and not limited
+
+
+def test_a_template_that_exceeds_a_bound_is_not_served(folders, tmp_path):
+    path = Path(shutil.copytree(folders("nanochat"), tmp_path / "model"))
+    (path / "chat_template.jinja").write_text("{{ 'a' * 500000000 }}")
+    with pytest.raises(ModelError, match="takes more than 256 MiB of memory"):
+        load_served([str(path)], 1, 1)
+    (path / "chat_template.jinja").write_text("{{ raise_exception('never') }}")
+    with serving(str(path)) as running, client(running) as api:
+        assert "never" in refused(api)["message"]
 
 
 def test_a_base_model_completes_and_does_not_chat(tmp_path, make_model, tokenizer):
