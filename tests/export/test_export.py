@@ -67,6 +67,8 @@ def test_the_file_says_how_to_sample_and_where_to_end(save_model):
     assert held["general.architecture"] == "llama"
     assert held["general.sampling.temp"] == pytest.approx(0.6)
     assert held["general.sampling.top_k"] == 50
+    assert held["general.sampling.top_p"] == held["general.sampling.penalty_repeat"] == 1
+    assert held["general.sampling.min_p"] == 0
     assert held["tokenizer.ggml.pre"] == "qwen2"
     assert (held["tokenizer.ggml.eos_token_id"], held["tokenizer.ggml.eot_token_id"]) == (4, 0)
     assert held["tokenizer.ggml.add_bos_token"] is False
