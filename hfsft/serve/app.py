@@ -67,7 +67,7 @@ def make_app(served: list[ServedModel], **guard: Any) -> Starlette:
         CORSMiddleware,
         allow_origins=origins,
         allow_methods=["GET", "POST"],
-        allow_headers=["Authorization", "Content-Type"],
+        allow_headers=["*"],  # OpenAI's own client sends a dozen; the guard checks who may ask
     )
     return Starlette(
         routes=[
@@ -262,6 +262,10 @@ class Endpoints:
                     self._count(model, "finished")
                 yield data
                 data = b""
+        except (GeneratorExit, asyncio.CancelledError):  # the client has left the stream
+            if not reply.is_complete:
+                self._count(model, "cancelled")
+            raise
         finally:
             watch.cancel()
             leave()
