@@ -369,12 +369,12 @@ def _tool_calls(calls: Any, place: str) -> list[dict[str, Any]]:
         arguments = function.get("arguments", {})
         if isinstance(arguments, str):
             try:
-                arguments = json.loads(arguments)
+                arguments = json.loads(arguments or "{}")  # "" where a tool takes none
             except (ValueError, RecursionError):
                 raise Refused(f"{place}: arguments are not JSON", place) from None
-        checked.append(
-            {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
-        )
+        kept = {"id": call["id"]} if isinstance(call.get("id"), str) else {}  # of `tool_call_id`
+        function = {"name": function["name"], "arguments": arguments}
+        checked.append(kept | {"type": "function", "function": function})
     return checked
 
 

@@ -258,6 +258,22 @@ def test_a_template_that_exceeds_a_bound_is_not_served(folders, tmp_path):
         assert "never" in refused(api)["message"]
 
 
+def test_a_result_names_its_call_by_id(make_model, tokenizer, tmp_path):
+    """A client sends back a call without arguments as it was written."""
+    made = rigged_to_say("<|python_start|>", make_model, tokenizer, tmp_path)
+    (tmp_path / "rigged" / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.content }}{% for call in m.tool_calls or [] %}{{ call.id }}"
+        "{{ call.function.arguments | tojson }}{% endfor %}{{ m.tool_call_id }}{% endfor %}"
+    )
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": ""}}
+    result = {"role": "tool", "tool_call_id": "c1", "content": "7"}
+    given = [*HI, {"role": "assistant", "content": None, "tool_calls": [call]}, result]
+    with serving(made) as running, client(running) as api:
+        usage = ask(api, messages=given).usage
+        written = running.served[0].tokenizer("Hi!c1{}7c1")["input_ids"]
+        assert usage.prompt_tokens == len(written)
+
+
 def test_a_base_model_completes_and_does_not_chat(tmp_path, make_model, tokenizer):
     made = save(make_model(), tokenizer, tmp_path / "base")
     (tmp_path / "base" / "stage.json").write_text(
@@ -394,6 +410,8 @@ def test_a_client_that_goes_away_frees_its_place(folders, stream):
         wait_for(lambda: answer.is_cancelled or answer.is_ended)
         assert answer.is_cancelled
         assert ask(api).usage.completion_tokens == 8
+        counted = 'hfsft_requests_total{model="nanochat",outcome="cancelled"} 1'
+        wait_for(lambda: counted in httpx2.get(f"{running.url}/metrics").text)
 
 
 def test_a_slow_reader_delays_nobody(server, api):
