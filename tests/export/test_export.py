@@ -312,3 +312,18 @@ def test_published_templates_are_rendered_alike_with_tools_and_system(save_model
     (folder / "chat_template.jinja").write_text(path.read_text())
     (proof,) = export_silently(folder, "gguf", "f32")
     assert proof["conversations_equal"] == proof["conversations"] == 10
+
+
+@pytest.mark.parametrize(("to", "kind"), [("gguf", "llama"), ("qwen3", "nanochat")])
+def test_of_several_templates_a_gguf_has_the_default_one(save_model, to, kind):
+    folder = save_model(kind, max_position_embeddings=1024)
+    own = (folder / "chat_template.jinja").read_text()
+    (folder / "additional_chat_templates").mkdir()
+    named = folder / "additional_chat_templates" / "tool_use.jinja"
+    named.write_text("{{ tools | tojson }}" + own)
+    (proof,) = export_silently(folder, to, "f32")
+    assert proof["conversations_equal"] == proof["conversations"] == 10
+    if to == "gguf":
+        (path,) = (folder / "gguf").glob("*.gguf")
+        written = gguf.GGUFReader(path).fields["tokenizer.chat_template"].contents()
+        assert written == gguf_file.plain_template(own)
