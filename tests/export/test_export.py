@@ -75,6 +75,19 @@ def test_the_file_says_how_to_sample_and_where_to_end(save_model):
     assert "generation" not in held["tokenizer.chat_template"].replace("add_generation_prompt", "")
 
 
+def test_the_card_lists_the_files_of_earlier_exports_too(save_model):
+    folder = save_model("llama")
+    for kind in ("f32", "q8_0", "f16"):
+        export_silently(folder, "gguf", kind)
+    (folder / "gguf" / "model-Q8_0.gguf").unlink()
+    export_silently(folder, "gguf", "f16")
+    rows = (folder / "gguf" / "README.md").read_text().split("|---|---|---|---|\n")[1]
+    assert [line.split("`")[1] for line in rows.splitlines() if line.startswith("|")] == [
+        "model-F16.gguf",
+        "model-F32.gguf",
+    ]
+
+
 @pytest.mark.parametrize("kind", ["nanochat", "llama"])
 def test_without_llama_cpp_the_file_is_read_back(save_model, monkeypatch, kind):
     monkeypatch.setattr(export, "xllamacpp", None)
