@@ -1,8 +1,10 @@
 """What `hfsft STAGE` hands to Accelerate, and the exit status it makes of its ranks'."""
 
 import signal
+from pathlib import Path
 
 import pytest
+import yaml
 
 from hfsft.errors import RecipeError
 from hfsft.launch import Processes, _command, _status_of_ranks, planned_spread
@@ -106,3 +108,17 @@ def test_plans_are_spread_as_asked():
 )
 def test_a_rank_that_was_killed_gives_2(codes, signalled, status):
     assert _status_of_ranks(codes, signalled) == status
+
+
+def test_torchrun_on_a_cluster_gives_ranks_the_time_of_a_checkpoint(monkeypatch):
+    from torch.distributed.run import get_args_parser
+
+    cluster = Path(__file__).parents[1] / "cluster"
+    pod = yaml.safe_load((cluster / "pytorchjob.yaml").read_text())
+    pod = pod["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]
+    (variable,) = pod["containers"][0]["env"]
+    sky = yaml.safe_load((cluster / "sky.yaml").read_text())["envs"]
+    assert sky[variable["name"]] == variable["value"]
+    monkeypatch.setenv(variable["name"], variable["value"])
+    seconds = get_args_parser().parse_args(["a.py"]).shutdown_timeout
+    assert 30 < seconds < pod["terminationGracePeriodSeconds"]
