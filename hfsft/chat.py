@@ -10,10 +10,15 @@ from threading import Thread
 from typing import Any
 
 import torch
-from transformers import TextIteratorStreamer
+from transformers import LogitsProcessorList, TextIteratorStreamer
 
 from hfsft.errors import DataError, ModelError, printable
-from hfsft.evaluation.answering import load_for_answers, load_its_tokenizer
+from hfsft.evaluation.answering import (
+    TOOL_TOKENS,
+    Calculator,
+    load_for_answers,
+    load_its_tokenizer,
+)
 from hfsft.evaluation.calling import split_calls
 from hfsft.terminal import Terminal
 from hfsft.tokens.foreign_templates import encode_prompt, prompt_text
@@ -67,6 +72,10 @@ class Chat:
         Args:
             prompt: the user's message, or with `role` "tool" the result of the next call.
             role: "user" or "tool"; as long as a call has no result, nothing is answered.
+
+        Raises:
+            ModelError: if the chat template refuses the message, or it leaves no room in the
+                context; it is not added then.
         """
         if role == "tool":
             call = self.open_calls()[0]
@@ -75,7 +84,11 @@ class Chat:
                 return
         else:
             self.messages.append({"role": role, "content": prompt})
-        ids = encode_prompt(self.messages, self.tokenizer, self.tools)
+        try:
+            ids, settings = self._prompt()
+        except ModelError:
+            del self.messages[-1]
+            raise
         prompt_ids = torch.tensor([ids], device=self.model.device)
         inputs = {"input_ids": prompt_ids, "attention_mask": torch.ones_like(prompt_ids)}
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -84,7 +97,7 @@ class Chat:
 
         def generate() -> None:
             try:
-                output = self.model.generate(**inputs, **self.sampling, streamer=streamer)
+                output = self.model.generate(**inputs, **settings, streamer=streamer)
                 generated.extend(output[0, len(ids) :].tolist())
             except BaseException as error:
                 failed.append(error)
@@ -100,6 +113,23 @@ class Chat:
         if failed:
             raise failed[0]
         self.messages.append(self._as_message("".join(segments), generated))
+
+    def _prompt(self) -> tuple[list[int], dict[str, Any]]:
+        """The conversation as token ids, and the settings of `generate` for its answer."""
+        ids, settings = encode_prompt(self.messages, self.tokenizer, self.tools), self.sampling
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if context is not None:
+            if len(ids) >= context:
+                raise ModelError(
+                    f"the conversation fills the context: {len(ids):,} of {context:,} tokens; "
+                    "/clear starts over"
+                )
+            most = min(self.sampling["max_new_tokens"], context - len(ids))
+            settings = settings | {"max_new_tokens": most}
+        if set(TOOL_TOKENS) <= set(self.tokenizer.get_vocab()):
+            calculator = LogitsProcessorList([Calculator(self.tokenizer, len(ids))])
+            settings = settings | {"logits_processor": calculator}
+        return ids, settings
 
     def _as_message(self, answer: str, generated: list[int]) -> dict[str, Any]:
         """An answer as a message, its calls taken apart if the model was given tools."""
@@ -177,6 +207,9 @@ def talk(chat: Chat) -> None:
                 for segment in chat.stream(prompt, "tool" if calls else "user"):
                     console.out(printable(segment), end="")
                 console.print()
+        except ModelError as error:
+            console.print()  # after "model: "
+            console.out(printable(str(error)))
         except (EOFError, KeyboardInterrupt):
             console.print()
             return

@@ -41,8 +41,9 @@ class Processes:
         """The Accelerate config, or None without one.
 
         Raises:
-            RecipeError: if there is no such file.
+            RecipeError: if there is no such file, or it is no config.
         """
+        import yaml
         from accelerate.commands.config.config_args import (
             default_config_file,
             load_config_from_file,
@@ -50,8 +51,14 @@ class Processes:
 
         if self.config_file is None and not Path(default_config_file).is_file():
             return None
-        path = None if self.config_file is None else str(_find_config(self.config_file))
-        return load_config_from_file(path)
+        path = default_config_file if self.config_file is None else _find_config(self.config_file)
+        try:
+            return load_config_from_file(str(path))
+        except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+            why = "no settings" if isinstance(error, AttributeError) else first_line(error)
+            raise RecipeError(
+                f"{path}: not a config of Accelerate: {why}\n  `accelerate config` writes one"
+            ) from None
 
     def machines(self) -> int:
         """How many machines the command runs on."""
@@ -74,6 +81,8 @@ class Processes:
         del given["config_file"]
         options = [f"--{key}={value}" for key, value in given.items() if value is not None]
         wanted = self.num_processes or getattr(config, "num_processes", None) or 1
+        if self.machines() > 1:
+            self._check_machines(wanted, config)
         port = self.main_process_port or getattr(config, "main_process_port", None)
         if wanted > 1 and port is None and self.machines() == 1:
             options.append("--main_process_port=0")  # any that is free: two runs on one machine
@@ -90,6 +99,23 @@ class Processes:
             if getattr(config, "use_cpu", False):
                 os.environ["ACCELERATE_USE_CPU"] = "true"
         return options
+
+    def _check_machines(self, processes: int, config: Any) -> None:
+        """Refuse what Accelerate would fail at, or start with fewer processes than asked for."""
+        machines, rank, ip = self.machines(), self.machine_rank, self.main_process_ip
+        rank = getattr(config, "machine_rank", None) if rank is None else rank
+        ip = getattr(config, "main_process_ip", None) if ip is None else ip
+        if rank is None or not 0 <= int(rank) < machines:
+            raise RecipeError(
+                f"--machine_rank: give each of {machines} machines its own, 0 to {machines - 1}"
+            )
+        if not ip:
+            raise RecipeError("--main_process_ip: give every machine the address of machine 0")
+        if processes % machines:
+            raise RecipeError(
+                f"--num_processes {processes} are those of all machines together; {machines} "
+                f"machines need a multiple of {machines}"
+            )
 
 
 def planned_spread(processes: Processes) -> Any:

@@ -45,7 +45,8 @@ def chain(tokens: list[int]) -> dict[int, int]:
 
 def rigged_to_say(text: str, make_model: Any, tokenizer: Any, folder: Path) -> str:
     """A model that answers every prompt with the same text."""
-    model = make_model("llama", hidden_size=512, num_hidden_layers=1, tie_word_embeddings=False)
+    size = {"vocab_size": len(tokenizer), "hidden_size": len(tokenizer), "num_hidden_layers": 1}
+    model = make_model("llama", **size, tie_word_embeddings=False)
     start = tokenizer.convert_tokens_to_ids("<|assistant_start|>")
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     end = tokenizer.eos_token_id

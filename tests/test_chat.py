@@ -2,12 +2,15 @@
 
 import copy
 import json
+import re
 
 import pytest
-from rigged import always_follow, chain, save
+from chat_messages import user
+from rigged import always_follow, chain, rigged_to_say, save
 
 from hfsft.chat import Chat, read_tools, talk
 from hfsft.errors import DataError
+from hfsft.tokens.foreign_templates import encode_prompt
 
 TOOL = {
     "type": "function",
@@ -84,6 +87,31 @@ def test_talking_asks_for_the_result(folder, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert shown.count('result of add({"a": 1}): ') == 2
     assert [message["content"] for message in chat.messages] == ["Add.", "", "1", ""]
+
+
+def test_an_answer_ends_with_the_context_and_a_full_one_is_said(
+    make_model, tokenizer, tmp_path, monkeypatch, capsys
+):
+    chat = Chat(save(make_model(), tokenizer, tmp_path / "model"))  # a context of 256 tokens
+    made, generate = [], chat.model.generate
+    chat.model.generate = lambda **given: made.append(generate(**given)) or made[-1]
+    long = "word " * 60
+    typed = iter([long, "word " * 300, "/exit"])
+    monkeypatch.setattr("builtins.input", lambda *_: next(typed))
+    talk(chat)
+    (output,) = made
+    prompt = len(encode_prompt([user(long)], chat.tokenizer))
+    assert prompt < output.shape[1] <= 256 < prompt + 256
+    assert re.search(
+        r"the conversation fills the context: [\d,]+ of 256 tokens; /clear starts over",
+        capsys.readouterr().out,
+    )
+    assert [message["role"] for message in chat.messages] == ["user", "assistant"]
+
+
+def test_the_calculator_answers(make_model, tokenizer, tmp_path):
+    made = rigged_to_say("<|python_start|>6*7<|python_end|>", make_model, tokenizer, tmp_path)
+    assert Chat(made, max_new_tokens=20).answer("Hi") == "6*742"  # without the marks of the call
 
 
 @pytest.mark.parametrize(

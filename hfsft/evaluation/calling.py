@@ -139,11 +139,13 @@ TYPES = {  # of JSON Schema; in Python True is an int as well
 }
 
 
-def split_calls(text: str) -> tuple[str, list[dict[str, Any]]]:
+def split_calls(text: str, tools: dict[str, Any] | None = None) -> tuple[str, list[dict[str, Any]]]:
     """Split an answer into its text, and the calls that it makes.
 
     Args:
         text: as a model wrote it, special tokens left out or not.
+        tools: the name of each tool → the schema of its parameters; calls of others, and a tool's
+            description that is repeated, stay text. None: every call counts.
 
     Returns:
         The text without calls and the marks around them, and `name` and `arguments` of each call in
@@ -156,9 +158,12 @@ def split_calls(text: str) -> tuple[str, list[dict[str, Any]]]:
         except (ValueError, RecursionError):
             at += 1
             continue
-        arguments = value.get("arguments", value.get("parameters"))
-        if isinstance(value.get("name"), str) and isinstance(arguments, dict):
-            calls.append({"name": value["name"], "arguments": arguments})
+        name, arguments = value.get("name"), value.get("arguments", value.get("parameters"))
+        is_call = isinstance(name, str) and isinstance(arguments, dict)
+        if is_call and tools is not None:
+            is_call = name in tools and not (arguments and arguments == tools[name])
+        if is_call:
+            calls.append({"name": name, "arguments": arguments})
             pieces.append(text[done:at])
             at = done = end
         else:  # it may hold a call

@@ -1,5 +1,6 @@
 """The card of a folder of GGUF files: the model's own, and how to run each file."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -56,4 +57,16 @@ def _proof(one: dict[str, Any]) -> str:
 def write_card(folder: Path, name: str, own: Path, exported: list[dict[str, Any]]) -> None:
     """Write the card into a folder of GGUF files; `own` is the model's README.md, if it exists."""
     text = own.read_text(encoding="utf-8") if own.is_file() else ""
-    write_text_atomically(folder / "README.md", gguf_card(name, text, exported))
+    proofs = [*exported, *_earlier_proofs(folder, exported)]
+    write_text_atomically(folder / "README.md", gguf_card(name, text, proofs))
+
+
+def _earlier_proofs(folder: Path, exported: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The proofs of the files that earlier exports left in the folder."""
+    found = []
+    for path in sorted(folder.glob("*.proof.json")):
+        proof = json.loads(path.read_text(encoding="utf-8"))
+        is_new = proof["file"] in [one["file"] for one in exported]
+        if not is_new and (folder / proof["file"]).is_file():
+            found.append(proof)
+    return found

@@ -91,6 +91,8 @@ def export_model(
     targets = [folder / f"{name}-{kind.upper()}.gguf" for kind in types]
     _check_replaceable(folder, [] if to == QWEN3 else targets)
     tokenizer = load_its_tokenizer(start)
+    if to != QWEN3:
+        _take_one_template(tokenizer, start)
     splitting = None if to == QWEN3 else choose_splitting(tokenizer, start)
     model = load_for_answers(start, exact=True)
     ends = end_tokens(model, tokenizer)
@@ -154,6 +156,15 @@ def _check_architecture(start: str, to: str) -> None:
                 "--to qwen3 is for nanochat models"
             )
         check_model(config, start)
+
+
+def _take_one_template(tokenizer: Any, start: str) -> None:
+    """Of several chat templates by name, keep the default one: a GGUF's readers take one."""
+    if isinstance(tokenizer.chat_template, dict):
+        try:
+            tokenizer.chat_template = tokenizer.get_chat_template()
+        except ValueError as error:
+            raise ModelError(f"{start}: {first_line(error)}") from None
 
 
 def _default_folder(start: str, to: str) -> Path:

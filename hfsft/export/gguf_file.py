@@ -157,20 +157,38 @@ def _add_settings(writer: gguf.GGUFWriter, config: Any) -> None:
         writer.add_rope_scaling_factor(rope["factor"])
 
 
+def sampling_settings(generation: Any) -> dict[str, float]:
+    """How a model wants to be sampled, under llama.cpp's and Ollama's names.
+
+    What it leaves unset has the value of transformers: those two would sample with others, such as
+    llama.cpp with a `min_p` of 0.05 and Ollama with a `repeat_penalty` of 1.1.
+    """
+
+    def given(value: float | None, default: float) -> float:
+        return default if value is None else value
+
+    penalty = {"repeat_penalty": given(generation.repetition_penalty, 1.0)}
+    if not generation.do_sample:
+        return {"temperature": 0} | penalty
+    return {
+        "temperature": given(generation.temperature, 1.0),
+        "top_k": given(generation.top_k, 50),
+        "top_p": given(generation.top_p, 1.0),
+        "min_p": given(generation.min_p, 0.0),
+    } | penalty
+
+
 def _add_sampling(writer: gguf.GGUFWriter, generation: Any) -> None:
     """How the model wants to be sampled: llama.cpp's defaults for a request."""
-    if not generation.do_sample:
-        writer.add_sampling_temp(0.0)
-        return
-    for value, add in (
-        (generation.temperature, writer.add_sampling_temp),
-        (generation.top_k, writer.add_sampling_top_k),
-        (generation.top_p, writer.add_sampling_top_p),
-        (generation.min_p, writer.add_sampling_min_p),
-        (generation.repetition_penalty, writer.add_sampling_penalty_repeat),
-    ):
-        if value is not None:
-            add(value)
+    add = {
+        "temperature": writer.add_sampling_temp,
+        "top_k": writer.add_sampling_top_k,
+        "top_p": writer.add_sampling_top_p,
+        "min_p": writer.add_sampling_min_p,
+        "repeat_penalty": writer.add_sampling_penalty_repeat,
+    }
+    for name, value in sampling_settings(generation).items():
+        add[name](value)
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, model: Any, tokenizer: Any, pre_tokenizer: str) -> None:

@@ -8,7 +8,7 @@ import json
 from typing import Any
 
 from hfsft.errors import ModelError, first_line
-from hfsft.export.gguf_file import adds_bos
+from hfsft.export.gguf_file import adds_bos, sampling_settings
 from hfsft.tokens.foreign_templates import bounded
 
 MADE = "# written by hfsft export"
@@ -34,17 +34,7 @@ def modelfile(file: str, tokenizer: Any, generation: Any, positions: int, ends: 
     parameters.append(("num_ctx", positions))
     if generation.max_new_tokens:
         parameters.append(("num_predict", generation.max_new_tokens))
-    if not generation.do_sample:
-        parameters.append(("temperature", 0))
-    else:
-        sampling = {
-            "temperature": generation.temperature,
-            "top_k": generation.top_k,
-            "top_p": generation.top_p,
-            "min_p": generation.min_p,
-            "repeat_penalty": generation.repetition_penalty,
-        }
-        parameters += [(name, value) for name, value in sampling.items() if value is not None]
+    parameters += sampling_settings(generation).items()
     template = go_template(tokenizer) if tokenizer.chat_template else "{{ .Prompt }}"
     lines = [MADE, f"FROM ./{file}", f'TEMPLATE """{template}"""']
     return "\n".join([*lines, *(f"PARAMETER {name} {value}" for name, value in parameters)]) + "\n"

@@ -161,7 +161,7 @@ class Transformers:
             tools=tools,
             add_generation_prompt=True,
             return_dict=False,
-            **today(self.tokenizer.chat_template),
+            **today(self.tokenizer.get_chat_template(tools=tools)),
         )
 
     def tokens(self, text: str) -> list[int]:

@@ -136,7 +136,7 @@ def _conversations(tokenizer: Any) -> list[tuple[list[dict[str, Any]], list[Any]
     longer = [messages[:3] for messages in exchanges if len(messages) > 2][:2]
     found = [*((_user(question), None) for question in QUESTIONS), (SYSTEM, None)]
     found += [(messages, None) for messages in longer]
-    takes_tools = "tools" in (tokenizer.chat_template or "")
+    takes_tools = "tools" in str(tokenizer.chat_template)
     return [*found, (_user("What is 2 + 3?"), TOOLS if takes_tools else None)]
 
 
@@ -154,7 +154,7 @@ def _rendered(
                 tools=tools,
                 add_generation_prompt=True,
                 tokenize=False,
-                **today(tokenizer.chat_template),
+                **today(tokenizer.get_chat_template(tools=tools)),
             ),
         )
     except ModelError:

@@ -12,7 +12,7 @@ from hfsft.hub.bounds import without_tokens
 from hfsft.noise import Z95, ratio_error
 from hfsft.report.markdown import plain, table, write_page
 from hfsft.run.files import read_json_lines
-from hfsft.run.results import read_run
+from hfsft.run.results import MALFORMED, malformed, read_run
 
 
 def write_comparison(
@@ -28,20 +28,22 @@ def write_comparison(
         What `compare_runs` returns, and the file to open.
 
     Raises:
-        HfsftError: if one is not a run, or the page cannot be written.
+        HfsftError: if one is not a run, or has malformed files, or the page cannot be written.
     """
     from hfsft.report.pictures import draw_both  # matplotlib takes a second
 
     runs = [read_run(folder) for folder in folders]
-    compared = compare_runs(*runs)
     path = folders[1] / "report" / f"against-{folders[0].absolute().name}.md"
     try:
+        compared = compare_runs(*runs)
         picture = draw_both(runs, compared["runs"], path.with_suffix(".png"))
         text = without_tokens(comparison_text(compared, picture and picture.name))
         path.parent.mkdir(exist_ok=True)
         return compared, write_page(path, text, as_html)
     except OSError as error:
         raise HfsftError(f"{path} cannot be written: {error.strerror}") from None
+    except MALFORMED as error:
+        raise malformed(" or ".join(map(str, folders)), error) from error
 
 
 def compare_runs(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:

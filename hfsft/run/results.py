@@ -50,11 +50,11 @@ def read_run(folder: Path) -> dict[str, Any]:
     return {"run": str(folder), "recipe": recipe, "recipe_text": text, "stages": stages}
 
 
-def malformed(folder: Path, error: Exception) -> HfsftError:
+def malformed(folder: Path | str, error: Exception) -> HfsftError:
     """The error for a run whose files lack what hfsft writes there.
 
     Args:
-        folder: the run's.
+        folder: the run's, or those of two.
         error: one of `MALFORMED`, raised where a value was used.
     """
     return HfsftError(

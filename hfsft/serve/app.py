@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import Any
@@ -53,6 +54,7 @@ def make_app(served: list[ServedModel], **guard: Any) -> Starlette:
         yield
         for model in served:
             model.engine.close()
+        endpoints.encoding.shutdown(wait=False, cancel_futures=True)
 
     endpoints = Endpoints(served)
     page, policy = load_page()
@@ -65,7 +67,7 @@ def make_app(served: list[ServedModel], **guard: Any) -> Starlette:
         CORSMiddleware,
         allow_origins=origins,
         allow_methods=["GET", "POST"],
-        allow_headers=["Authorization", "Content-Type"],
+        allow_headers=["*"],  # OpenAI's own client sends a dozen; the guard checks who may ask
     )
     return Starlette(
         routes=[
@@ -145,6 +147,9 @@ class Endpoints:
         """Remember the models; the first answers requests that name none of them."""
         self.served = served
         self.requests: dict[tuple[str, str], int] = {}  # by model and outcome
+        # one thread, as a fast tokenizer must not encode in two; and not the main one, where the
+        # bounds of a chat template are limits of the whole process, the engines' threads included
+        self.encoding = ThreadPoolExecutor(1, "hfsft-encoding")
 
     # --- generation ---
 
@@ -158,19 +163,33 @@ class Endpoints:
                 "model",
                 "not_a_chat_model",
             )
-        asked = chat_request(
-            body, model.encode_chat, model.defaults, model.context, model.takes_tools
+        asked = await self._encoded(
+            chat_request,
+            body,
+            model.encode_chat,
+            model.defaults,
+            model.context,
+            model.takes_tools,
         )
-        return await self._answer(request, model, asked, Reply(asked, model.tokenizer, True))
+        return await self._answer(request, model, asked, is_chat=True)
 
     async def complete(self, request: Request) -> Response:
         """Answer POST /v1/completions."""
         body = await read_json(request)
         model = self._named(body)
-        asked = completion_request(
-            body, model.encode_text, model.defaults, model.context, model.vocabulary
+        asked = await self._encoded(
+            completion_request,
+            body,
+            model.encode_text,
+            model.defaults,
+            model.context,
+            model.vocabulary,
         )
-        return await self._answer(request, model, asked, Reply(asked, model.tokenizer, False))
+        return await self._answer(request, model, asked, is_chat=False)
+
+    async def _encoded(self, check: Callable[..., Asked], *given: Any) -> Asked:
+        """What a function makes of a request, in the thread that encodes prompts."""
+        return await asyncio.get_running_loop().run_in_executor(self.encoding, check, *given)
 
     def _named(self, body: dict[str, Any]) -> ServedModel:
         """The model of that name, or else the first."""
@@ -179,9 +198,10 @@ class Endpoints:
         return by_name.get(name if isinstance(name, str) else "", self.served[0])
 
     async def _answer(
-        self, request: Request, model: ServedModel, asked: Asked, reply: Reply
+        self, request: Request, model: ServedModel, asked: Asked, is_chat: bool
     ) -> Response:
         """Generate, and reply whole or as a stream; a client that leaves ends it."""
+        reply = Reply(asked, model.engine.tokenizer, is_chat)  # no prompt is encoded with it
         pieces: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
         answers = []
 
@@ -242,6 +262,10 @@ class Endpoints:
                     self._count(model, "finished")
                 yield data
                 data = b""
+        except (GeneratorExit, asyncio.CancelledError):  # the client has left the stream
+            if not reply.is_complete:
+                self._count(model, "cancelled")
+            raise
         finally:
             watch.cancel()
             leave()
@@ -269,9 +293,13 @@ class Endpoints:
         return Response(event({"status": "ready", "cached": True}), media_type="text/event-stream")
 
     async def health(self, request: Request) -> Response:
-        """Answer GET /health: 503 once the server shuts down."""
-        stopping = any(model.engine.is_draining for model in self.served)
-        return JSONResponse({"status": "stopping" if stopping else "ok"}, 503 if stopping else 200)
+        """Answer GET /health: 503 once the server shuts down, or a model answers no more."""
+        status = "ok"
+        if any(model.engine.is_draining for model in self.served):
+            status = "stopping"
+        elif any(model.engine.is_failed for model in self.served):
+            status = "failed"
+        return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
     async def metrics(self, request: Request) -> Response:
         """Answer GET /metrics, in Prometheus' text format."""

@@ -118,7 +118,7 @@ class Engine:
             ModelError: if the model cannot be loaded, or cannot generate.
         """
         self.evaluator, self.max_batch, self.max_queue = evaluator, max_batch, max_queue
-        # a fast tokenizer must not be used by two threads; the event loop has the evaluator's
+        # a fast tokenizer must not encode in two threads; prompts are encoded with the evaluator's
         self.tokenizer = load_its_tokenizer(evaluator.folder)
         self.calculator = Calculator(self.tokenizer, 0) if evaluator.has_calculator else None
         self.ends = set(evaluator.eos_token_ids)
@@ -229,6 +229,11 @@ class Engine:
             self.changed.notify()
         self.thread.join()
 
+    @property
+    def is_failed(self) -> bool:
+        """Whether the thread has ended by an error, so that nothing is answered any more."""
+        return not (self.is_closed or self.thread.is_alive())
+
     def tokens_per_second(self) -> float:
         """Generated tokens a second, over the last ten."""
         now = time.monotonic()
@@ -239,14 +244,15 @@ class Engine:
     def _run(self) -> None:
         """Generate until closed; an error ends the running answers, and the next ones start."""
         while True:
-            with self.changed:
-                while not (self.waiting or self.running or self.is_closed):
-                    self.changed.wait()
-                if self.is_closed:
-                    return
-                self._remove_ended()
-                joining = self._next_answers()
+            joining: list[Answer] = []
             try:
+                with self.changed:
+                    while not (self.waiting or self.running or self.is_closed):
+                        self.changed.wait()
+                    if self.is_closed:
+                        return
+                    self._remove_ended()
+                    joining = self._next_answers()
                 if joining:
                     self._join(joining)
                 if self.running:

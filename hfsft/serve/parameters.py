@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hfsft.errors import DataError, ModelError, first_line, nearest, quoted
@@ -70,7 +70,7 @@ class Asked:
     n: int  # answers to each prompt
     is_streamed: bool
     with_usage: bool  # at the end of a stream
-    has_tools: bool = False
+    tools: dict[str, Any] = field(default_factory=dict)  # name → schema of the parameters
 
     def samplings(self) -> list[Sampling]:
         """The sampling of each answer to a prompt: with a seed, each has its own."""
@@ -173,8 +173,10 @@ class Fields:
             logprobs=logprobs,
         )
 
-    def asked(self, prompts: list[list[int]], sampling: Sampling, has_tools: bool = False) -> Asked:
-        """The whole request."""
+    def asked(
+        self, prompts: list[list[int]], sampling: Sampling, tools: dict[str, Any] | None = None
+    ) -> Asked:
+        """The whole request; `tools` as in `Asked`."""
         n = self.whole("n", 1, MOST_ANSWERS, 1)
         if n * len(prompts) > MOST_ANSWERS:
             raise Refused(f"at most {MOST_ANSWERS} answers in one request", "n", "invalid_value")
@@ -186,7 +188,7 @@ class Fields:
         fields = Fields(options, known)
         model = self.get("model", str, "", "a string")
         usage = fields.flag("include_usage")
-        return Asked(model, prompts, sampling, n, is_streamed, usage, has_tools)
+        return Asked(model, prompts, sampling, n, is_streamed, usage, tools or {})
 
 
 def chat_request(
@@ -221,6 +223,7 @@ def chat_request(
         tools = None
     if tools and not takes_tools:
         raise Refused("the model's chat template has no tools", "tools", "unsupported_parameter")
+    schemas = _tool_schemas(tools or [])
     logprobs = None
     if fields.flag("logprobs"):
         logprobs = fields.whole("top_logprobs", 0, MOST_ALTERNATIVES, 0)
@@ -231,7 +234,7 @@ def chat_request(
     except ModelError as error:  # such as a role that the template does not have
         raise Refused(first_line(error), "messages") from None
     sampling = fields.sampling(defaults, context, len(prompt), logprobs)
-    return fields.asked([prompt], sampling, bool(tools))
+    return fields.asked([prompt], sampling, schemas)
 
 
 def completion_request(
@@ -344,6 +347,18 @@ def _content(content: Any, place: str, message: dict[str, Any]) -> str:
     return "".join(part["text"] for part in content)
 
 
+def _tool_schemas(tools: list[Any]) -> dict[str, Any]:
+    """The name of each tool → the schema of its parameters."""
+    schemas = {}
+    for at, tool in enumerate(tools):
+        function = tool.get("function") if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            place = f"tools[{at}]"
+            raise Refused(f"{place} must describe a function by its name", place, "invalid_type")
+        schemas[function["name"]] = function.get("parameters")
+    return schemas
+
+
 def _tool_calls(calls: Any, place: str) -> list[dict[str, Any]]:
     """Tool calls as chat templates take them: the arguments as an object where they are one."""
     checked = []
@@ -354,18 +369,23 @@ def _tool_calls(calls: Any, place: str) -> list[dict[str, Any]]:
         arguments = function.get("arguments", {})
         if isinstance(arguments, str):
             try:
-                arguments = json.loads(arguments)
+                arguments = json.loads(arguments or "{}")  # "" where a tool takes none
             except (ValueError, RecursionError):
                 raise Refused(f"{place}: arguments are not JSON", place) from None
-        checked.append(
-            {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
-        )
+        kept = {"id": call["id"]} if isinstance(call.get("id"), str) else {}  # of `tool_call_id`
+        function = {"name": function["name"], "arguments": arguments}
+        checked.append(kept | {"type": "function", "function": function})
     return checked
 
 
-def found_tool_calls(text: str) -> tuple[str, list[dict[str, Any]]]:
-    """Split an answer into its text, and its tool calls as OpenAI's: the arguments as JSON text."""
-    rest, calls = split_calls(text)
+def found_tool_calls(text: str, tools: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
+    """Split an answer into its text, and its tool calls as OpenAI's: the arguments as JSON text.
+
+    Args:
+        text: the answer.
+        tools: as in `Asked`; calls of others stay text.
+    """
+    rest, calls = split_calls(text, tools) if tools else (text, [])
     return rest, [
         call | {"arguments": json.dumps(call["arguments"], ensure_ascii=False)} for call in calls
     ]

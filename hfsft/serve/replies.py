@@ -99,16 +99,16 @@ class Reply:
         message, finish = self._message(index)
         return {
             "index": index,
-            "message": message | {"refusal": None},
+            "message": {"role": "assistant"} | message | {"refusal": None},
             "logprobs": logprobs,
             "finish_reason": finish,
         }
 
     def _message(self, index: int) -> tuple[dict[str, Any], str | None]:
-        """The assistant's message, and its finish reason."""
+        """The assistant's message without its role, and its finish reason."""
         text, finish = self.texts[index], self.finishes[index]
-        rest, calls = found_tool_calls(text) if self.asked.has_tools else (text, [])
-        message: dict[str, Any] = {"role": "assistant", "content": rest}
+        rest, calls = found_tool_calls(text, self.asked.tools)
+        message: dict[str, Any] = {"content": rest}
         if not calls:
             return message, finish
         message["content"] = rest or None
@@ -136,11 +136,11 @@ class Reply:
         """The events of a piece that was added; with tools, a choice comes whole at its end."""
         finish, text = piece.finish, piece.text
         delta: dict[str, Any] = {"content": text} if text or piece.choice else {}
-        if self.asked.has_tools:
+        if self.asked.tools:
             if not finish:
                 return b""
-            delta, finish = self._message(index)
-        chosen = self.choices[index] if self.asked.has_tools else [piece.choice]
+            delta, finish = self._message(index)  # the opening named the role
+        chosen = self.choices[index] if self.asked.tools else [piece.choice]
         logprobs = self._logprobs([choice for choice in chosen if choice])
         if self.is_chat:
             events = self._chunk(index, delta, logprobs) if delta else b""

@@ -8,7 +8,7 @@ from hfsft.evaluation.answering import NANOCHAT_BOS, Evaluator
 from hfsft.hub.client import NOT_LOADED
 from hfsft.serve.engine import Engine
 from hfsft.tokens.encoding import encode_texts
-from hfsft.tokens.foreign_templates import encode_prompt
+from hfsft.tokens.foreign_templates import PROBE, bounded, encode_prompt
 
 UNSTATED_CONTEXT = 4096  # tokens, of a model whose configuration states no length
 
@@ -25,17 +25,33 @@ class ServedModel:
             max_queue: see `Engine`.
 
         Raises:
-            ModelError: if it cannot be loaded.
+            ModelError: if it cannot be loaded, or its chat template exceeds a bound.
         """
         self.evaluator = Evaluator(model)
         self.name = model_name(model)
         self.tokenizer = self.evaluator.tokenizer
         self.is_chat = self.evaluator.is_chat
         self.takes_tools = self.is_chat and "tools" in str(self.tokenizer.chat_template)
+        if self.is_chat:
+            self._try_template()
         self.context = self.evaluator.positions or UNSTATED_CONTEXT
         self.engine = Engine(self.evaluator, max_batch, max_queue)
         self.vocabulary = self.evaluator.model.get_input_embeddings().num_embeddings
         self.defaults = self._defaults()
+
+    def _try_template(self) -> None:
+        """Render a conversation within the bounds, which do not apply to those of requests."""
+        try:
+            bounded(
+                self.evaluator.folder,
+                lambda: self.tokenizer.apply_chat_template(
+                    PROBE[:3], add_generation_prompt=True, tokenize=False
+                ),
+            )
+        except ModelError:
+            raise
+        except Exception:  # a template may refuse this conversation; a request is told why
+            return
 
     def _defaults(self) -> dict[str, Any]:
         """How the model's generation_config.json has it sampled; without `do_sample`, greedily."""

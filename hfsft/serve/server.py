@@ -3,6 +3,7 @@
 import errno
 import os
 import socket
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -152,7 +153,8 @@ def listen(listener: socket.socket, host: str, port: int) -> None:
     except ImportError:  # Windows, which has no such limit
         return
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    with suppress(ValueError, OSError):  # macOS refuses its own "unlimited"
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def port_error(error: Exception, host: str, port: int) -> ServingError:

@@ -154,7 +154,8 @@ def prompt_text(
         )
 
     try:
-        settings = tool_settings(tools, tokenizer.chat_template, tokenizer)
+        template = tokenizer.get_chat_template(tools=tools or None)  # of several by name
+        settings = tool_settings(tools, template, tokenizer)
         try:
             return render(messages)
         except Exception:

@@ -9,6 +9,7 @@ from hfsft.hub.push import report_pushes
 from hfsft.model.loading import merged_model, name_base, write_rope_theta
 from hfsft.plan.sizes import SMALL_FILES, checkpoint_size, model_size, most_checkpoints
 from hfsft.process import Stopped
+from hfsft.process_group import meet
 from hfsft.recipe.schema import Recipe, Stage
 from hfsft.run.disk import require_room, shown, writing_to
 from hfsft.run.files import remove, write_text_atomically
@@ -39,6 +40,8 @@ def train_and_save(trainer: Any, recipe: Recipe, stage: Stage) -> None:
             if trainer.is_world_process_zero():
                 lock.release()
                 _push(trainer, stage)
+            # other machines must not look for the next stage's store while this one's is up
+            meet("pushes", stage.quiet)
         finally:
             lock.release()
 

@@ -254,7 +254,8 @@ class Watchdog:
             how = f"is dead, silent for {self.silent[rank]} s"
         elif state in ("T", "t"):
             how = f"was stopped, silent for {self.silent[rank]} s, and is now killed"
-            psutil.Process(identity["pid"]).kill()  # it would keep the folder's lock
+            with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+                psutil.Process(identity["pid"]).kill()  # it would keep the folder's lock
         who = f"rank {rank} (process {identity['pid']} on {identity['host']})"
         prints_itself = message.startswith(LEFT) and state is not None
         self._finish(status, "" if prints_itself else f"{who} {how}")

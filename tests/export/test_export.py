@@ -67,10 +67,25 @@ def test_the_file_says_how_to_sample_and_where_to_end(save_model):
     assert held["general.architecture"] == "llama"
     assert held["general.sampling.temp"] == pytest.approx(0.6)
     assert held["general.sampling.top_k"] == 50
+    assert held["general.sampling.top_p"] == held["general.sampling.penalty_repeat"] == 1
+    assert held["general.sampling.min_p"] == 0
     assert held["tokenizer.ggml.pre"] == "qwen2"
     assert (held["tokenizer.ggml.eos_token_id"], held["tokenizer.ggml.eot_token_id"]) == (4, 0)
     assert held["tokenizer.ggml.add_bos_token"] is False
     assert "generation" not in held["tokenizer.chat_template"].replace("add_generation_prompt", "")
+
+
+def test_the_card_lists_the_files_of_earlier_exports_too(save_model):
+    folder = save_model("llama")
+    for kind in ("f32", "q8_0", "f16"):
+        export_silently(folder, "gguf", kind)
+    (folder / "gguf" / "model-Q8_0.gguf").unlink()
+    export_silently(folder, "gguf", "f16")
+    rows = (folder / "gguf" / "README.md").read_text().split("|---|---|---|---|\n")[1]
+    assert [line.split("`")[1] for line in rows.splitlines() if line.startswith("|")] == [
+        "model-F16.gguf",
+        "model-F32.gguf",
+    ]
 
 
 @pytest.mark.parametrize("kind", ["nanochat", "llama"])
@@ -310,3 +325,18 @@ def test_published_templates_are_rendered_alike_with_tools_and_system(save_model
     (folder / "chat_template.jinja").write_text(path.read_text())
     (proof,) = export_silently(folder, "gguf", "f32")
     assert proof["conversations_equal"] == proof["conversations"] == 10
+
+
+@pytest.mark.parametrize(("to", "kind"), [("gguf", "llama"), ("qwen3", "nanochat")])
+def test_of_several_templates_a_gguf_has_the_default_one(save_model, to, kind):
+    folder = save_model(kind, max_position_embeddings=1024)
+    own = (folder / "chat_template.jinja").read_text()
+    (folder / "additional_chat_templates").mkdir()
+    named = folder / "additional_chat_templates" / "tool_use.jinja"
+    named.write_text("{{ tools | tojson }}" + own)
+    (proof,) = export_silently(folder, to, "f32")
+    assert proof["conversations_equal"] == proof["conversations"] == 10
+    if to == "gguf":
+        (path,) = (folder / "gguf").glob("*.gguf")
+        written = gguf.GGUFReader(path).fields["tokenizer.chat_template"].contents()
+        assert written == gguf_file.plain_template(own)

@@ -10,6 +10,7 @@ from transformers import GenerationConfig
 
 from hfsft.data.tasks import task_rows
 from hfsft.errors import ModelError
+from hfsft.export.gguf_file import sampling_settings
 from hfsft.export.ollama import go_template, modelfile, template_parts
 from hfsft.tokens.tokenizer import template
 
@@ -37,6 +38,9 @@ def test_the_modelfile_of_a_nanochat_model(tokenizer):
         "PARAMETER num_predict 128\n"
         "PARAMETER temperature 0.6\n"
         "PARAMETER top_k 50\n"
+        "PARAMETER top_p 1.0\n"
+        "PARAMETER min_p 0.0\n"
+        "PARAMETER repeat_penalty 1.0\n"
     )
 
 
@@ -46,7 +50,19 @@ def test_a_greedy_model_and_one_without_a_template(tokenizer):
     assert 'TEMPLATE """{{ .Prompt }}"""' in text
     assert text.endswith(
         'PARAMETER stop "<|end|>"\nPARAMETER num_ctx 64\nPARAMETER temperature 0\n'
+        "PARAMETER repeat_penalty 1.0\n"
     )
+
+
+def test_what_a_model_leaves_unset_is_as_transformers_has_it():
+    defaults = GenerationConfig._get_default_generation_params() | {"min_p": 0.0}
+    names = {"repeat_penalty": "repetition_penalty"}
+    settings = sampling_settings(GenerationConfig(do_sample=True))
+    assert settings == {name: defaults[names.get(name, name)] for name in settings}
+    assert len(settings) == 5
+    set_ones = GenerationConfig(do_sample=True, top_k=0, top_p=0.9, repetition_penalty=1.2)
+    assert sampling_settings(set_ones)["top_k"] == 0
+    assert sampling_settings(set_ones)["repeat_penalty"] == 1.2
 
 
 def run(parts: dict[str, str], messages: list[dict[str, str]]) -> str:

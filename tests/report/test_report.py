@@ -408,6 +408,21 @@ def test_losses_on_different_data_are_not_compared(run, tmp_path):
     assert "beyond_noise" not in loss and loss["how"] == "different held-out data: not comparable"
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("stage.json", '{"stage": "sft", "status": "finished", "settings": {}}'),
+        ("validation.jsonl", '{"step": 1}\n'),
+    ],
+)
+def test_a_comparison_with_a_file_of_another_shape_says_where_to_look(run, tmp_path, name, text):
+    other = shutil.copytree(run, tmp_path / "other")
+    (other / "sft" / name).write_text(text)
+    with pytest.raises(HfsftError, match="not as hfsft writes it") as error:
+        write_comparison((run, other))
+    assert str(other) in str(error.value) and len(str(error.value).splitlines()) == 2
+
+
 # --- the command, the browser ---
 
 

@@ -1,5 +1,7 @@
 """The endpoint, as the official `openai` client and raw sockets see it."""
 
+import asyncio
+import copy
 import json
 import shutil
 import socket
@@ -15,8 +17,11 @@ from openai import OpenAI
 from rigged import rigged_to_say, save
 from serving import Running, serving, wait_for
 
+from hfsft.errors import ModelError
 from hfsft.evaluation.answering import Evaluator
-from hfsft.serve.app import MOST_BYTES
+from hfsft.serve.app import MOST_BYTES, make_app
+from hfsft.serve.served import load_served
+from hfsft.tokens import foreign_templates
 
 HI = [user("Hi!")]
 IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
@@ -207,6 +212,68 @@ def test_tools_where_the_template_has_them(make_model, tokenizer, tmp_path, api)
         assert ask(calling, tools=tools, tool_choice="none").usage == without.usage
 
 
+def test_the_clients_stream_helper_gathers_a_call(make_model, tokenizer, tmp_path):
+    function = {"name": "f", "strict": True, "parameters": {"type": "object", "properties": {}}}
+    own = copy.deepcopy(tokenizer)
+    own.add_tokens(['{"name": "f", "arguments": {}}', "#1#", "#2#", "#3#"])  # heads of even width
+    made = rigged_to_say('{"name": "f", "arguments": {}}', make_model, own, tmp_path)
+    given = {"model": "m", "messages": HI, "tools": [{"type": "function", "function": function}]}
+    with (
+        serving(made) as running,
+        client(running) as api,
+        api.chat.completions.stream(**given) as stream,
+    ):
+        (choice,) = stream.get_final_completion().choices
+    assert choice.message.role == "assistant" and choice.finish_reason == "tool_calls"
+    (call,) = choice.message.tool_calls
+    assert (call.function.name, call.function.arguments) == ("f", "{}")
+
+
+def test_requests_set_no_limit_on_the_process(folders, monkeypatch):
+    """In the main thread a template is rendered within limits, which the engine would share."""
+    served = load_served([folders("nanochat")], 1, 1)
+    app = make_app(served, host="127.0.0.1")
+    limited = []
+    monkeypatch.setattr(foreign_templates, "_limited", lambda *given: limited.append(given))
+
+    async def status() -> int:
+        transport = httpx2.ASGITransport(app)
+        async with (
+            app.router.lifespan_context(app),
+            httpx2.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client,
+        ):
+            body = {"messages": HI, "max_tokens": 2}
+            return (await client.post("/v1/chat/completions", json=body)).status_code
+
+    assert asyncio.run(status()) == 200 and not limited
+
+
+def test_a_template_that_exceeds_a_bound_is_not_served(folders, tmp_path):
+    path = Path(shutil.copytree(folders("nanochat"), tmp_path / "model"))
+    (path / "chat_template.jinja").write_text("{{ 'a' * 500000000 }}")
+    with pytest.raises(ModelError, match="takes more than 256 MiB of memory"):
+        load_served([str(path)], 1, 1)
+    (path / "chat_template.jinja").write_text("{{ raise_exception('never') }}")
+    with serving(str(path)) as running, client(running) as api:
+        assert "never" in refused(api)["message"]
+
+
+def test_a_result_names_its_call_by_id(make_model, tokenizer, tmp_path):
+    """A client sends back a call without arguments as it was written."""
+    made = rigged_to_say("<|python_start|>", make_model, tokenizer, tmp_path)
+    (tmp_path / "rigged" / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.content }}{% for call in m.tool_calls or [] %}{{ call.id }}"
+        "{{ call.function.arguments | tojson }}{% endfor %}{{ m.tool_call_id }}{% endfor %}"
+    )
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": ""}}
+    result = {"role": "tool", "tool_call_id": "c1", "content": "7"}
+    given = [*HI, {"role": "assistant", "content": None, "tool_calls": [call]}, result]
+    with serving(made) as running, client(running) as api:
+        usage = ask(api, messages=given).usage
+        written = running.served[0].tokenizer("Hi!c1{}7c1")["input_ids"]
+        assert usage.prompt_tokens == len(written)
+
+
 def test_a_base_model_completes_and_does_not_chat(tmp_path, make_model, tokenizer):
     made = save(make_model(), tokenizer, tmp_path / "base")
     (tmp_path / "base" / "stage.json").write_text(
@@ -254,6 +321,7 @@ def test_two_models_answer_by_name(folders):
         ({"messages": [user([IMAGE])]}, "messages[0].content"),
         ({"messages": [user("Hi"), system("late")]}, "messages"),  # the template refuses it
         ({"messages": HI * 1025}, "messages"),
+        ({"tools": [{"name": "f"}]}, "tools[0]"),
     ],
 )
 def test_what_is_unsupported_is_refused(api, settings, param):
@@ -342,6 +410,8 @@ def test_a_client_that_goes_away_frees_its_place(folders, stream):
         wait_for(lambda: answer.is_cancelled or answer.is_ended)
         assert answer.is_cancelled
         assert ask(api).usage.completion_tokens == 8
+        counted = 'hfsft_requests_total{model="nanochat",outcome="cancelled"} 1'
+        wait_for(lambda: counted in httpx2.get(f"{running.url}/metrics").text)
 
 
 def test_a_slow_reader_delays_nobody(server, api):
@@ -427,3 +497,12 @@ def test_an_error_of_the_model_has_its_status(folders, capsys):
             list(ask(api, stream=True))
         running.engine.batch.step = step
         assert ask(api).usage.completion_tokens == 8
+
+
+def test_a_model_that_answers_no_more_is_unhealthy(folders):
+    with serving(folders("nanochat")) as running:
+        assert httpx2.get(f"{running.url}/health").json() == {"status": "ok"}
+        running.engine.close()
+        running.engine.is_closed = False  # as if an error had ended its thread
+        response = httpx2.get(f"{running.url}/health")
+        assert (response.status_code, response.json()) == (503, {"status": "failed"})

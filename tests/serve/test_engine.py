@@ -215,6 +215,26 @@ def test_a_failing_step_ends_its_answers_and_the_next_ones_are_right(folders, ca
     assert "RuntimeError: a bug" in capsys.readouterr().err
 
 
+def test_an_error_while_a_cancelled_answer_leaves_ends_no_thread(folders, capsys, monkeypatch):
+    with asking(folders("llama")) as asked:
+        keep = asked.engine.batch.keep
+
+        def fail(rows):
+            if rows:  # the rest of the batch is copied; an empty one needs no memory
+                raise torch.OutOfMemoryError
+            keep(rows)
+
+        monkeypatch.setattr(asked.engine.batch, "keep", fail)
+        first, second = asked.ask(0, Sampling(200)), asked.ask(1, Sampling(200))
+        wait_for(lambda: second[0].tokens)
+        asked.engine.cancel(first)
+        ends = {key: finish for key, (_, finish) in asked.until_all_end(2).items()}
+        assert ends == {0: "cancelled", 1: "error"}
+        asked.ask(2, Sampling(3))
+        assert asked.until_all_end(1)[2][1] == "length" and not asked.engine.is_failed
+    assert "out of GPU memory" in capsys.readouterr().err
+
+
 def test_answers_that_do_not_fit_into_memory_together_wait(folders):
     engine = Engine(Evaluator(folders("nanochat")))  # not started
     asked = Asking(engine)

@@ -50,6 +50,8 @@ def test_an_allowed_origin(folders):
         assert preflight.status_code == 200
         assert preflight.headers["access-control-allow-origin"] == allowed
         assert "access-control-allow-credentials" not in preflight.headers
+        asked["access-control-request-headers"] = "authorization, x-stainless-lang"  # OpenAI's
+        assert httpx2.options(it.url + CHAT, headers=asked).status_code == 200
 
 
 def test_keys(folders):

@@ -11,8 +11,14 @@ from hfsft.serve.replies import Reply
 CALL = '<tool_call>\n{"name": "f", "arguments": {"x": [1, {"y": "}"}]}}\n</tool_call>'
 
 
+TOOLS = {"f": {"type": "object", "properties": {"x": {"type": "array"}}}}
+OTHER = '{"name": "g", "arguments": {"x": 1}}'
+DESCRIPTION = json.dumps({"name": "f", "parameters": TOOLS["f"]})
+
+
 def reply(is_streamed: bool, has_tools: bool = True) -> Reply:
-    asked = Asked("m", [[1, 2, 3]], Sampling(9), 1, is_streamed, False, has_tools)
+    tools = TOOLS if has_tools else {}
+    asked = Asked("m", [[1, 2, 3]], Sampling(9), 1, is_streamed, False, tools)
     return Reply(asked, None, is_chat=True)
 
 
@@ -24,12 +30,19 @@ def reply(is_streamed: bool, has_tools: bool = True) -> Reply:
         ("<tool_call>{broken</tool_call> ", "<tool_call>{broken</tool_call> ", []),
         ('<tool_call>{"name": "f"}</tool_call>', '<tool_call>{"name": "f"}</tool_call>', []),
         (" no call ", " no call ", []),
+        (OTHER, OTHER, []),  # of a tool that the request does not have
+        (f"I know {DESCRIPTION}", f"I know {DESCRIPTION}", []),
+        (f"{OTHER} {CALL}", OTHER, ["f"]),
     ],
 )
 def test_tool_calls_are_found(text, rest, names):
-    found, calls = found_tool_calls(text)
+    found, calls = found_tool_calls(text, TOOLS)
     assert found == rest and [call["name"] for call in calls] == names
     assert {call["arguments"] for call in calls} <= {'{"x": [1, {"y": "}"}]}'}
+
+
+def test_a_tool_without_parameters_is_called_with_none():
+    assert found_tool_calls('{"name": "f", "parameters": {}}', {"f": {}})[1][0]["name"] == "f"
 
 
 def test_a_whole_reply_with_a_tool_call():

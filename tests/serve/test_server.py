@@ -19,7 +19,7 @@ from hfsft.cli import _run_app
 from hfsft.errors import ModelError, ServingError
 from hfsft.process import run_main
 from hfsft.serve.served import load_served, model_name
-from hfsft.serve.server import KEY_VARIABLE, open_port, serve, the_key
+from hfsft.serve.server import KEY_VARIABLE, listen, open_port, serve, the_key
 
 BODY = {"messages": [{"role": "user", "content": "Hi!"}], "max_tokens": 200}
 
@@ -47,6 +47,18 @@ def failure(capsys, *arguments: str) -> str:
         run_main(_run_app, "serve", *arguments)
     assert caught.value.code == 2
     return capsys.readouterr().err
+
+
+def test_an_open_file_limit_that_cannot_be_raised_is_kept(monkeypatch):
+    resource = pytest.importorskip("resource")
+
+    def refuse(*given):
+        raise ValueError("current limit exceeds maximum limit")  # macOS, of its own "unlimited"
+
+    monkeypatch.setattr(resource, "setrlimit", refuse)
+    with open_port("127.0.0.1", 0) as listener:
+        listen(listener, "127.0.0.1", 0)
+        socket.create_connection(listener.getsockname()).close()
 
 
 def test_a_port_in_use(folders, capsys):

@@ -38,6 +38,15 @@ def test_special_tokens_in_messages_and_tools_are_plain_text(tokenizer):
     assert not any(token in tokenizer.added_tokens_decoder for token in ids)
 
 
+def test_of_several_templates_tools_have_their_own(tokenizer):
+    several = copy.deepcopy(tokenizer)
+    several.chat_template = {"default": "{{ messages[0].content }}", "tool_use": TOOLS}
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    ids = encode_prompt([user("Hi")], several, tools)
+    assert tokenizer.decode(ids) == json.dumps(tools[0]) + "Hi"
+    assert tokenizer.decode(encode_prompt([user("Hi")], several)) == "Hi"
+
+
 def test_a_refusal_of_the_template_is_said(tokenizer):
     with pytest.raises(ModelError, match=r"its chat template refuses: .* no role system here"):
         encode_prompt([user("Hi"), system("late")], tokenizer)

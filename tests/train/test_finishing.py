@@ -18,6 +18,7 @@ from hfsft.evaluation.answering import Evaluator, load_for_answers
 from hfsft.hub.push import push_run
 from hfsft.run.manifest import MANIFEST, verify_model
 from hfsft.tokens.tokenizer import load_tokenizer
+from hfsft.train import finishing
 from hfsft.train.callbacks import GuardedTracker, guard_trackers
 from hfsft.train.trainer import SFTStageTrainer
 
@@ -86,6 +87,15 @@ def test_the_model_is_saved_though_an_optional_part_fails(
     assert (folder / "README.md").exists() == (part != "model_card")
     said = capsys.readouterr().out
     assert "failed: it broke" in said and said.count("it broke") == (2 if part == "joules" else 1)
+
+
+def test_ranks_meet_after_the_push(recipe, tmp_path, monkeypatch):
+    """Else other machines would join the store of a stage that is still pushed."""
+    done = []
+    monkeypatch.setattr(finishing, "_push", lambda *given: done.append("pushed"))
+    monkeypatch.setattr(finishing, "meet", lambda doing, quiet: done.append(doing))
+    sft.main(recipe, "--output_dir", str(tmp_path), "--quiet")
+    assert done == ["pushed", "pushes"]
 
 
 @pytest.mark.parametrize("event", ["on_train_begin", "on_log", "on_save", "on_train_end"])

@@ -17,6 +17,7 @@ import yaml
 from faults import RECIPE, bits, harness
 
 from hfsft import base
+from hfsft.train import ranks
 
 BIN = Path(sys.executable).parent
 CONFIG = {
@@ -83,6 +84,24 @@ def test_the_rank_that_is_left_names_the_other_and_ends(tmp_path, number, how):
         re.M,
     )
     assert ranks[1].wait(timeout=60) == -signal.SIGKILL
+
+
+def test_a_stopped_rank_that_has_ended_meanwhile_is_named(tmp_path, monkeypatch, capsys):
+    from torch.distributed import TCPStore
+
+    def leave(status: int) -> None:
+        raise SystemExit(status)
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setattr(ranks, "machine", lambda: 0)
+    monkeypatch.setattr(os, "_exit", leave)
+    watchdog = ranks.Watchdog(tmp_path, store, 0, 2)
+    with subprocess.Popen([sys.executable, "-c", ""]) as peer:
+        watchdog.identities[1] = {"pid": peer.pid, "host": "here"}
+    monkeypatch.setattr(watchdog, "_state", lambda rank: "T")
+    with pytest.raises(SystemExit):
+        watchdog._exit_because_of(1)
+    assert f"rank 1 (process {peer.pid} on here) was stopped" in capsys.readouterr().err
 
 
 def test_a_store_that_answers_no_more_ends_the_ranks_with_who_held_it(tmp_path):
