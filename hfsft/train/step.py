@@ -122,6 +122,8 @@ class PackedStep:
             raise RecipeError(f"{stage.name}: {' '.join(str(error).split())}") from None
         if self.accelerator.ddp_handler is not None:
             self.accelerator.ddp_handler.gradient_as_bucket_view = True  # no second copy of them
+        if stage.load_in_4bit:
+            _adapter_in_float32(self.model)
         self.stage = stage
         self._train_batch_size = examples // args.world_size  # the data loader yields whole steps
         self.rows = args.per_device_train_batch_size  # of a micro-batch; 0: one document each
@@ -427,6 +429,16 @@ def _fit_arguments(args: Any, stage: Stage, examples: int, dataset: Any, model: 
         args.dataloader_prefetch_factor, args.dataloader_persistent_workers = None, False
     if args.ddp_find_unused_parameters is None and not _has_experts(model):
         args.ddp_find_unused_parameters = False  # transformers' default walks the graph
+
+
+def _adapter_in_float32(model: Any) -> None:
+    """Undo trl's cast of a quantized model's adapter to bfloat16.
+
+    Its updates would be rounded to 8 bits, and fp16's gradient scaler unscales float32 only.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype == torch.bfloat16:
+            parameter.data = parameter.data.float()
 
 
 def _has_experts(model: Any) -> bool:
