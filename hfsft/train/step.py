@@ -42,6 +42,7 @@ from hfsft.tokens.encoding import IGNORED
 from hfsft.train.callbacks import ConsoleCallback, MetricsCallback, StopOnSignal, guard_trackers
 
 BAD_STEPS = "bad_steps.jsonl"  # updates that were skipped, and their examples
+FITTING = "`hfsft plan RECIPE` says which max_length, gradient_checkpointing, optim or lora fits"
 
 
 class StepSampler(torch.utils.data.Sampler):
@@ -356,8 +357,7 @@ class PackedStep:
         limit = f" within memory_limit: {self.stage.memory_limit}" * bool(self.stage.memory_limit)
         return MemoryShortage(
             f"{self.stage.name}: out of memory{limit} with {longest:,} tokens in "
-            f"{'a micro-batch' if self.rows else 'one document'} on {self.args.device}\n  "
-            "`hfsft plan RECIPE` says which max_length, gradient_checkpointing, optim or lora fits"
+            f"{'a micro-batch' if self.rows else 'one document'} on {self.args.device}\n  {FITTING}"
         )
 
     # --- losses and gradients that are not finite ---
