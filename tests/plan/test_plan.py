@@ -346,3 +346,19 @@ def test_a_compiled_stage_is_timed_without_the_compiler_too(capsys):
     print_plan(planned)
     shown = " ".join(capsys.readouterr().out.split())
     assert "sft: torch_compile is worth it; 1 s a step with it, 1.25 s without." in shown
+
+
+def test_a_stage_that_does_not_fit_is_not_timed(capsys):
+    recipe = load_recipe("r.yaml", "--sft.memory_limit", "300MB")
+    planned = plan_run(recipe, 10**12, lambda recipe, stage: 7.0)
+    base_data, sft_data = planned["stages"]["base"], planned["stages"]["sft"]
+    assert (base_data["seconds_per_step"], base_data["timed"]) == (7.0, True)
+    assert not sft_data["fits"] and not sft_data["timed"]
+    assert (
+        sft_data["seconds_per_step"]
+        == plan_run(recipe, 10**12)["stages"]["sft"]["seconds_per_step"]
+    )
+    print_plan(planned)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "measured from a few micro-batches" in shown
+    assert "Times of sft are estimated" in shown
