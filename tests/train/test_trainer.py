@@ -7,6 +7,7 @@ import datasets
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import AttentionInterface
 from trl import SFTConfig, SFTTrainer
 
 from hfsft.errors import MemoryShortage, RecipeError
@@ -166,6 +167,21 @@ def test_a_model_that_cannot_keep_documents_apart_gets_one_a_row(make_model, mak
     loss, expected = one_by_one(model, train)
     trainer = make_trainer(model)
     assert trainer.data_collator.alone
+    assert step(trainer, train) == pytest.approx(loss, rel=1e-6)
+    assert_same_gradients(gradients(model), expected)
+
+
+def test_an_attention_that_refuses_the_model_is_not_used(make_model, make_trainer, monkeypatch):
+    def refusing(*args, **kwargs):
+        raise RuntimeError("This flash attention build requires head_size % 8 == 0")
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "refusing", refusing)
+    monkeypatch.setattr("hfsft.train.step.packed_attention", lambda *args: "refusing")
+    model = make_model("llama")
+    trainer = make_trainer(model)
+    assert trainer.fused and model.config._attn_implementation == "sdpa"
+    train = list(conversations(16))
+    loss, expected = one_by_one(model, train)
     assert step(trainer, train) == pytest.approx(loss, rel=1e-6)
     assert_same_gradients(gradients(model), expected)
 
