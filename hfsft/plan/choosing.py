@@ -10,6 +10,7 @@ from hfsft.errors import MemoryShortage, RecipeError
 from hfsft.model.optimizer import FOR_BFLOAT16, INSTALL, missing_package
 from hfsft.plan.horizon import with_horizon
 from hfsft.plan.plan import (
+    SFT_FILL,
     Plan,
     estimated_seconds,
     examples_per_rank,
@@ -171,7 +172,8 @@ def choose(
     for item, count in zip(settings, fitting, strict=True):
         if count is None:
             continue
-        seconds = estimated_seconds(plan(item, count), stage.lora is not None)
+        fill = SFT_FILL if stage.name == "sft" else 1.0
+        seconds = estimated_seconds(plan(item, count), stage, fill)
         if seconds < WORTH * fastest:
             chosen, best, fastest = item, count, seconds
     values = {"per_device_train_batch_size": best} if given_rows == AUTO else {}
@@ -303,7 +305,7 @@ def _times(
 ) -> dict[str, Any]:
     """The seconds of a stage's step in `plan_run`."""
     if time_step is None:
-        now, uncompiled = estimated_seconds(plan, stage.lora is not None), None
+        now, uncompiled = estimated_seconds(plan, stage), None
     else:
         without = with_settings(stage, torch_compile=False)
         compiled = stage.trainer.get("torch_compile")

@@ -15,7 +15,7 @@ from hfsft.errors import MemoryShortage, ModelError
 from hfsft.plan import choosing, step_memory
 from hfsft.plan import plan as memory
 from hfsft.plan.choosing import choose, nearest_settings, plan_run, require_fit, with_settings
-from hfsft.plan.plan import plan_stage
+from hfsft.plan.plan import CUDA_CONTEXT, estimated_seconds, limit_of, plan_stage
 from hfsft.plan.printing import print_plan
 from hfsft.recipe.loading import load_recipe
 
@@ -305,6 +305,18 @@ def test_planning_leaves_chance_and_disk_alone(here):
     assert [path.name for path in here.iterdir()] == ["r.yaml"]
 
 
+def test_memory_of_other_processes_is_not_planned_with(make_stage, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda: 5 * 10**8)
+    free = {"alone": 79 * 10**8, "desktop": 6 * 10**9}
+    limits = {}
+    for name, size in free.items():
+        monkeypatch.setattr("torch.cuda.mem_get_info", lambda size=size: (size, 8 * 10**9))
+        limits[name] = limit_of(make_stage(), "cuda")
+    assert limits == {"alone": 8 * 10**9, "desktop": 6 * 10**9 + 5 * 10**8 + CUDA_CONTEXT}
+    assert limit_of(make_stage(memory_limit="3GB"), "cuda") == 3 * 10**9
+
+
 def test_disk():
     argv = ("--sft.save_strategy", "steps", "--sft.save_total_limit", "2")
     recipe = load_recipe("r.yaml", *argv)
@@ -322,6 +334,25 @@ def test_operations_of_a_step():
     assert plan.flops_per_step == pytest.approx(32 * 1024 * per_token, rel=0.001)
     adapter = with_settings(recipe.sft, lora={"r": 1})
     assert plan_stage(recipe, adapter).flops_per_step < 0.75 * plan.flops_per_step
+
+
+def test_launches_of_a_small_model(monkeypatch):
+    """Six layers, 8 conversations in two micro-batches: 5 ms a layer, whatever the arithmetic."""
+    folder = model_folder(model_type="llama", **SHAPE)
+    recipe = load_recipe("r.yaml", "--model_name_or_path", folder, stage="sft")
+    stage = with_settings(recipe.sft, per_device_train_batch_size=4, gradient_checkpointing=False)
+
+    def seconds(fill=1.0, **changes):
+        changed = with_settings(stage, **changes)
+        return estimated_seconds(plan_stage(recipe, changed, None, "cuda"), changed, fill)
+
+    once = 6 * 5e-3
+    assert seconds() == pytest.approx(2 * once)
+    assert seconds(fill=0.5) == pytest.approx(once)
+    assert seconds(fill=0.6) == pytest.approx(2 * once)
+    assert seconds(gradient_checkpointing=True) == pytest.approx(3 * once)
+    assert seconds(lora={"r": 4}) == pytest.approx(3 * once)
+    assert seconds(lora={"r": 4}, load_in_4bit=True) == pytest.approx(1.45 * 3 * once)
 
 
 def test_table(capsys):
