@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from bitsandbytes.optim.optimizer import Optimizer8bit
+from safetensors.torch import load_file
 
 from hfsft.doctor.stage_checks import train_tiny, write_recipe
 from hfsft.errors import MemoryShortage
@@ -29,3 +31,25 @@ def test_memory_that_runs_out_in_an_update_is_one_message(tmp_path, monkeypatch)
     assert json.loads(record.read_text())["status"] == "failed"
     assert torch.equal(train_tiny(tmp_path, "short", "--optim", "adamw_torch"), whole)
     assert len(calls) == 4 + 2
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+def test_states_of_a_paged_optimizer_are_allocated_by_it_again(tmp_path, monkeypatch):
+    """The allocation is the optimizer's own on a CPU too, though nothing is paged there."""
+    write_recipe(tmp_path)
+    paged = ("--optim", "paged_adamw_8bit")
+    whole = train_tiny(tmp_path, "whole", *paged)
+    train_tiny(tmp_path, "resumed", "--max_steps", "2", *paged)
+    allocate, made = Optimizer8bit.get_state_buffer, []
+
+    def remember(self, parameter, dtype):
+        buffer = allocate(self, parameter, dtype)
+        made.append(buffer.numel())
+        return buffer
+
+    monkeypatch.setattr(Optimizer8bit, "get_state_buffer", remember)
+    assert torch.equal(train_tiny(tmp_path, "resumed", *paged), whole)
+    # two states of each parameter, allocated once though two steps follow
+    parameters = load_file(tmp_path / "runs/resumed/sft/model.safetensors")
+    assert len(made) == 2 * len(parameters)
+    assert sum(made) == 2 * whole.numel()
