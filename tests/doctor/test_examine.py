@@ -32,7 +32,7 @@ def test_a_resumed_run_has_the_bits_of_a_whole_one():
 
 
 def test_what_a_cpu_lacks_is_not_a_failure():
-    for check in (step_checks.four_bit_weights, stage_checks.out_of_memory):
+    for check in (stage_checks.four_bit_weights, stage_checks.out_of_memory):
         with pytest.raises(NotHere, match="CUDA GPU"):
             check()
     for check in (kernels.flash_attention, kernels.other_heads):
