@@ -137,10 +137,13 @@ def suits_varlen(config: Any) -> bool:
     multi-head latent attention (`v_head_dim`) are narrower.
     """
     text = config.get_text_config()
-    heads = getattr(text, "num_attention_heads", None)
-    size = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 0)
-    wide = size % 8 == 0 and 0 < size <= 256 and getattr(text, "v_head_dim", None) is None
-    return wide and not any(getattr(text, name, None) for name in DROPOUTS)
+    try:
+        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        narrow = getattr(text, "v_head_dim", None) is not None
+        drops = any(getattr(text, name, None) for name in DROPOUTS)
+    except (AttributeError, RuntimeError):  # no heads, or transformers': heads differ by layer
+        return False
+    return size % 8 == 0 and size <= 256 and not (narrow or drops)
 
 
 AttentionInterface.register(DOCUMENTS, document_attention)

@@ -11,6 +11,7 @@ from hfsft.model.attention import (
     VARLEN,
     document_attention,
     packed_attention,
+    suits_varlen,
     varlen_attention,
 )
 
@@ -98,6 +99,11 @@ def test_the_kernel_of_a_card_gets_only_heads_that_it_takes(
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     assert packed_attention(model, torch.device("cuda"), half=True, longest=64) == expected
+
+
+@pytest.mark.parametrize("model_type", ["gemma4_text", "mamba"])
+def test_heads_that_differ_by_layer_or_are_none_do_not_suit_the_kernel(model_type):
+    assert not suits_varlen(AutoConfig.for_model(model_type))
 
 
 def test_dropout_that_the_kernel_lacks_is_an_error():
