@@ -18,13 +18,15 @@ from hfsft.errors import ModelError
 from hfsft.hub.client import NOT_LOADED, require_model, why_not_loaded
 from hfsft.model.attention import document_attention
 from hfsft.model.loading import bf16_is_native, fresh_config
-from hfsft.plan.sizes import most_checkpoints
+from hfsft.plan.sizes import most_checkpoints, optimizer_bytes
 from hfsft.plan.spread import spread
 from hfsft.plan.step_memory import (
     KINDS,
     PLANNED,
     TracedStep,
     count_parameters,
+    empty_model,
+    isolated,
     peaks_of,
     uses_checkpointing,
 )
@@ -163,7 +165,7 @@ def plan_stage(
         steps=stage.max_steps,
         tokens_per_step=examples_of_step(recipe, stage) * step.length,
         flops_per_step=examples_of_step(recipe, stage) * step.length * _token_flops(step),
-        disk=_disk(stage, peaks_of(step)["optimizer step"], parameters, trained),
+        disk=_disk(step, parameters, trained),
         notes=tuple(_notes(step)),
     )
 
@@ -322,7 +324,9 @@ def matmul_rate(device: str, precision: str) -> float:
         return RTX_4060
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
     size = 4096 if device == "cuda" else 512
-    matrix = torch.ones(size, size, dtype=dtype, device=device)
+    # products of ones draw less power, and a card at its power limit would clock higher
+    chance = torch.Generator(device).manual_seed(0)
+    matrix = torch.randn(size, size, dtype=dtype, device=device, generator=chance)
     matrix @ matrix  # the first one initialises the library
     count, began, seconds = 0, time.perf_counter(), 0.0
     each = 20 if device == "cuda" else 1  # a product takes 0.2 ms there, about as long as a wait
@@ -342,14 +346,16 @@ def _gathered(step: TracedStep, parameters: int) -> int:
     return 4 * (outside + 2 * (parameters - outside) // max(1, step.layers))
 
 
-def _disk(stage: Stage, update: dict[str, int], parameters: int, trained: int) -> int:
+def _disk(step: TracedStep, parameters: int, trained: int) -> int:
     """Bytes of a stage's checkpoints, with the one being written, and of its finished model."""
-    settings = stage.trainer
+    stage, settings = step.stage, step.stage.trainer
     count = most_checkpoints(settings, stage.max_steps)
     saved = trained if stage.lora is not None else parameters
-    state = update["optimizer"]
-    if str(settings.get("optim")).startswith("paged"):
-        state += 2 * trained * (1 if "8bit" in settings["optim"] else 4)
+    state = peaks_of(step)["optimizer step"]["optimizer"]
+    optim = str(settings.get("optim"))
+    if optim.startswith("paged"):  # most of its states are not among what is traced
+        with isolated():
+            state = optimizer_bytes(empty_model(step, step.layers)[0], optim)
     final = 4 * parameters + (4 * trained if stage.lora is not None else 0)
     return count * (4 * saved + state) + final
 

@@ -324,6 +324,17 @@ def test_disk():
     # three checkpoints of weights and two states, and the model
     assert plan.disk == pytest.approx((3 * 12 + 4) * plan.parameters, rel=0.01)
     assert plan_stage(recipe, recipe.base).disk == 4 * plan.parameters
+    # paged states take what the same ones take that are not paged
+    for paged, plain in (
+        ("paged_adamw_8bit", "adamw_bnb_8bit"),
+        ("paged_adamw_32bit", "adamw_torch_fused"),
+        ("paged_lion_8bit", "lion_8bit"),
+    ):
+        sizes = [
+            plan_stage(recipe, with_settings(recipe.sft, optim=optim), device_type="cuda").disk
+            for optim in (paged, plain)
+        ]
+        assert sizes[0] == pytest.approx(sizes[1], rel=0.01), paged
 
 
 def test_operations_of_a_step():
