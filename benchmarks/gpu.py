@@ -4,14 +4,13 @@
     python benchmarks/gpu.py --device cpu --tiny      # every part once, on a CPU, in minutes
 
 Each part is a process of its own (--tiny: one for all) under a cap of --memory GB. Results are kept
-in benchmarks/results/CARD.json after every row, and the same command resumes; --restart begins
-anew.
+in benchmarks/results/CARD.json after every row, and the same command resumes, with rows that failed
+tried again; --restart begins anew.
 Models are randomly initialised: d8 is the 92 M NanoChat of recipes/nanochat-d8.yaml, smol has the
 shape of SmolLM2-135M. Without --data the conversations are those of the built-in tasks.
 """
 
 import argparse
-import contextlib
 import gc
 import json
 import os
@@ -99,8 +98,13 @@ def main() -> None:
     if unknown := set(wanted) - set(PARTS):
         parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     arguments = [word for word in sys.argv[1:] if word != "--restart"]
+    file = results_file(given)
     if given.restart:
-        results_file(given).unlink(missing_ok=True)
+        file.unlink(missing_ok=True)
+    if file.is_file():  # what failed then is tried again
+        found = json.loads(file.read_text())
+        found["rows"] = {key: row for key, row in found["rows"].items() if "failed" not in row}
+        file.write_text(json.dumps(found, indent=1) + "\n")
     # --tiny in one process, whose start takes longer than most parts
     for part in [",".join(wanted)] if given.tiny else wanted:
         began = time.perf_counter()
@@ -108,7 +112,7 @@ def main() -> None:
         while status == AGAIN:
             status = subprocess.run(command).returncode
         print(f"{part}: {time.perf_counter() - began:.0f} s, exit status {status}", flush=True)
-    print(tables(json.loads(results_file(given).read_text())))
+    print(tables(json.loads(file.read_text())))
 
 
 def results_file(given: argparse.Namespace) -> Path:
@@ -245,16 +249,6 @@ class Part:
         )
         return path
 
-    @contextlib.contextmanager
-    def energy(self, found: dict[str, Any]) -> Iterator[None]:
-        """Adds the joules that the card uses meanwhile."""
-        from hfsft.train.measuring import joules
-
-        before = joules(self.device)
-        yield
-        if before is not None:
-            found["joules"] = joules(self.device) - before
-
     # --- the parts: name and measurement of each row ---
 
     def plan(self) -> Iterator[tuple[str, Callable[[], dict]]]:
@@ -309,10 +303,12 @@ class Part:
         package, module = KERNELS.get(variant, (None, None))
         if module and find_spec(module) is None:
             return {"unavailable": f"{package} is not installed"}
+        kind = SHAPES[shape].get("model_type", "nanochat")
+        if variant == "liger" and not liger_knows(kind):
+            return {"unavailable": f"{package} has no kernels for {kind}"}
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
         count = 4 if self.given.tiny else 6
         steps.ROWS = 16 if variant in ("hfsft", "bare") else 2
-        found: dict[str, Any] = {}
         folder = self.folder / "step"
         folder.mkdir(exist_ok=True)
 
@@ -322,11 +318,10 @@ class Part:
                 model.set_attn_implementation("flash_attention_2")
             return model
 
-        with self.energy(found):
-            found |= steps.run(variant, make, self.given.data, str(folder), count)
+        found = steps.run(variant, make, self.given.data, str(folder), count)
         card = self.results["machine"]["card"]
         if peak := next((flops for name, flops in steps.PEAK_FLOPS.items() if name in card), None):
-            found["mfu"] = 6 * found["parameters"] * found["tokens_a_second"] / peak
+            found["mfu"] = 6 * found["matmul_parameters"] * found["tokens_a_second"] / peak
         return found
 
     def job(self) -> Iterator[tuple[str, Callable[[], dict]]]:
@@ -360,6 +355,8 @@ class Part:
         shapes = ("tiny",) if self.given.tiny else ("d8", "d20", "d12")
         for optim in ("adamw_bnb_8bit", "muon"):
             for shape in shapes:
+                if (shape, optim) == ("d20", "muon"):
+                    continue  # 7.4 GB of weights, gradients and states, of 8
                 for compiled in (False, True):
                     name = f"{shape}, {optim}{', compiled' * compiled}"
                     yield name, lambda s=shape, o=optim, c=compiled: self.base_steps(s, o, c)
@@ -447,6 +444,13 @@ class Part:
         return {key: record[key] for key in ("steps", "eval_loss_before", "eval_loss")}
 
 
+def liger_knows(model_type: str) -> bool:
+    """Whether liger-kernel patches such models: it leaves others as they are, with a warning."""
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    return model_type in MODEL_TYPE_TO_APPLY_LIGER_FN
+
+
 # --- tables ---
 
 
@@ -471,7 +475,7 @@ def medians(rows: dict[str, dict]) -> dict[str, dict]:
     grouped: dict[str, list[dict]] = {}
     for name, found in rows.items():
         grouped.setdefault(name.rpartition(", ")[0], []).append(found)
-    keys = ("tokens_a_second", "peak_bytes", "mfu", "joules")
+    keys = ("tokens_a_second", "peak_bytes", "mfu", "joules", "micro_batch_rows")
     return {
         name: {
             key: statistics.median(found[key] for found in several)
@@ -485,7 +489,8 @@ def medians(rows: dict[str, dict]) -> dict[str, dict]:
 
 def _table(rows: dict[str, dict]) -> list[str]:
     columns = list(dict.fromkeys(key for found in rows.values() for key in found))
-    columns = [key for key in columns if key not in ("losses", "idle_bytes", "parameters")]
+    hidden = ("losses", "idle_bytes", "parameters", "matmul_parameters")
+    columns = [key for key in columns if key not in hidden]
     lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for name, found in rows.items():
         cells = [_cell(key, found.get(key)) for key in columns]

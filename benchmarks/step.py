@@ -7,7 +7,8 @@ The same model, the same 32 conversations per step, the same optimizer. Each run
 own, the variants alternate, and the table shows medians. Tokens exclude padding; the first two
 steps of a run are not counted. Without --data the conversations are those of the built-in tasks.
 Peak memory is the process's (ru_maxrss), on CUDA the allocator's; there the card is capped at
---memory, and MFU is 6 · parameters · tokens/s over the card's dense bfloat16 peak.
+--memory, and MFU is 6 · parameters · tokens/s over the card's dense bfloat16 peak; an untied
+embedding is not among these parameters, as it multiplies nothing.
 """
 
 import argparse
@@ -94,18 +95,28 @@ def conversations(data: str | None, folder: str, steps: int) -> tuple[Any, Any]:
 
 
 class Clock:
-    """Records the end of each step."""
+    """Records the end of each step, and the energy of those that are counted."""
 
-    def __init__(self, device: Any):
-        self.device, self.ends = device, []
+    def __init__(self, device: Any, steps: int):
+        self.device, self.steps, self.ends, self.read = device, steps, [], []
 
     def tick(self) -> None:
         """Record the end of a step."""
         import torch
 
+        from hfsft.train.measuring import joules
+
         if self.device.type == "cuda":
             torch.cuda.synchronize()
+        if len(self.ends) + 1 == SKIPPED:  # reading takes time that is not counted
+            self.read.append(joules(self.device))
         self.ends.append(time.perf_counter())
+        if len(self.ends) == self.steps:
+            self.read.append(joules(self.device))
+
+    def joules(self) -> dict[str, float]:
+        """Joules of the counted steps, where the device counts them."""
+        return {} if None in self.read else {"joules": self.read[1] - self.read[0]}
 
     def seconds(self) -> float:
         """Seconds of the counted steps."""
@@ -148,7 +159,7 @@ def run(
     model = make(len(tokenizer))
     idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    clock = Clock(device)
+    clock = Clock(device, steps)
 
     class Tick(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
@@ -161,6 +172,7 @@ def run(
             for step in range(steps)
         ],
     )
+    used = ROWS
     if variant == "bare":
         losses = bare_loop(model, rows, tokenizer, device, clock, examples)
     else:
@@ -168,6 +180,8 @@ def run(
         tokens = packed or tokens
         trainer.add_callback(Tick())
         trainer.train()
+        if variant == "hfsft":
+            used = trainer.rows  # fewer, if memory ran out
         losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if device.type == "cuda":
@@ -180,7 +194,16 @@ def run(
         "idle_bytes": idle * 1024,
         "losses": losses,
         "parameters": sum(p.numel() for p in model.parameters()),
-    }
+        "matmul_parameters": matmul_parameters(model),
+        "micro_batch_rows": used,
+    } | clock.joules()
+
+
+def matmul_parameters(model: Any) -> int:
+    """Parameters without an untied embedding, which is looked up and multiplies nothing."""
+    tied = model.config.tie_word_embeddings
+    looked_up = None if tied else model.get_input_embeddings().weight
+    return sum(p.numel() for p in model.parameters() if p is not looked_up)
 
 
 def bare_loop(
@@ -414,7 +437,7 @@ def report(found: dict[str, list[dict]], ratio: dict[str, float], given: Any) ->
     if cuda:
         peak = next((flops for card, flops in PEAK_FLOPS.items() if card in device), None)
         if peak:
-            flops = 6 * found["hfsft"][0]["parameters"] * speed["hfsft"]
+            flops = 6 * found["hfsft"][0]["matmul_parameters"] * speed["hfsft"]
             print(f"hfsft: {flops / peak:.1%} of the card's dense bfloat16 peak (MFU)")
     ours = found["hfsft"][0]["losses"]
     for name in ("pairs", "padded", "bare"):

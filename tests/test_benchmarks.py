@@ -33,6 +33,11 @@ def test_the_benchmark_for_a_card_runs_every_part_on_a_cpu(tmp_path):
     command += ["--folder", "runs", "--results", "results"]  # relative to where it is started
     # inductor's C++ takes minutes: tests/model/test_compiling.py has it
     environment = os.environ | {"TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
+    # an earlier try, of which a row failed
+    machine = dict.fromkeys(("card", "memory", "torch", "transformers", "trl"), "as before")
+    earlier = {"machine": machine, "rows": {"job: tiny": {"failed": "OutOfMemoryError: 2 GiB"}}}
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "cpu-tiny.json").write_text(json.dumps(earlier))
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = json.loads((tmp_path / "results" / "cpu-tiny.json").read_text())["rows"]
@@ -46,6 +51,9 @@ def test_the_benchmark_for_a_card_runs_every_part_on_a_cpu(tmp_path):
         assert "failed" not in row, (name, row)
         if name not in lacking:
             assert numbers(row) and all(map(math.isfinite, numbers(row))), (name, row)
+    for row in (rows["step: tiny, hfsft, 0"], rows["base: tiny, muon"]):
+        assert row["micro_batch_rows"] in (2, 16)
+        assert row["matmul_parameters"] == row["parameters"] - 8192 * 64  # of the embedding
     # hfsft, the bare loop and the padded ones train on the same conversations
     losses = [rows[f"step: tiny, {name}, 0"]["losses"] for name in ("hfsft", "bare", "padded")]
     for step in zip(*losses, strict=True):

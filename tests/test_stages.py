@@ -1,8 +1,10 @@
 """The three stages, run in-process on a tiny real model: what they write, and what they repeat."""
 
+import gc
 import json
 import os
 import signal
+import weakref
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, p
 
 from hfsft import base, mid, sft
 from hfsft.errors import Interrupted, RecipeError
-from hfsft.train.stage import prepare_wandb
+from hfsft.train.stage import prepare_wandb, set_up_libraries
 from hfsft.train.trainer import SFTStageTrainer, StageTrainer
 
 MODEL_FILES = {
@@ -397,3 +399,19 @@ def test_wandb_logs_offline_without_an_api_key(make_stage, tmp_path, monkeypatch
     assert capsys.readouterr().out == (
         "W&B has no API key (`wandb login`): logging offline; `wandb sync` uploads later\n"
     )
+
+
+def test_what_an_earlier_stage_left_is_not_kept_for_ever(make_stage):
+    """A trainer is part of reference cycles, and a frozen cycle is never collected."""
+
+    class Cycle:
+        pass
+
+    gc.freeze()  # as the earlier stage did when it began
+    left = Cycle()
+    left.itself = left
+    reference = weakref.ref(left)
+    del left
+    gc.disable()  # as in `run_main`
+    set_up_libraries(make_stage())
+    assert reference() is None and gc.isenabled()

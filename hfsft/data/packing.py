@@ -287,8 +287,11 @@ def on_device(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """
     if device.type != "cuda":
         return {k: v.to(device) if torch.is_tensor(v) else v for k, v in inputs.items()}
-    # a copy from pageable memory would synchronise: seven times a micro-batch
+    # a copy from pageable memory would synchronise: seven times a micro-batch. A slice of a pinned
+    # tensor counts as pinned, but is copied through pageable memory if it is not contiguous
     return {
-        name: value.pin_memory().to(device, non_blocking=True) if torch.is_tensor(value) else value
+        name: value.contiguous().pin_memory().to(device, non_blocking=True)
+        if torch.is_tensor(value)
+        else value
         for name, value in inputs.items()
     }

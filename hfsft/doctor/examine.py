@@ -32,7 +32,7 @@ CHECKS: tuple[tuple[str, Callable[[], str], str], ...] = (
     ),
     (
         "4-bit weights, QLoRA",
-        step_checks.four_bit_weights,
+        stage_checks.four_bit_weights,
         "set load_in_4bit: false, or reinstall bitsandbytes",
     ),
     ("resume", stage_checks.resume, REINSTALL),

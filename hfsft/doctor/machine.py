@@ -37,19 +37,26 @@ def _card() -> dict[str, str]:
     if not torch.cuda.is_available():
         mps = torch.backends.mps.is_available()
         return {"torch": build, "device": "MPS (never tried by us)" if mps else "CPU"}
-    import pynvml
-
-    pynvml.nvmlInit()
     properties = torch.cuda.get_device_properties(0)
     free, total = torch.cuda.mem_get_info()
     return {
         "torch": build,
         "device": f"{properties.name}, {torch.cuda.device_count()} of them here",
-        "driver": pynvml.nvmlSystemGetDriverVersion(),
+        "driver": _driver(),
         "compute capability": f"{properties.major}.{properties.minor}",
         "GPU memory": f"{_gigabytes(free)} free of {_gigabytes(total)}",
         "bfloat16": "native" if properties.major >= 8 else "not native: hfsft takes float16",
     }
+
+
+def _driver() -> str:
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        return pynvml.nvmlSystemGetDriverVersion()
+    except Exception as error:  # no NVML, or one of another version than the driver
+        return f"unknown: {first_line(error)}"
 
 
 def _gigabytes(size: float) -> str:

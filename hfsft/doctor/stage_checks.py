@@ -67,6 +67,24 @@ def resume() -> str:
     return "the same bits as without an interruption"
 
 
+def four_bit_weights() -> str:
+    """A run of QLoRA, whose loss must fall."""
+    if training_device().type != "cuda":
+        raise NotHere("QLoRA needs a CUDA GPU")
+    settings = "--load_in_4bit true --lora.r 8 --max_steps 10 --learning_rate 1e-2"
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        write_recipe(folder)
+        train_tiny(folder, "qlora", *settings.split(), "--logging_steps", "1")
+        log = (folder / "runs" / "qlora" / "sft" / "metrics.jsonl").read_text().splitlines()
+    losses = [line["loss"] for line in map(json.loads, log) if "loss" in line]
+    if not losses[-1] < losses[0]:
+        raise CheckFailed(
+            f"the loss went from {losses[0]:.2f} to {losses[-1]:.2f}", "use lora only"
+        )
+    return f"loss {losses[0]:.2f} to {losses[-1]:.2f} in ten steps of QLoRA"
+
+
 def out_of_memory() -> str:
     """A run that exceeds its memory_limit beside one that does not."""
     import torch

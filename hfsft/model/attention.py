@@ -12,10 +12,16 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from hfsft.errors import RecipeError
+
 DOCUMENTS = "hfsft_documents"  # any device, one call a document
 
 
 VARLEN = "hfsft_varlen"  # CUDA, half precision, one call
+
+
+# of the attention's weights, as the configs of transformers' models name it
+DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 
 
 def document_attention(
@@ -85,8 +91,16 @@ def varlen_attention(
     """Causal attention of all documents in one call: `torch.nn.attention.varlen`, on CUDA.
 
     Args and returns as `document_attention`, but `cu_seq_lens_q` is on the device, and
-    `max_length_q` is the longest document's length.
+    `max_length_q` is the longest document's length, and `dropout` is 0.
+
+    Raises:
+        RecipeError: if dropout is asked for, which the kernel lacks.
     """
+    if dropout:
+        raise RecipeError(
+            f"{type(module).__name__} drops attention weights, which {VARLEN} cannot: set "
+            "attn_implementation: eager"
+        )
     from torch.nn.attention.varlen import varlen_attn
 
     rows, heads, length, _ = query.shape
@@ -116,6 +130,22 @@ def _takes_gqa() -> bool:
     return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
+def suits_varlen(config: Any) -> bool:
+    """Whether the kernel of `varlen_attention` takes the heads of a model, and it needs no dropout.
+
+    FlashAttention takes heads of up to 256 in steps of 8, with values as wide as queries; those of
+    multi-head latent attention (`v_head_dim`) are narrower.
+    """
+    text = config.get_text_config()
+    try:
+        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        narrow = getattr(text, "v_head_dim", None) is not None
+        drops = any(getattr(text, name, None) for name in DROPOUTS)
+    except (AttributeError, RuntimeError):  # no heads, or transformers': heads differ by layer
+        return False
+    return size % 8 == 0 and size <= 256 and not (narrow or drops)
+
+
 AttentionInterface.register(DOCUMENTS, document_attention)
 
 
@@ -136,7 +166,7 @@ def packed_attention(
 
     Returns:
         A name for `set_attn_implementation`; the model's own where that is not sdpa, or where it
-        needs a sliding window or dropout that ours lack.
+        needs a sliding window, dropout or heads that ours lack.
     """
     own = model.config._attn_implementation
     config = model.config.get_text_config()
@@ -145,7 +175,6 @@ def packed_attention(
         return own
     if device.type == "cuda":
         ampere = torch.cuda.get_device_capability(device) >= (8, 0)
-        dropout = getattr(config, "attention_dropout", 0.0)
-        return VARLEN if half and ampere and not dropout else own
+        return VARLEN if half and ampere and suits_varlen(config) else own
     # a call a document would be compiled anew for each number of documents
     return DOCUMENTS if device.type == "cpu" and not compiled else own

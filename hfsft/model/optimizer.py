@@ -93,6 +93,22 @@ def allow_apollo_states() -> None:
     torch.serialization.add_safe_globals([GradientProjector, GaLoreProjector])
 
 
+def page_states(optimizer: Any) -> None:
+    """Move the loaded states of a paged optimizer back to paged memory.
+
+    bitsandbytes loads them as plain tensors of the card, where they then stay.
+
+    Args:
+        optimizer: a bitsandbytes one with `is_paged`, its states loaded.
+    """
+    for parameter, state in optimizer.state.items():
+        for name in ("state1", "state2"):
+            if name in state:
+                loaded = state[name]
+                state[name] = optimizer.get_state_buffer(parameter, loaded.dtype)
+                state[name].copy_(loaded)
+
+
 def state_bytes(model: nn.Module, optim: str) -> dict[nn.Parameter, int] | None:
     """Bytes of the states that torchao's optimizers and APOLLO keep of each trained parameter.
 

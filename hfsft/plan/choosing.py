@@ -10,6 +10,7 @@ from hfsft.errors import MemoryShortage, RecipeError
 from hfsft.model.optimizer import FOR_BFLOAT16, INSTALL, missing_package
 from hfsft.plan.horizon import with_horizon
 from hfsft.plan.plan import (
+    SFT_FILL,
     Plan,
     estimated_seconds,
     examples_per_rank,
@@ -171,7 +172,8 @@ def choose(
     for item, count in zip(settings, fitting, strict=True):
         if count is None:
             continue
-        seconds = estimated_seconds(plan(item, count), stage.lora is not None)
+        fill = SFT_FILL if stage.name == "sft" else 1.0
+        seconds = estimated_seconds(plan(item, count), stage, fill)
         if seconds < WORTH * fastest:
             chosen, best, fastest = item, count, seconds
     values = {"per_device_train_batch_size": best} if given_rows == AUTO else {}
@@ -265,7 +267,8 @@ def plan_run(
     Args:
         recipe: whose stages, `auto` values included.
         memory: bytes of a CUDA card to plan for; None: this machine's device.
-        time_step: measures the seconds of a step; None: they come from its operations.
+        time_step: measures the seconds of a step; None, or where the plan does not fit: they come
+            from its operations.
 
     Returns:
         `stages`: name → `Plan.as_data`, `auto` (what was chosen) and `nearest` (where it does not
@@ -285,21 +288,9 @@ def plan_run(
         plan = plan_stage(recipe, stage, limit, device)
         nearest = [] if plan.fits else nearest_settings(recipe, stage, limit, device)
         other = with_settings(stage, gradient_checkpointing=not plan.checkpointing)
-        uncompiled = None
-        if time_step is not None and stage.trainer.get("torch_compile"):
-            uncompiled = plan.seconds_sent + time_step(
-                recipe, with_settings(stage, torch_compile=False)
-            )
         stages[name] = plan.as_data() | {
             "peak_with_checkpointing_changed": plan_stage(recipe, other, limit, device).peak,
-            "seconds_per_step": plan.seconds_sent
-            + (
-                time_step(recipe, stage)
-                if time_step is not None
-                else estimated_seconds(plan, stage.lora is not None)
-            ),
-            "timed": time_step is not None,
-            "seconds_per_step_uncompiled": uncompiled,
+            **_times(recipe, stage, plan, time_step if plan.fits else None),
             "auto": why,
             "nearest": [
                 {"settings": as_flags(changes), "peak": its_plan.peak}
@@ -307,3 +298,21 @@ def plan_run(
             ],
         }
     return {"stages": stages, "disk": sum(data["disk"] for data in stages.values())}
+
+
+def _times(
+    recipe: Recipe, stage: Stage, plan: Plan, time_step: Callable[[Recipe, Stage], float] | None
+) -> dict[str, Any]:
+    """The seconds of a stage's step in `plan_run`."""
+    if time_step is None:
+        now, uncompiled = estimated_seconds(plan, stage), None
+    else:
+        without = with_settings(stage, torch_compile=False)
+        compiled = stage.trainer.get("torch_compile")
+        uncompiled = plan.seconds_sent + time_step(recipe, without) if compiled else None
+        now = time_step(recipe, stage)
+    return {
+        "seconds_per_step": plan.seconds_sent + now,
+        "timed": time_step is not None,
+        "seconds_per_step_uncompiled": uncompiled,
+    }

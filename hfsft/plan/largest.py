@@ -15,6 +15,7 @@ from hfsft.recipe.schema import LOADING, Recipe, Stage
 # the proportions of SmolLM2-1.7B, which has 24 layers of width 2,048
 HEAD, WIDTH_OF_A_LAYER, MLP, VOCABULARY = 64, 85, 4, 49_152
 WIDTHS = range(256, 16_385, 128)
+ADAPTER = {"optim": "adamw_torch_fused", "lora": LORA}
 # what is tried: its name, and the settings that make it
 METHODS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("full", {"dtype": None, "optim": "adamw_bnb_8bit", "lora": None, "load_in_4bit": False}),
@@ -22,8 +23,8 @@ METHODS: tuple[tuple[str, dict[str, Any]], ...] = (
         ("full", {"dtype": "bfloat16", "optim": optim, "lora": None, "load_in_4bit": False})
         for optim in FOR_BFLOAT16
     ),
-    ("LoRA", {"dtype": "bfloat16", "optim": "adamw_torch_fused", "lora": LORA}),
-    ("QLoRA", {"dtype": None, "optim": "adamw_torch_fused", "lora": LORA, "load_in_4bit": True}),
+    ("LoRA", {"dtype": "bfloat16", **ADAPTER, "load_in_4bit": False}),
+    ("QLoRA", {"dtype": None, **ADAPTER, "load_in_4bit": True}),
 )
 
 

@@ -1,6 +1,7 @@
 """What a stage will need, memory, disk and time, before it runs and without its weights."""
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -17,13 +18,15 @@ from hfsft.errors import ModelError
 from hfsft.hub.client import NOT_LOADED, require_model, why_not_loaded
 from hfsft.model.attention import document_attention
 from hfsft.model.loading import bf16_is_native, fresh_config
-from hfsft.plan.sizes import most_checkpoints
+from hfsft.plan.sizes import most_checkpoints, optimizer_bytes
 from hfsft.plan.spread import spread
 from hfsft.plan.step_memory import (
     KINDS,
     PLANNED,
     TracedStep,
     count_parameters,
+    empty_model,
+    isolated,
     peaks_of,
     uses_checkpointing,
 )
@@ -49,6 +52,16 @@ UTILISATION = 0.35  # assumed: the share of that rate which a training step reac
 # measured on an H100 with d8 and the shape of SmolLM2-135M: seconds in which forward and backward
 # of a layer launch their 190 kernels, whatever the micro-batch
 LAYER_LAUNCH = 5e-3
+
+
+# measured there with 4-bit weights: 0.869 s a step of SmolLM2-135M's shape and 0.7925 s of 1.1 B,
+# 1.29 and 1.60 times what 16-bit weights are estimated to take; weights are unpacked in each layer
+FOUR_BIT_LAUNCHES = 1.45
+
+
+# assumed from two corpora, of people and of Alpaca: 16,512 of the 32 x 1,024 tokens that a step of
+# conversations has room for, before they are packed
+SFT_FILL = 0.5
 
 
 @dataclass(frozen=True)
@@ -152,7 +165,7 @@ def plan_stage(
         steps=stage.max_steps,
         tokens_per_step=examples_of_step(recipe, stage) * step.length,
         flops_per_step=examples_of_step(recipe, stage) * step.length * _token_flops(step),
-        disk=_disk(stage, peaks_of(step)["optimizer step"], parameters, trained),
+        disk=_disk(step, parameters, trained),
         notes=tuple(_notes(step)),
     )
 
@@ -164,12 +177,17 @@ def has_gpu(stage: Stage) -> bool:
 
 
 def limit_of(stage: Stage, device: str) -> int | None:
-    """`memory_limit`, or the device's memory if less; None for a card that is not here."""
+    """`memory_limit`, or what a device has for this process if less; None for no such device.
+
+    Other processes, such as a desktop, hold some of a card. What this one holds is in the plan:
+    torch's part, and the context, which exists by now and is counted in full.
+    """
     own = [stage.memory_limit_bytes] if stage.memory_limit is not None else []
     if device == "cpu":
         own.append(psutil.virtual_memory().total)
     elif torch.cuda.is_available():
-        own.append(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
+        free, total = torch.cuda.mem_get_info()
+        own.append(min(total, free + torch.cuda.memory_reserved() + CUDA_CONTEXT))
     return min(own, default=None)
 
 
@@ -278,18 +296,25 @@ def _token_flops(step: TracedStep) -> int:
     return 2 * forward + 2 * min(trained, parameters - looked_up) + 3 * attention + recomputed
 
 
-def estimated_seconds(plan: Plan, lora: bool = False) -> float:
-    """Seconds of a process' share of a step of full rows: arithmetic, or kernel launches if more.
+def estimated_seconds(plan: Plan, stage: Stage, fill: float = 1.0) -> float:
+    """Seconds of a process' share of a step: arithmetic, or kernel launches if more.
 
     A recomputed layer launches half as many kernels again, and one with an adapter too.
+
+    Args:
+        plan: of the stage.
+        stage: as planned.
+        fill: the share of the step's most tokens that it has.
     """
     rate = UTILISATION * matmul_rate(plan.device, plan.precision)
-    arithmetic = plan.flops_per_step / plan.processes / rate
+    arithmetic = fill * plan.flops_per_step / plan.processes / rate
     if plan.device != "cuda":
         return arithmetic
-    micro_batches = -(-plan.tokens_per_step // (plan.rows * plan.length * plan.processes))
-    launches = LAYER_LAUNCH * plan.layers * micro_batches
-    return max(arithmetic, launches * (1.5 if plan.checkpointing else 1) * (1.5 if lora else 1))
+    tokens = fill * plan.tokens_per_step / plan.processes
+    launches = LAYER_LAUNCH * plan.layers * math.ceil(tokens / (plan.rows * plan.length))
+    launches *= 1.5 if plan.checkpointing else 1
+    launches *= 1.5 if stage.lora is not None else 1
+    return max(arithmetic, launches * (FOUR_BIT_LAUNCHES if stage.load_in_4bit else 1))
 
 
 @cache
@@ -299,7 +324,9 @@ def matmul_rate(device: str, precision: str) -> float:
         return RTX_4060
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
     size = 4096 if device == "cuda" else 512
-    matrix = torch.ones(size, size, dtype=dtype, device=device)
+    # products of ones draw less power, and a card at its power limit would clock higher
+    chance = torch.Generator(device).manual_seed(0)
+    matrix = torch.randn(size, size, dtype=dtype, device=device, generator=chance)
     matrix @ matrix  # the first one initialises the library
     count, began, seconds = 0, time.perf_counter(), 0.0
     each = 20 if device == "cuda" else 1  # a product takes 0.2 ms there, about as long as a wait
@@ -319,14 +346,16 @@ def _gathered(step: TracedStep, parameters: int) -> int:
     return 4 * (outside + 2 * (parameters - outside) // max(1, step.layers))
 
 
-def _disk(stage: Stage, update: dict[str, int], parameters: int, trained: int) -> int:
+def _disk(step: TracedStep, parameters: int, trained: int) -> int:
     """Bytes of a stage's checkpoints, with the one being written, and of its finished model."""
-    settings = stage.trainer
+    stage, settings = step.stage, step.stage.trainer
     count = most_checkpoints(settings, stage.max_steps)
     saved = trained if stage.lora is not None else parameters
-    state = update["optimizer"]
-    if str(settings.get("optim")).startswith("paged"):
-        state += 2 * trained * (1 if "8bit" in settings["optim"] else 4)
+    state = peaks_of(step)["optimizer step"]["optimizer"]
+    optim = str(settings.get("optim"))
+    if optim.startswith("paged"):  # most of its states are not among what is traced
+        with isolated():
+            state = optimizer_bytes(empty_model(step, step.layers)[0], optim)
     final = 4 * parameters + (4 * trained if stage.lora is not None else 0)
     return count * (4 * saved + state) + final
 

@@ -27,12 +27,14 @@ def print_plan(planned: dict[str, Any]) -> None:
             console.print(f"  {gigabytes(item['peak'])}  {item['settings']}")
         if data["seconds_per_step_uncompiled"] is not None:
             console.print(_compiled(name, data))
-    if all(data["timed"] for data in stages.values()):
+    estimated = [name for name, data in stages.items() if not data["timed"]]
+    if len(estimated) < len(stages):
         console.print("Times are measured from a few micro-batches on this device.")
-    else:
+    if estimated:
         console.print(
-            f"Times are estimated from FLOPs at {UTILISATION:.0%} of the measured matmul rate, on "
-            "a GPU also from kernel launches; --time measures a few micro-batches."
+            f"Times of {', '.join(estimated)} are estimated from FLOPs at {UTILISATION:.0%} of the "
+            "measured matmul rate, on a GPU also from kernel launches; --time measures a few "
+            "micro-batches of what fits."
         )
     console.print(f"The run takes up to {gigabytes(planned['disk'])} on disk.")
     for note in dict.fromkeys(note for data in stages.values() for note in data["notes"]):

@@ -22,7 +22,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AutoModelForCausalLM, modeling_utils
 
-from hfsft.model.attention import DOCUMENTS, document_attention, packed_attention, varlen_attention
+from hfsft.model.attention import (
+    DOCUMENTS,
+    document_attention,
+    packed_attention,
+    suits_varlen,
+    varlen_attention,
+)
 from hfsft.model.head import CHUNK_BYTES, fuse_head
 from hfsft.model.loading import plain_model, with_lora
 from hfsft.model.muon import muon_adamw
@@ -281,7 +287,7 @@ def _attention(step: TracedStep, live: _LiveBytes) -> Callable:
     def attention(module: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         before, live.kind = live.kind, "attention"
         rows, _, length, _ = query.shape
-        if step.cuda and step.half and not getattr(step.config, "attention_dropout", 0.0):
+        if step.cuda and step.half and suits_varlen(step.config):
             ends = torch.zeros(rows + 1, dtype=torch.int32)
             kwargs |= {"cu_seq_lens_q": ends, "max_length_q": length}
             made = varlen_attention(module, query, *args, **kwargs)

@@ -1,18 +1,19 @@
 """Seconds a step takes, from a few of its micro-batches on this device."""
 
+import gc
 import time
 from collections.abc import Callable
 
 import torch
 
 from hfsft.data.packing import StepCollator, model_inputs, on_device
-from hfsft.errors import RecipeError
+from hfsft.errors import MemoryShortage, RecipeError, first_line
 from hfsft.model.activation import square_in_half
 from hfsft.model.attention import packed_attention
 from hfsft.model.compiling import compile_layers, compiled_for
 from hfsft.model.loading import plain_model, with_lora
 from hfsft.model.optimizer import require_package
-from hfsft.plan.plan import examples_per_rank, planned_step
+from hfsft.plan.plan import examples_per_rank, has_gpu, planned_step
 from hfsft.plan.step_memory import make_optimizer, model_of
 from hfsft.recipe.schema import Recipe, Stage
 
@@ -33,19 +34,34 @@ def seconds_per_step(recipe: Recipe, stage: Stage) -> float:
         RecipeError: for 4-bit weights, which cannot be built from a configuration, for an optimizer
             that is not installed or cannot be built from its settings alone, and if nothing can be
             compiled.
+        MemoryShortage: if memory runs out.
     """
     if stage.load_in_4bit:
         raise RecipeError(f"{stage.name}.load_in_4bit: 4-bit weights cannot be timed before a run")
     require_package(stage)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return _time_step(recipe, stage)
+    except torch.OutOfMemoryError as error:
+        raise MemoryShortage(
+            f"{stage.name}: out of memory while its step is timed: {first_line(error)}\n"
+            "  Another program may hold memory of this device; leave --time out"
+        ) from None
+    finally:
+        gc.collect()  # a model with a fused head is a reference cycle
+        torch.cuda.empty_cache()
+
+
+def _time_step(recipe: Recipe, stage: Stage) -> float:
+    device = torch.device("cuda" if has_gpu(stage) else "cpu")
     step = planned_step(recipe, stage, device.type == "cuda")
     with device:
         model, fused = model_of(step, step.layers, step.attention)
     half = getattr(torch, step.half) if step.half else None
     square_in_half(model)
     compiled = bool(stage.trainer.get("torch_compile"))
-    attention = packed_attention(model, device, half is not None, step.length, compiled)
-    model.set_attn_implementation(attention)
+    if fused:  # the others get no document lengths
+        attention = packed_attention(model, device, half is not None, step.length, compiled)
+        model.set_attn_implementation(attention)
     if stage.lora is not None:
         model = with_lora(model, stage)
     if compiled:

@@ -22,6 +22,7 @@ from hfsft.data.stream import TextStream
 from hfsft.errors import CheckpointError, ModelError, RecipeError, first_line
 from hfsft.hub.push import Pusher
 from hfsft.model.loading import name_base
+from hfsft.model.optimizer import page_states
 from hfsft.plan.sizes import checkpoint_bytes
 from hfsft.process_group import from_main, is_shared, meet
 from hfsft.recipe.schema import Stage
@@ -259,6 +260,12 @@ class ResumableStep(PackedStep):
             self._tr_loss.fill_(loss)
             self.correct.fill_(correct)
 
+    def restore_pages(self) -> None:
+        """Move the states that `train` has loaded to paged memory, for a paged optimizer."""
+        optim = str(self.stage.trainer.get("optim"))
+        if self.resumed_from is not None and optim.startswith("paged"):
+            page_states(self.optimizer.optimizer)
+
     def restore_stream_rng(self) -> None:
         """Load a stream's random states, which Trainer restores only where it skips data."""
         if self.stream_checkpoint is not None:
@@ -273,8 +280,9 @@ class ResumeCallback(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Restore the sums of the log."""
+        """Restore the sums of the log, and paged memory."""
         self.trainer.restore_sums()
+        self.trainer.restore_pages()
 
     def on_step_begin(self, args, state, control, **kwargs):
         """Restore a stream's random states; take no step where none is left."""

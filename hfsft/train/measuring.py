@@ -116,7 +116,10 @@ def joules(device: torch.device) -> float | None:
         return None
     import pynvml
 
-    pynvml.nvmlInit()
     uuid = torch.cuda.get_device_properties(device).uuid
-    handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
-    return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
+    try:
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+        return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
+    except pynvml.NVMLError:  # not supported, as by GeForce cards, or no NVML, as under WSL
+        return None

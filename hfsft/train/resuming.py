@@ -5,9 +5,10 @@ import signal
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import yaml
 
-from hfsft.errors import Interrupted, first_line
+from hfsft.errors import Interrupted, MemoryShortage, first_line
 from hfsft.model.compiling import compiled_for
 from hfsft.process_group import from_main
 from hfsft.recipe.schema import Recipe, Stage
@@ -16,7 +17,7 @@ from hfsft.run.manifest import newest_valid, step_of
 from hfsft.run.record import write_record
 from hfsft.train.agreement import receive_checkpoint
 from hfsft.train.measuring import figures, joules, new_record, peak_memory
-from hfsft.train.step import StepAbandoned
+from hfsft.train.step import FITTING, StepAbandoned
 
 
 def train_with_record(trainer: Any, recipe: Recipe, stage: Stage) -> dict[str, Any]:
@@ -24,6 +25,9 @@ def train_with_record(trainer: Any, recipe: Recipe, stage: Stage) -> dict[str, A
 
     Returns:
         The record, which a finished stage writes once its model is saved.
+
+    Raises:
+        MemoryShortage: if memory runs out where no smaller micro-batch helps.
     """
     is_main, device = trainer.is_world_process_zero(), trainer.args.device
     record = new_record(trainer, recipe, stage)
@@ -38,6 +42,11 @@ def train_with_record(trainer: Any, recipe: Recipe, stage: Stage) -> dict[str, A
             _train(trainer, stage)
         except StepAbandoned:
             trainer.save_if_new()
+        except torch.OutOfMemoryError as error:  # of an update or a sample answer: no retry
+            raise MemoryShortage(
+                f"{stage.name}: out of memory after step {trainer.state.global_step}: "
+                f"{first_line(error)}\n  {FITTING}"
+            ) from None
         if trainer.stop_signal.received and not trainer.is_complete():
             record["status"] = "interrupted"
             raise _interrupted(trainer, stage)

@@ -129,6 +129,8 @@ def set_up_libraries(stage: Stage) -> None:
     Args:
         stage: `quiet`, and whether it reports to W&B.
     """
+    if gc.get_freeze_count():
+        gc.collect()  # an earlier stage's trainer: 1 s, and frozen it would stay for ever
     gc.freeze()  # the million objects of the imports are never garbage
     gc.enable()  # off since `run_main`
     transformers.utils.logging.set_verbosity_error()

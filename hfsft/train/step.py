@@ -42,6 +42,7 @@ from hfsft.tokens.encoding import IGNORED
 from hfsft.train.callbacks import ConsoleCallback, MetricsCallback, StopOnSignal, guard_trackers
 
 BAD_STEPS = "bad_steps.jsonl"  # updates that were skipped, and their examples
+FITTING = "`hfsft plan RECIPE` says which max_length, gradient_checkpointing, optim or lora fits"
 
 
 class StepSampler(torch.utils.data.Sampler):
@@ -122,6 +123,8 @@ class PackedStep:
             raise RecipeError(f"{stage.name}: {' '.join(str(error).split())}") from None
         if self.accelerator.ddp_handler is not None:
             self.accelerator.ddp_handler.gradient_as_bucket_view = True  # no second copy of them
+        if stage.load_in_4bit:
+            _adapter_in_float32(self.model)
         self.stage = stage
         self._train_batch_size = examples // args.world_size  # the data loader yields whole steps
         self.rows = args.per_device_train_batch_size  # of a micro-batch; 0: one document each
@@ -189,7 +192,12 @@ class PackedStep:
             candidates.append((own, False))
         for attention, fused in candidates:
             model.set_attn_implementation(attention)
-            error = abs(self._sample_loss(model, documents, fused) / expected - 1)
+            try:
+                error = abs(self._sample_loss(model, documents, fused) / expected - 1)
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, ValueError):  # a kernel that refuses the shape of this model
+                continue
             if error < (2e-2 if self.half else 1e-4):
                 self.fused = fused
                 return
@@ -354,8 +362,7 @@ class PackedStep:
         limit = f" within memory_limit: {self.stage.memory_limit}" * bool(self.stage.memory_limit)
         return MemoryShortage(
             f"{self.stage.name}: out of memory{limit} with {longest:,} tokens in "
-            f"{'a micro-batch' if self.rows else 'one document'} on {self.args.device}\n  "
-            "`hfsft plan RECIPE` says which max_length, gradient_checkpointing, optim or lora fits"
+            f"{'a micro-batch' if self.rows else 'one document'} on {self.args.device}\n  {FITTING}"
         )
 
     # --- losses and gradients that are not finite ---
@@ -427,6 +434,16 @@ def _fit_arguments(args: Any, stage: Stage, examples: int, dataset: Any, model: 
         args.dataloader_prefetch_factor, args.dataloader_persistent_workers = None, False
     if args.ddp_find_unused_parameters is None and not _has_experts(model):
         args.ddp_find_unused_parameters = False  # transformers' default walks the graph
+
+
+def _adapter_in_float32(model: Any) -> None:
+    """Undo trl's cast of a quantized model's adapter to bfloat16.
+
+    Its updates would be rounded to 8 bits, and fp16's gradient scaler unscales float32 only.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype == torch.bfloat16:
+            parameter.data = parameter.data.float()
 
 
 def _has_experts(model: Any) -> bool:

@@ -1,7 +1,9 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import pynvml
 import pytest
 import torch
 from hub_server import HubServer
@@ -30,7 +32,7 @@ def test_a_resumed_run_has_the_bits_of_a_whole_one():
 
 
 def test_what_a_cpu_lacks_is_not_a_failure():
-    for check in (step_checks.four_bit_weights, stage_checks.out_of_memory):
+    for check in (stage_checks.four_bit_weights, stage_checks.out_of_memory):
         with pytest.raises(NotHere, match="CUDA GPU"):
             check()
     for check in (kernels.flash_attention, kernels.other_heads):
@@ -98,6 +100,22 @@ def test_the_token_is_asked_for_at_the_hub_and_never_shown(tmp_path):
         assert ask(hub.env(tmp_path, "hf_wrong")) == "CheckFailed the Hub refuses the token"
         nowhere = hub.env(tmp_path, "hf_write") | {"HF_ENDPOINT": "http://127.0.0.1:9"}
     assert ask(nowhere).startswith("NotHere the Hub cannot be reached")
+
+
+def test_a_card_is_shown_without_nvml(monkeypatch):
+    def fails():
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH)
+
+    card = SimpleNamespace(name="GeForce", major=8, minor=9)
+    monkeypatch.setattr("pynvml.nvmlInit", fails)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda index: card)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (6 * 10**9, 8 * 10**9))
+    found = machine.machine()
+    assert found["device"] == "GeForce, 1 of them here"
+    assert found["driver"].startswith("unknown: RM has detected an NVML/RM version mismatch")
+    assert found["GPU memory"] == "6.0 GB free of 8.0 GB"
 
 
 def test_findings_of_every_kind(monkeypatch):

@@ -3,12 +3,15 @@
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from hfsft.errors import RecipeError
 from hfsft.model.attention import (
     DOCUMENTS,
     VARLEN,
     document_attention,
     packed_attention,
+    suits_varlen,
     varlen_attention,
 )
 
@@ -71,3 +74,41 @@ def test_the_fastest_that_fits_is_chosen(make_model):
     assert packed_attention(model, cpu, half=False, longest=64) == "sdpa"
     assert packed_attention(model, cpu, half=False, longest=None) == "sdpa"
     assert packed_attention(model, cpu, half=False, longest=32) == DOCUMENTS
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "expected"),
+    [
+        ("llama", {"head_dim": 256}, VARLEN),
+        ("llama", {"head_dim": 20}, "sdpa"),
+        ("llama", {"head_dim": 264}, "sdpa"),
+        ("llama", {"hidden_size": 40}, "sdpa"),  # heads of 20
+        ("llama", {"attention_dropout": 0.1}, "sdpa"),
+        ("gpt2", {"attn_pdrop": 0.0}, VARLEN),
+        ("gpt2", {}, "sdpa"),  # drops a tenth
+        ("biogpt", {}, "sdpa"),
+        ("deepseek_v3", {}, "sdpa"),  # queries of 192, values of 128
+    ],
+)
+def test_the_kernel_of_a_card_gets_only_heads_that_it_takes(
+    monkeypatch, model_type, settings, expected
+):
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (8, 9))
+    shape = {"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 64}
+    config = AutoConfig.for_model(model_type, **shape | settings)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert packed_attention(model, torch.device("cuda"), half=True, longest=64) == expected
+
+
+@pytest.mark.parametrize("model_type", ["gemma4_text", "mamba"])
+def test_heads_that_differ_by_layer_or_are_none_do_not_suit_the_kernel(model_type):
+    assert not suits_varlen(AutoConfig.for_model(model_type))
+
+
+def test_dropout_that_the_kernel_lacks_is_an_error():
+    tensors, ends = packed()
+    with pytest.raises(RecipeError, match=r"Linear drops attention weights, .*: eager"):
+        varlen_attention(
+            torch.nn.Linear(1, 1), *tensors, None, dropout=0.1, cu_seq_lens_q=ends, max_length_q=16
+        )

@@ -38,6 +38,24 @@ def test_the_next_width_does_not_fit(tmp_path, monkeypatch, capsys):
     assert f"{found['layers']} x {found['width']}" in said and "none fits" in said
 
 
+def test_each_method_has_its_weights_whatever_the_recipe_has(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = {"lora": {"r": 8}, "load_in_4bit": True}  # as recipes/qlora-1b.yaml
+    Path("r.yaml").write_text(json.dumps({"name": "r", "sft": SFT | settings}))
+    planned = []
+
+    def plan(recipe, stage, memory, device):
+        planned.append(stage)
+        return plan_stage(recipe, stage, memory, device)
+
+    monkeypatch.setattr(largest, "plan_stage", plan)
+    monkeypatch.setattr(largest, "METHODS", largest.METHODS[-2:])
+    monkeypatch.setattr(largest, "WIDTHS", range(256, 257))
+    found = largest.largest_models(load_recipe("r.yaml", stage="sft"), 10**12)
+    assert [item["method"] for item in found] == ["LoRA", "QLoRA"]
+    assert [stage.load_in_4bit for stage in planned] == [False, True]
+
+
 def test_a_recipe_that_loads_no_model_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     base = {"data": ["facts"], "max_steps": 1}

@@ -15,7 +15,7 @@ from hfsft.errors import MemoryShortage, ModelError
 from hfsft.plan import choosing, step_memory
 from hfsft.plan import plan as memory
 from hfsft.plan.choosing import choose, nearest_settings, plan_run, require_fit, with_settings
-from hfsft.plan.plan import plan_stage
+from hfsft.plan.plan import CUDA_CONTEXT, estimated_seconds, limit_of, plan_stage
 from hfsft.plan.printing import print_plan
 from hfsft.recipe.loading import load_recipe
 
@@ -305,6 +305,18 @@ def test_planning_leaves_chance_and_disk_alone(here):
     assert [path.name for path in here.iterdir()] == ["r.yaml"]
 
 
+def test_memory_of_other_processes_is_not_planned_with(make_stage, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda: 5 * 10**8)
+    free = {"alone": 79 * 10**8, "desktop": 6 * 10**9}
+    limits = {}
+    for name, size in free.items():
+        monkeypatch.setattr("torch.cuda.mem_get_info", lambda size=size: (size, 8 * 10**9))
+        limits[name] = limit_of(make_stage(), "cuda")
+    assert limits == {"alone": 8 * 10**9, "desktop": 6 * 10**9 + 5 * 10**8 + CUDA_CONTEXT}
+    assert limit_of(make_stage(memory_limit="3GB"), "cuda") == 3 * 10**9
+
+
 def test_disk():
     argv = ("--sft.save_strategy", "steps", "--sft.save_total_limit", "2")
     recipe = load_recipe("r.yaml", *argv)
@@ -312,6 +324,17 @@ def test_disk():
     # three checkpoints of weights and two states, and the model
     assert plan.disk == pytest.approx((3 * 12 + 4) * plan.parameters, rel=0.01)
     assert plan_stage(recipe, recipe.base).disk == 4 * plan.parameters
+    # paged states take what the same ones take that are not paged
+    for paged, plain in (
+        ("paged_adamw_8bit", "adamw_bnb_8bit"),
+        ("paged_adamw_32bit", "adamw_torch_fused"),
+        ("paged_lion_8bit", "lion_8bit"),
+    ):
+        sizes = [
+            plan_stage(recipe, with_settings(recipe.sft, optim=optim), device_type="cuda").disk
+            for optim in (paged, plain)
+        ]
+        assert sizes[0] == pytest.approx(sizes[1], rel=0.01), paged
 
 
 def test_operations_of_a_step():
@@ -322,6 +345,25 @@ def test_operations_of_a_step():
     assert plan.flops_per_step == pytest.approx(32 * 1024 * per_token, rel=0.001)
     adapter = with_settings(recipe.sft, lora={"r": 1})
     assert plan_stage(recipe, adapter).flops_per_step < 0.75 * plan.flops_per_step
+
+
+def test_launches_of_a_small_model(monkeypatch):
+    """Six layers, 8 conversations in two micro-batches: 5 ms a layer, whatever the arithmetic."""
+    folder = model_folder(model_type="llama", **SHAPE)
+    recipe = load_recipe("r.yaml", "--model_name_or_path", folder, stage="sft")
+    stage = with_settings(recipe.sft, per_device_train_batch_size=4, gradient_checkpointing=False)
+
+    def seconds(fill=1.0, **changes):
+        changed = with_settings(stage, **changes)
+        return estimated_seconds(plan_stage(recipe, changed, None, "cuda"), changed, fill)
+
+    once = 6 * 5e-3
+    assert seconds() == pytest.approx(2 * once)
+    assert seconds(fill=0.5) == pytest.approx(once)
+    assert seconds(fill=0.6) == pytest.approx(2 * once)
+    assert seconds(gradient_checkpointing=True) == pytest.approx(3 * once)
+    assert seconds(lora={"r": 4}) == pytest.approx(3 * once)
+    assert seconds(lora={"r": 4}, load_in_4bit=True) == pytest.approx(1.45 * 3 * once)
 
 
 def test_table(capsys):
@@ -346,3 +388,19 @@ def test_a_compiled_stage_is_timed_without_the_compiler_too(capsys):
     print_plan(planned)
     shown = " ".join(capsys.readouterr().out.split())
     assert "sft: torch_compile is worth it; 1 s a step with it, 1.25 s without." in shown
+
+
+def test_a_stage_that_does_not_fit_is_not_timed(capsys):
+    recipe = load_recipe("r.yaml", "--sft.memory_limit", "300MB")
+    planned = plan_run(recipe, 10**12, lambda recipe, stage: 7.0)
+    base_data, sft_data = planned["stages"]["base"], planned["stages"]["sft"]
+    assert (base_data["seconds_per_step"], base_data["timed"]) == (7.0, True)
+    assert not sft_data["fits"] and not sft_data["timed"]
+    assert (
+        sft_data["seconds_per_step"]
+        == plan_run(recipe, 10**12)["stages"]["sft"]["seconds_per_step"]
+    )
+    print_plan(planned)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "measured from a few micro-batches" in shown
+    assert "Times of sft are estimated" in shown

@@ -1,10 +1,12 @@
 """Timed steps: every part of a real step runs; a test says nothing of how long."""
 
+import weakref
+
 import pytest
 import torch
 import yaml
 
-from hfsft.errors import RecipeError
+from hfsft.errors import MemoryShortage, RecipeError
 from hfsft.plan.choosing import with_settings
 from hfsft.plan.step_memory import model_of
 from hfsft.plan.timing import seconds_per_step
@@ -109,3 +111,39 @@ def test_an_optimizer_that_is_not_installed_is_named(recipe, monkeypatch):
     stage = with_settings(recipe.sft, optim="adamw_torch_8bit", dtype="bfloat16")
     with pytest.raises(RecipeError, match=r"sft\.optim: adamw_torch_8bit needs torchao: pip"):
         seconds_per_step(recipe, stage)
+
+
+def test_memory_that_runs_out_is_one_message(recipe, monkeypatch):
+    def runs_out(self, *args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", runs_out)
+    with pytest.raises(MemoryShortage, match=r"^base: out of memory while its step is timed: CUDA"):
+        seconds_per_step(recipe, recipe.base)
+
+
+def test_a_timed_model_is_not_kept(recipe, monkeypatch):
+    kept = []
+
+    def build(*args):
+        model, fused = model_of(*args)
+        kept.append(weakref.ref(model))
+        return model, fused
+
+    monkeypatch.setattr("hfsft.plan.timing.model_of", build)
+    seconds_per_step(recipe, recipe.base)
+    assert [reference() for reference in kept] == [None]
+
+
+def test_a_model_without_a_fused_head_is_timed_with_its_own_attention(recipe, monkeypatch):
+    built = []
+
+    def build(*args):
+        monkeypatch.setattr("hfsft.plan.step_memory.fuse_head", lambda *a: False)
+        built.append(model_of(*args))
+        return built[-1]
+
+    monkeypatch.setattr("hfsft.plan.timing.model_of", build)
+    assert seconds_per_step(recipe, recipe.base) > 0
+    ((model, fused),) = built
+    assert not fused and model.config._attn_implementation == "sdpa"

@@ -77,7 +77,7 @@ def test_sharded_weights_are_refused(recipe, monkeypatch, optim, plugin):
     from hfsft.train.arguments import arguments
 
     stage = load_recipe(recipe, "--optim", optim, stage="base").base
-    monkeypatch.setattr("hfsft.train.arguments.missing_package", lambda optim: None)
+    monkeypatch.setattr("hfsft.model.optimizer.missing_package", lambda optim: None)
     monkeypatch.setenv(f"ACCELERATE_USE_{plugin}", "true")
     with pytest.raises(RecipeError, match=f"{optim} needs whole matrices .*{plugin} shards them"):
         arguments(stage, [], 4)

@@ -7,6 +7,7 @@ import datasets
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import AttentionInterface
 from trl import SFTConfig, SFTTrainer
 
 from hfsft.errors import MemoryShortage, RecipeError
@@ -35,7 +36,7 @@ def conversations(count: int, seed: int = 0) -> datasets.Dataset:
 def make_trainer(make_stage, tokenizer):
     """Makes an `SFTStageTrainer` of 8 conversations a step on the CPU."""
 
-    def make(model, train=None, examples=8, steps=2, held_out=None, **settings):
+    def make(model, train=None, examples=8, steps=2, held_out=None, in_4bit=False, **settings):
         settings = {
             "eval_strategy": "no" if held_out is None else "steps",
             "per_device_train_batch_size": 2,
@@ -50,6 +51,7 @@ def make_trainer(make_stage, tokenizer):
             max_steps=steps,
             held_out=0 if held_out is None else len(held_out),
             eval_budget=1.0,
+            load_in_4bit=in_4bit,
             trainer=settings,
         )
         train = conversations(40) if train is None else train
@@ -139,6 +141,15 @@ def test_gradient_of_an_adapter(make_model, make_trainer, model_type):
     assert_same_gradients(gradients(trainer.model), expected)
 
 
+def test_an_adapter_of_4bit_weights_trains_in_float32(make_model, make_trainer):
+    """trl casts it to bfloat16 where the model says that it is in 4 bits."""
+    model = make_model("llama")
+    model.is_loaded_in_4bit = True
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+    trainer = make_trainer(model, in_4bit=True)
+    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
+
+
 def test_a_model_whose_head_is_not_plain_still_has_its_own_gradient(make_model, make_trainer):
     model = make_model("llama")
     model.lm_head = torch.nn.Sequential(model.lm_head)
@@ -156,6 +167,21 @@ def test_a_model_that_cannot_keep_documents_apart_gets_one_a_row(make_model, mak
     loss, expected = one_by_one(model, train)
     trainer = make_trainer(model)
     assert trainer.data_collator.alone
+    assert step(trainer, train) == pytest.approx(loss, rel=1e-6)
+    assert_same_gradients(gradients(model), expected)
+
+
+def test_an_attention_that_refuses_the_model_is_not_used(make_model, make_trainer, monkeypatch):
+    def refusing(*args, **kwargs):
+        raise RuntimeError("This flash attention build requires head_size % 8 == 0")
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "refusing", refusing)
+    monkeypatch.setattr("hfsft.train.step.packed_attention", lambda *args: "refusing")
+    model = make_model("llama")
+    trainer = make_trainer(model)
+    assert trainer.fused and model.config._attn_implementation == "sdpa"
+    train = list(conversations(16))
+    loss, expected = one_by_one(model, train)
     assert step(trainer, train) == pytest.approx(loss, rel=1e-6)
     assert_same_gradients(gradients(model), expected)
 
