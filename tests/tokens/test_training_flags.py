@@ -167,10 +167,10 @@ OF_A_ROW = [
     ({"label": "sports"}, None),
     ({"label": 3}, None),
     ({"label": False}, f"{AVOID} (label: false)"),
-    ({"label": 0}, f"{AVOID} (label: false)"),
-    ({"label": 0.0}, f"{AVOID} (label: false)"),
+    ({"label": 0}, None),  # a class
+    ({"label": 0.0}, None),
+    ({"label": "0"}, None),
     ({"label": "False"}, f"{AVOID} (label: false)"),
-    ({"label": "0"}, f"{AVOID} (label: false)"),
     ({"kto_tag": True}, None),
     ({"kto_tag": False}, f"{AVOID} (kto_tag: false)"),
     ({"kto_tag": "false"}, f"{AVOID} (kto_tag: false)"),
