@@ -82,7 +82,10 @@ REFUSED = {
     "dataset_kwargs": MANAGED,
     "dataset_text_field": "give the source `columns: {text: YOUR_COLUMN}`",
     "formatting_func": "give the source a `format`",
-    "completion_only_loss": "use assistant_only_loss",
+    "completion_only_loss": (
+        "of a prompt and its completion the completion alone is trained on; with "
+        "assistant_only_loss: false also the prompt's system and user messages"
+    ),
     "chat_template_path": "use tokenizer: {chat_template: FILE}",
     "eos_token": "the chat template's end-of-turn token ends an answer",
     "pad_token": "the tokenizer's own pad token is used, or one is added",

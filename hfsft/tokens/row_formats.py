@@ -10,8 +10,15 @@ from collections.abc import Callable
 from typing import Any
 
 from hfsft.errors import DataError
-from hfsft.tokens.messages import Conversation, Messages, check_messages, check_tools
-from hfsft.tokens.training_flags import BadRow, check_row_flags, is_blank
+from hfsft.tokens.messages import (
+    CALL_ROLES,
+    ROLES,
+    Conversation,
+    Messages,
+    check_messages,
+    check_tools,
+)
+from hfsft.tokens.training_flags import RANGES, SPELLINGS, BadRow, check_row_flags, is_blank
 
 EMPTY_JSON = ("", "[]", "{}", "null")  # a column that exists but is empty
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
@@ -56,7 +63,10 @@ def from_sharegpt(row: dict[str, Any]) -> Messages:
 
 
 def from_prompt_completion(row: dict[str, Any]) -> Messages:
-    """Prompt and completion: `prompt` and `completion`, each a text or a list of messages."""
+    """Prompt and completion: `prompt` and `completion`, each a text or a list of messages.
+
+    As in trl, the completion alone is trained on, unless a message of the prompt says otherwise.
+    """
     prompt, completion = row["prompt"], row["completion"]
     if prompt is None or completion is None:
         raise BadRow("empty content")
@@ -66,7 +76,18 @@ def from_prompt_completion(row: dict[str, Any]) -> Messages:
         completion = [{"role": "assistant", "content": completion.strip()}]
     if not isinstance(prompt, list) or not isinstance(completion, list):
         raise BadRow("content that is not text")
-    return prompt + completion
+    return [*map(_of_prompt, prompt), *completion]
+
+
+def _of_prompt(message: Any) -> Any:
+    """A message of a prompt; an assistant's is not trained on, unless it has a flag of its own."""
+    role = message.get("role") if isinstance(message, dict) else None
+    if role not in CALL_ROLES and (
+        not isinstance(role, str) or ROLES.get(role, role) != "assistant"
+    ):
+        return message
+    says = any(not is_blank(message.get(name)) for name in (*SPELLINGS, *RANGES))
+    return message if says else message | {"train": False}
 
 
 def from_alpaca(row: dict[str, Any]) -> Messages:
