@@ -4,6 +4,7 @@
 A row that cannot be trained on raises `BadRow` with a reason that the audit counts.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Callable
@@ -21,6 +22,8 @@ from hfsft.tokens.messages import (
 from hfsft.tokens.training_flags import RANGES, SPELLINGS, BadRow, check_row_flags, is_blank
 
 EMPTY_JSON = ("", "[]", "{}", "null")  # a column that exists but is empty
+# GSM8K's calculations have no other characters; C++'s `x << 2` is no calculation
+CALCULATION = re.compile(r"<<([\d\s.,+*/()%$-]+)=([\d.,/%$-]+)>>")
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 TOOLS = ("tools", "functions")
 # columns that are about a row, and not what a model reads
@@ -146,16 +149,9 @@ def from_multiple_choice(row: dict[str, Any]) -> Messages:
 
 def from_gsm8k(row: dict[str, Any]) -> Messages:
     """GSM8K: `question` and `answer`, whose `<<48/2=24>>` marks become python parts and outputs."""
-    parts = []
-    for text in re.split(r"(<<[^>]*>>)", row["answer"]):
-        if text.startswith("<<"):
-            expression, equals, result = text[2:-2].rpartition("=")
-            if not equals:
-                raise BadRow("a calculation without a result")
-            parts.append({"type": "python", "text": expression})
-            parts.append({"type": "python_output", "text": result})
-        elif text:
-            parts.append({"type": "text", "text": text})
+    kinds = itertools.cycle(("text", "python", "python_output"))
+    texts = CALCULATION.split(row["answer"])
+    parts = [{"type": kind, "text": text} for kind, text in zip(kinds, texts, strict=False) if text]
     return [
         {"role": "user", "content": row["question"]},
         {"role": "assistant", "content": parts},
