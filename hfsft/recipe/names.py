@@ -62,6 +62,7 @@ REFUSED = {
     "auto_find_batch_size": "it would silently change which examples share a step",
     "packing": "it would change which conversations share a step",
     "padding_free": "it would change which conversations share a step",
+    "pad_to_multiple_of": "a row is as long as the step's conversations need",
     "eval_packing": "validation packs its documents without changing their losses",
     "save_only_model": "training could not resume from such a checkpoint",
     "ignore_data_skip": "a resumed run would see different examples",
