@@ -32,7 +32,7 @@ from hfsft.data.stream import (
 from hfsft.errors import DataError
 from hfsft.process_group import first_of_machine_first
 from hfsft.recipe.schema import Recipe, Source, Stage
-from hfsft.tokens.encoding import encode_texts, tokenizer_key
+from hfsft.tokens.encoding import document_start, encode_texts, tokenizer_key
 from hfsft.tokens.row_formats import BadRow
 
 ROW_FEATURES = {"input_ids": datasets.List(datasets.Value("int32"))}
@@ -130,12 +130,13 @@ def _packed_rows(
             texts = _texts(source_rows, source, indices)
             while block := take_block(texts, BLOCK):
                 ids = encode_texts(block, tokenizer)
-                for row in fit_rows(ids, tokenizer.bos_token_id, length):
+                for row in fit_rows(ids, document_start(tokenizer), length):
                     # the writer buffers 1,000 rows: arrays take a ninth of the memory of lists
                     yield {"input_ids": np.array(row, dtype=np.int32)}
 
     key = [
         tokenizer_key(tokenizer),
+        document_start(tokenizer),
         length,
         [
             (source_rows._fingerprint, source.columns)

@@ -139,6 +139,11 @@ def encode_texts(texts: list[str], tokenizer: Any) -> list[list[int]]:
         backend.encode_special_tokens = before
 
 
+def document_start(tokenizer: Any) -> int:
+    """The token before each document: BOS, or EOS where there is none, as in Qwen's tokenizers."""
+    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+
+
 def _encode_foreign(
     conversation: Conversation, tokenizer: Any, assistant_only: bool
 ) -> Encoded | BadRow:

@@ -21,7 +21,7 @@ from hfsft.model.loading import plain_model
 from hfsft.plan.sizes import steps_of
 from hfsft.process_group import meet
 from hfsft.recipe.schema import Stage
-from hfsft.tokens.encoding import IGNORED
+from hfsft.tokens.encoding import IGNORED, document_start
 from hfsft.tokens.foreign_templates import encode_prompt
 from hfsft.train.advice import Advice, Validation, advise
 from hfsft.train.checkpointing import ResumableStep
@@ -283,7 +283,7 @@ class ValidatingStep(ResumableStep):
         self.model.eval()
         tokenizer, prompts = self.processing_class, self.stage.sample_prompts
         if self.stage.name == "base":  # it has seen no conversation yet
-            start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+            start = [document_start(tokenizer)]
             texts = tokenizer(prompts, add_special_tokens=False, split_special_tokens=True)
             asked = [start + ids for ids in texts["input_ids"]]
         else:
