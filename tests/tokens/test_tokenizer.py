@@ -309,6 +309,20 @@ def test_phi_s_template_whose_last_mark_is_the_end_of_the_text(save, name):
     assert tokenizer.decode([label for label in labels if label != -100]).startswith("Hello<|end|>")
 
 
+def test_deepseek_s_template_whose_marks_have_the_header(save):
+    template = (Path(trl.__file__).parent / "chat_templates" / "deepseekv3.jinja").read_text()
+    user_token, assistant_token, end = (
+        f"<\N{FULLWIDTH VERTICAL LINE}{name}\N{FULLWIDTH VERTICAL LINE}>"
+        for name in ("User", "Assistant", "end\u2581of\u2581sentence")
+    )
+    plain = plain_bpe(user_token, assistant_token, end, "<bos>", eos_token=end, bos_token="<bos>")
+    tokenizer = load_tokenizer(save(plain, template))
+    assert "{%- generation %}" in tokenizer.hfsft_training_template
+    ids, labels = encode_conversation([user("Hi"), assistant("<b>")], tokenizer)
+    assert tokenizer.decode(ids) == f"<bos>{user_token}Hi{assistant_token}<b>{end}"
+    assert tokenizer.decode([label for label in labels if label != -100]) == f"<b>{end}"
+
+
 def test_an_unknown_template_without_marks_can_be_trained_with(save):
     tokenizer = load_tokenizer(save(plain_bpe("<|end|>", eos_token="<|end|>"), UNMARKED))
     assert (tokenizer.hfsft_template, tokenizer.hfsft_training_template) == (None, None)

@@ -91,7 +91,7 @@ FAMILIES = {
     "smollm3": (
         OURS / "smollm3-3b.jinja",
         ("<|im_start|>", "<|im_end|>"),
-        r"(<\|im_start\|>assistant\n.*?<\|im_end\|>\n)",  # its marks begin before the header
+        r"<\|im_start\|>assistant\n(.*?<\|im_end\|>\n)",  # its marks begin before the header
         [ONE_ROUND, TWO_ROUNDS, PARALLEL, WITH_TEXT],
     ),
 }  # fmt: skip
