@@ -19,6 +19,7 @@ from hfsft.data.cache import cached_rows
 from hfsft.data.mixture import Mixture, accept_mixture
 from hfsft.data.order import choose_held_out, copies
 from hfsft.data.packing import fit_rows
+from hfsft.data.rows import require_columns
 from hfsft.data.sources import JSON_COLUMN, ROW_COLUMN, SOURCE_COLUMN, load_rows, parse_row
 from hfsft.data.stream import (
     BLOCK,
@@ -281,6 +282,7 @@ def _text_rows(source: Source, stage: Stage) -> datasets.Dataset:
     rows = load_rows(source, stage.seed)
     if JSON_COLUMN not in rows.column_names:
         require_column(source, rows.column_names)
+    require_columns(rows, source)
     return rows
 
 

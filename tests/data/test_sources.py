@@ -218,12 +218,20 @@ def test_columns_are_renamed(tmp_path, make_stage, tokenizer):
 def test_wrong_columns_are_an_error_that_lists_them(kind, tmp_path, make_stage, tokenizer):
     path = tmp_path / f"r.{kind}"
     path.write_bytes(FILES[kind]([{"chat": "Hi", "id": 1}]))
-    for columns in ({}, {"messages": "talk"}):
-        with pytest.raises(DataError) as error:
-            load_conversations(make_stage(Source(str(path), columns=columns)), tokenizer)
-        lines = str(error.value).splitlines()
-        assert lines[0] == f"{path}: cannot tell the format from its columns chat, id"
-        assert len(lines) == 2
+    with pytest.raises(DataError) as error:
+        load_conversations(make_stage(str(path)), tokenizer)
+    lines = str(error.value).splitlines()
+    assert lines[0] == f"{path}: cannot tell the format from its columns chat, id"
+    assert len(lines) == 2
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_renamed_column_that_is_missing_is_an_error(kind, tmp_path, make_stage, tokenizer):
+    path = tmp_path / f"r.{kind}"
+    path.write_bytes(FILES[kind]([row | {"id": 1} for row in CONVERSATIONS]))
+    with pytest.raises(DataError) as error:  # and no other column is read instead
+        load_conversations(make_stage(Source(str(path), columns={"messages": "talk"})), tokenizer)
+    assert str(error.value) == f"{path}: columns: has no column 'talk', only messages, id"
 
 
 def test_other_columns_may_have_any_name(tmp_path, make_stage, tokenizer):
