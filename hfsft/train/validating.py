@@ -22,7 +22,7 @@ from hfsft.plan.sizes import steps_of
 from hfsft.process_group import meet
 from hfsft.recipe.schema import Stage
 from hfsft.tokens.encoding import IGNORED, document_start
-from hfsft.tokens.foreign_templates import encode_prompt
+from hfsft.tokens.foreign_templates import encode_prompt, special_tokens
 from hfsft.train.advice import Advice, Validation, advise
 from hfsft.train.checkpointing import ResumableStep
 from hfsft.train.held_out import (
@@ -224,7 +224,8 @@ class ValidatingStep(ResumableStep):
             for one in smaller:
                 self._add_losses(totals, one)
             return
-        special = torch.tensor(self.processing_class.all_special_ids)
+        tokenizer = self.processing_class
+        special = torch.tensor(tokenizer.convert_tokens_to_ids(special_tokens(tokenizer)))
         is_text = ~torch.isin(targets, special)
         counted = torch.stack([losses, torch.ones_like(losses), correct.double(), losses * is_text])
         totals.index_add_(1, documents, counted)
