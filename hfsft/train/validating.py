@@ -163,7 +163,7 @@ class ValidatingStep(ResumableStep):
         """
         held_out = self.eval_dataset
         totals = self._document_losses(dataloader, len(held_out))
-        line = {"step": self.state.global_step, **losses_of(totals)}
+        line = {"step": self.state.global_step, **losses_of(totals), "documents": held_out.digest}
         if self.general is not None:
             line["general"] = self._general_losses(self.general)
         self.metrics_log.validation.append(line)
