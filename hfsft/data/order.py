@@ -77,7 +77,7 @@ def copies(items: list[Any], source: Source, seed: int) -> list[Any]:
     """
     full = int(source.copies)
     rest = round(len(items) * (source.copies - full))
-    sample = random.Random(f"{seed}:weight:{source}").sample(range(len(items)), rest)
+    sample = random.Random(f"{seed}:weight:{source.seed_name}").sample(range(len(items)), rest)
     return items * full + [items[i] for i in sorted(sample)]
 
 

@@ -69,15 +69,15 @@ def tightest_fit(lengths: list[int], capacity: int) -> list[list[int]]:
 # --- rows packed ahead of time ---
 
 
-def fit_rows(documents: Iterable[list[int]], bos: int, length: int) -> list[list[int]]:
-    """Pack documents into rows, a BOS token before each; one that fits a row is never split.
+def fit_rows(documents: Iterable[list[int]], first: int, length: int) -> list[list[int]]:
+    """Pack documents into rows, a token before each; one that fits a row is never split.
 
     A longer document becomes full rows and a remainder; remainders and short documents are packed
     best-fit.
 
     Args:
         documents: token ids of each.
-        bos: the token that starts a row and a document.
+        first: the token that starts a row and a document, see `document_start`.
         length: tokens per row.
 
     Returns:
@@ -86,7 +86,7 @@ def fit_rows(documents: Iterable[list[int]], bos: int, length: int) -> list[list
     rows, segments = [], []
     for ids in documents:
         for start in range(0, max(len(ids), 1), length - 1):
-            segment = [bos, *ids[start : start + length - 1]]
+            segment = [first, *ids[start : start + length - 1]]
             (rows if len(segment) == length else segments).append(segment)
     for items in best_fit([len(segment) for segment in segments], length):
         rows.append([token for item in items for token in segments[item]])

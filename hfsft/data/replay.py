@@ -5,6 +5,7 @@ loss is computed on, before, during and after training; none of it is trained on
 """
 
 import random
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from hfsft.data.encoded import FEATURES, EncodedConversations
 from hfsft.data.order import copies
 from hfsft.data.rows import Row, SourceRows, check_source
 from hfsft.data.sources import SOURCE_COLUMN, load_rows, parse_row
+from hfsft.data.stream import is_text
 from hfsft.errors import DataError
 from hfsft.process_group import first_of_machine_first
 from hfsft.recipe.schema import Source, Stage
@@ -96,21 +98,28 @@ def _general_text(stage: Stage, tokenizer: Any) -> datasets.Dataset:
     source = Source(stage.replay.text)
     length = stage.max_length or LONGEST
     size = CHARACTERS * length
-    passages = []
-    for row in load_rows(source, stage.seed):
+    read = load_rows(source, stage.seed)
+    # counted first: memory never holds all of the text
+    total = sum(1 for _ in _passages(read, source, size))
+    if not total:
+        raise DataError(f"{source}: has no text")
+    count = min(stage.replay.held_out, total)
+    chosen = set(random.Random(f"{stage.seed}:general text").sample(range(total), count))
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    passages = enumerate(_passages(read, source, size))
+    ids = encode_texts([passage for index, passage in passages if index in chosen], tokenizer)
+    rows = [(start + one)[:length] for one in ids]
+    features = datasets.Features({name: FEATURES[name] for name in ("input_ids", "labels")})
+    return datasets.Dataset.from_dict({"input_ids": rows, "labels": rows}, features=features)
+
+
+def _passages(rows: datasets.Dataset, source: Source, size: int) -> Iterator[str]:
+    """The texts of all rows, cut into passages of so many characters."""
+    for row in rows:
         try:
             text = parse_row(row, source).get("text")
         except BadRow:
             continue
-        if isinstance(text, str):
-            passages += [text[start : start + size] for start in range(0, len(text), size)]
-    passages = [passage for passage in passages if passage.strip()]
-    if not passages:
-        raise DataError(f"{source}: has no text")
-    count = min(stage.replay.held_out, len(passages))
-    chosen = random.Random(f"{stage.seed}:general text").sample(range(len(passages)), count)
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    ids = encode_texts([passages[index] for index in sorted(chosen)], tokenizer)
-    rows = [(start + one)[:length] for one in ids]
-    features = datasets.Features({name: FEATURES[name] for name in ("input_ids", "labels")})
-    return datasets.Dataset.from_dict({"input_ids": rows, "labels": rows}, features=features)
+        if is_text(text):
+            passages = (text[start : start + size] for start in range(0, len(text), size))
+            yield from (passage for passage in passages if passage.strip())

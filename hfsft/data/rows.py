@@ -2,19 +2,22 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import datasets
 
 from hfsft.data.cache import cached_map
-from hfsft.data.sources import ROW_COLUMN, columns_of, load_rows, parse_row
+from hfsft.data.sources import JSON_COLUMN, ROW_COLUMN, columns_of, load_rows, parse_row
 from hfsft.errors import DataError
 from hfsft.recipe.schema import Source, Stage
 from hfsft.tokens.messages import content_digest
 from hfsft.tokens.row_formats import BadRow, detect_format, read_row
 
 Row = tuple[int, int]  # the position of a source in the stage's data, and of a row in the source
+
+LOOKED_AT = 1000  # rows of JSON, for a column that not every row has
 
 CHECKED = {
     "digest": datasets.Value("string"),
@@ -61,6 +64,7 @@ def check_source(source: Source, stage: Stage) -> SourceRows:
         DataError: if the source cannot be read, or its format is unknown.
     """
     rows = load_rows(source, stage.seed)
+    require_columns(rows, source)
     row_format = source.format or detect_format(columns_of(rows, source), str(source))
 
     def check(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -87,6 +91,31 @@ def check_source(source: Source, stage: Stage) -> SourceRows:
     indices, digests = rows[ROW_COLUMN][:], checked["digest"][:]
     unused = Counter(name for names in checked["unused"][:] for name in names)
     return SourceRows(source, rows, row_format, indices, digests, refused, unused)
+
+
+def require_columns(rows: datasets.Dataset, source: Source) -> None:
+    """Check that a source has every column that it renames.
+
+    Without it a column that has the format's own name would be read instead. Rows of JSON each have
+    their own columns: the first `LOOKED_AT` count.
+
+    Raises:
+        DataError: naming the first that it lacks.
+    """
+    if not source.columns:
+        return
+    found = dict.fromkeys(
+        name for name in rows.column_names if name not in (JSON_COLUMN, ROW_COLUMN)
+    )
+    if JSON_COLUMN in rows.column_names:
+        for row in rows.select(range(min(LOOKED_AT, len(rows)))):
+            with suppress(BadRow):
+                found |= dict.fromkeys(parse_row(row, replace(source, columns={})))
+            if found.keys() >= set(source.columns.values()):
+                return
+    for old in source.columns.values():
+        if found and old not in found:
+            raise DataError(f"{source}: columns: has no column '{old}', only {', '.join(found)}")
 
 
 def rows_of_batch(batch: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:

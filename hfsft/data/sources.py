@@ -86,7 +86,7 @@ def load_rows(source: Source, seed: int) -> datasets.Dataset:
     if source.rows is not None and source.rows < len(rows):
         if source.first:
             return rows.select(range(source.rows))
-        kept = random.Random(f"{seed}:{source}").sample(range(len(rows)), source.rows)
+        kept = random.Random(f"{seed}:{source.seed_name}").sample(range(len(rows)), source.rows)
         return rows.select(kept)
     return rows
 

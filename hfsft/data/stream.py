@@ -19,7 +19,7 @@ from hfsft.data.packing import fit_rows
 from hfsft.data.sources import ROW_COLUMN, SOURCE_COLUMN, has_gap, read_hub
 from hfsft.errors import DataError
 from hfsft.recipe.schema import Source, Stage
-from hfsft.tokens.encoding import encode_texts
+from hfsft.tokens.encoding import document_start, encode_texts
 
 # documents are encoded and packed in blocks of at most
 BLOCK = 2048  # documents and
@@ -120,7 +120,7 @@ def open_text_stream(
     texts = list(stream_texts(stream.take(count), source))
     if not texts:
         raise DataError(f"{stage.name}: held_out: the first {count} documents have no text")
-    rows = fit_rows(encode_texts(texts, tokenizer), tokenizer.bos_token_id, length)
+    rows = fit_rows(encode_texts(texts, tokenizer), document_start(tokenizer), length)
     train = TextStream(stream.skip(count), source, tokenizer, length, stage.seed, set(texts))
     held_out = {"input_ids": rows, SOURCE_COLUMN: [str(source)] * len(rows)}
     return train, datasets.Dataset.from_dict(held_out)
@@ -211,6 +211,6 @@ class TextStream(torch.utils.data.IterableDataset):
         order = random.Random(f"{self.seed}:{epoch}:{number}")
         order.shuffle(texts)
         ids = encode_texts(texts, self.tokenizer)
-        rows = fit_rows(ids, self.tokenizer.bos_token_id, self.length)
+        rows = fit_rows(ids, document_start(self.tokenizer), self.length)
         order.shuffle(rows)
         return rows

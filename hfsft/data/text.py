@@ -19,6 +19,7 @@ from hfsft.data.cache import cached_rows
 from hfsft.data.mixture import Mixture, accept_mixture
 from hfsft.data.order import choose_held_out, copies
 from hfsft.data.packing import fit_rows
+from hfsft.data.rows import require_columns
 from hfsft.data.sources import JSON_COLUMN, ROW_COLUMN, SOURCE_COLUMN, load_rows, parse_row
 from hfsft.data.stream import (
     BLOCK,
@@ -32,7 +33,7 @@ from hfsft.data.stream import (
 from hfsft.errors import DataError
 from hfsft.process_group import first_of_machine_first
 from hfsft.recipe.schema import Recipe, Source, Stage
-from hfsft.tokens.encoding import encode_texts, tokenizer_key
+from hfsft.tokens.encoding import document_start, encode_texts, tokenizer_key
 from hfsft.tokens.row_formats import BadRow
 
 ROW_FEATURES = {"input_ids": datasets.List(datasets.Value("int32"))}
@@ -130,12 +131,13 @@ def _packed_rows(
             texts = _texts(source_rows, source, indices)
             while block := take_block(texts, BLOCK):
                 ids = encode_texts(block, tokenizer)
-                for row in fit_rows(ids, tokenizer.bos_token_id, length):
+                for row in fit_rows(ids, document_start(tokenizer), length):
                     # the writer buffers 1,000 rows: arrays take a ninth of the memory of lists
                     yield {"input_ids": np.array(row, dtype=np.int32)}
 
     key = [
         tokenizer_key(tokenizer),
+        document_start(tokenizer),
         length,
         [
             (source_rows._fingerprint, source.columns)
@@ -280,6 +282,7 @@ def _text_rows(source: Source, stage: Stage) -> datasets.Dataset:
     rows = load_rows(source, stage.seed)
     if JSON_COLUMN not in rows.column_names:
         require_column(source, rows.column_names)
+    require_columns(rows, source)
     return rows
 
 

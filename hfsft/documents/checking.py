@@ -17,7 +17,12 @@ QUESTION_MARKS = "?\uff1f\u061f"
 
 # what a model may put around a question or an answer
 LABEL = re.compile(r"^(?:\W*(?:question|answer|q|a)\s*\d*\s*[:.)]\W*|\d+[.)]\s*)", re.IGNORECASE)
+# of an answer only what is no list ("1. Mix ..."), initial ("A. Smith") or number ("3.14 is ...")
+ANSWER_LABEL = re.compile(
+    r"\A\W*(?:(?:question|answer)\s*\d*\s*[:.)]|[qa]\s*\d*\s*:)[\s*_]*", re.IGNORECASE
+)
 THOUGHTS = re.compile(r"\A.*</think(?:ing)?>", re.S)
+UNCLOSED = re.compile(r"\A\s*<think(?:ing)?>")
 
 LETTERS = 4  # shorter words are in every text
 STEM = 6  # letters of a word that are compared, so that "cached" is "caching"
@@ -33,7 +38,7 @@ def question_of(text: str) -> str:
     Raises:
         Refused: if there is none.
     """
-    for line in THOUGHTS.sub("", text).splitlines():
+    for line in _without_thoughts(text).splitlines():
         line = LABEL.sub("", line.strip(" \t*#>\"'`-")).strip(" \t*\"'`")
         if any(mark in line for mark in QUESTION_MARKS):
             return line
@@ -46,10 +51,17 @@ def answer_of(text: str) -> str:
     Raises:
         Refused: if nothing is left.
     """
-    answer = LABEL.sub("", THOUGHTS.sub("", text).strip()).strip()
+    answer = ANSWER_LABEL.sub("", _without_thoughts(text).strip()).strip()
     if not answer:
         raise Refused("an empty answer")
     return answer
+
+
+def _without_thoughts(text: str) -> str:
+    text = THOUGHTS.sub("", text)
+    if UNCLOSED.match(text):
+        raise Refused("thoughts without an end")
+    return text
 
 
 def require_no_phrase(text: str, phrases: Sequence[str], passage: str, reason: str) -> None:

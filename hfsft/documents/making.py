@@ -344,6 +344,8 @@ class Writer:
         prompts, text = self.prompts, passage.text
         wrote = self._ask(prompts.for_question(text, number), passage, number)
         entry["question"] = wrote.text
+        if wrote.cut_off:
+            raise Refused("a question that was cut off at max_tokens")
         question = question_of(wrote.text)
         require_no_phrase(question, prompts.refusals, text, "the teacher refused")
         require_no_phrase(question, prompts.unclear, text, "needs the passage to be understood")

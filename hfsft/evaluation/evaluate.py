@@ -191,10 +191,11 @@ def _run_task(
         progress(task.name, total, total)
     results = [done[item.digest] for item in items]
     if task.kind == "loss":
-        return loss_figures(results)
+        return loss_figures(results) | {"way": label["way"]}
     chances = [1 / len(item.choices) if item.choices else 0.0 for item in items]
     figures = accuracy_figures(task.kind, results, chances)
-    return figures | {"cut": sum(item.is_cut for item in items), "pool": task.pool}
+    cut = sum(item.is_cut for item in items)
+    return figures | {"cut": cut, "pool": task.pool, "way": label["way"]}
 
 
 def _encoded(task: Task, evaluator: Evaluator) -> tuple[list[Item], int]:
@@ -258,17 +259,18 @@ def _run_lm_eval(
     seed = results["seed"]
     label = _label(results["fingerprint"], lm_eval_version(), rows, seed, evaluator.is_chat)
     path = rows_file(out, name)
-    found = _labelled(path, label)
-    if not found or len(found) < found[0]["of"]:
+    found = last_run(_labelled(path, label))
+    if not found:
         found = ask_lm_eval(evaluator, name.removeprefix(LM_EVAL), rows, seed)
         found = [label | {"of": len(found)} | row for row in found]
         append_lines(path, found)
-    chances = [1 / row["choices"] if row["choices"] else 0.0 for row in found]
-    kind = "categorical" if all(chances) else "generative"
-    figures = accuracy_figures(kind, found, chances)
-    names = [name for name in found[0]["metrics"] if all(name in row["metrics"] for row in found)]
-    means = {name: _mean([row["metrics"][name] for row in found]) for name in names}
-    return figures | {"metrics": means}
+    return harness_figures(found) | {"way": label["way"]}
+
+
+def last_run(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The kept rows of lm-eval's last run, after those of one that was killed; [] if it was too."""
+    rows = lines[-lines[-1]["of"] :] if lines else []
+    return rows if rows and len(rows) == rows[-1]["of"] else []
 
 
 # --- which kept results may be reused ---
@@ -322,6 +324,21 @@ def accuracy_figures(
         "chance": chance,
         "centred": (accuracy - chance) / (1 - chance),
     }
+
+
+def harness_figures(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """The figures of one of lm-eval's tasks, with the means of its own metrics.
+
+    Args:
+        found: what `ask_lm_eval` returns.
+    """
+    # a single continuation, whose log-likelihood is asked for, is right or wrong, and no choice
+    chances = [1 / row["choices"] if row["choices"] > 1 else 0.0 for row in found]
+    kind = "categorical" if all(chances) else "generative"
+    figures = accuracy_figures(kind, found, chances)
+    names = [name for name in found[0]["metrics"] if all(name in row["metrics"] for row in found)]
+    means = {name: _mean([row["metrics"][name] for row in found]) for name in names}
+    return figures | {"metrics": means}
 
 
 def _mean(values: list[float]) -> float:

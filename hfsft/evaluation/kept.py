@@ -107,7 +107,7 @@ def rows_file(out: Path, task: str) -> Path:
 
 
 def row_results(out: Path, task: str) -> dict[str, dict[str, Any]]:
-    """The latest result of each row of a task, for the weights that eval.json is about.
+    """The latest result of each row of a task, for the weights and settings of eval.json.
 
     Args:
         out: the folder of eval.json and eval/.
@@ -116,9 +116,12 @@ def row_results(out: Path, task: str) -> dict[str, dict[str, Any]]:
     Returns:
         A row's digest → `right` and `answer`, or `loss`, `tokens`, `text_loss` and `bytes`.
     """
-    digest = json.loads((out / "eval.json").read_text())["fingerprint"][:16]
+    results = json.loads((out / "eval.json").read_text())
+    label = {"model": results["fingerprint"][:16]}
+    if "way" in results["tasks"][task]:  # earlier versions did not write it
+        label["way"] = results["tasks"][task]["way"]
     lines = read_json_lines(rows_file(out, task))
-    return {line["row"]: line for line in lines if line["model"] == digest}
+    return {line["row"]: line for line in lines if label.items() <= line.items()}
 
 
 def append_lines(path: Path, lines: list[dict[str, Any]]) -> None:

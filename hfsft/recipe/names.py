@@ -62,6 +62,7 @@ REFUSED = {
     "auto_find_batch_size": "it would silently change which examples share a step",
     "packing": "it would change which conversations share a step",
     "padding_free": "it would change which conversations share a step",
+    "pad_to_multiple_of": "a row is as long as the step's conversations need",
     "eval_packing": "validation packs its documents without changing their losses",
     "save_only_model": "training could not resume from such a checkpoint",
     "ignore_data_skip": "a resumed run would see different examples",
@@ -82,7 +83,10 @@ REFUSED = {
     "dataset_kwargs": MANAGED,
     "dataset_text_field": "give the source `columns: {text: YOUR_COLUMN}`",
     "formatting_func": "give the source a `format`",
-    "completion_only_loss": "use assistant_only_loss",
+    "completion_only_loss": (
+        "of a prompt and its completion the completion alone is trained on; with "
+        "assistant_only_loss: false also the prompt's system and user messages"
+    ),
     "chat_template_path": "use tokenizer: {chat_template: FILE}",
     "eos_token": "the chat template's end-of-turn token ends an answer",
     "pad_token": "the tokenizer's own pad token is used, or one is added",

@@ -4,7 +4,7 @@
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,13 @@ class Source:
         return self.repeat * self.weight
 
     def __str__(self) -> str:
-        return self.path + (f":{self.name}" if self.name else "")
+        name = f":{self.name}" if self.name else ""
+        return self.path + name + (f"[{self.split}]" if self.split != "train" else "")
+
+    @property
+    def seed_name(self) -> str:
+        """What a sample is seeded with beside the seed; without the split, as it always was."""
+        return str(replace(self, split="train"))
 
 
 @dataclass(frozen=True)

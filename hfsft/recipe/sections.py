@@ -234,12 +234,13 @@ UPSTREAM = {
     "max_grad_norm": Key(help="gradients are clipped to this norm", low=0, high=10**9),
     "label_smoothing_factor": Key(help="label smoothing of the cross-entropy", low=0, high=1),
     "neftune_noise_alpha": Key(help="noise added to the embeddings", low=0, high=1000),
-    # trl accepts any text for the next two, and fails late or trains on something else
+    # trl accepts any text for these, and fails late or trains on something else
     "loss_type": Key("str", ("nll", "dft"), help="cross-entropy, or dynamic fine-tuning"),
     "truncation_mode": Key(
-        "str", ("keep_start", "keep_end"), help="which end of a conversation is kept"
+        "str",
+        ("keep_start",),
+        help="a conversation's beginning is kept; trl's `keep_end` is not here",
     ),
-    "pad_to_multiple_of": Key(help="tokens a row is padded to a multiple of", low=1, high=2**20),
     "gradient_checkpointing": Key(
         help="recompute activations in the backward pass: less memory, more time",
         defaults={"sft": True},

@@ -114,11 +114,18 @@ def _losses(pair: list[dict[str, Any]], folders: list[Path]) -> Iterator[dict[st
     result = {"what": "validation loss, nats per token", "values": values}
     logs = [read_json_lines(folder / "validation.jsonl", nan_as_none=True) for folder in folders]
     last = [lines[-1] if lines else None for lines in logs]
-    if all(last) and last[0]["tokens"] == last[1]["tokens"]:
+    if all(last) and _same_documents(*last):
         losses = [np.array(line["losses"], dtype=float) for line in last]
         yield result | _paired(losses[1] - losses[0], np.array(last[0]["tokens"], dtype=float))
     else:
         yield result | {"how": "different held-out data: not comparable"}
+
+
+def _same_documents(one: dict[str, Any], two: dict[str, Any]) -> bool:
+    """Whether two lines of `validation.jsonl` are about the same held-out documents."""
+    # earlier versions wrote no digest; rows of base text all have the same length
+    digests = [line.get("documents") for line in (one, two)]
+    return one["tokens"] == two["tokens"] and (None in digests or digests[0] == digests[1])
 
 
 def _paired(differences: np.ndarray, tokens: np.ndarray) -> dict[str, Any]:

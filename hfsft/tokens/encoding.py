@@ -139,6 +139,11 @@ def encode_texts(texts: list[str], tokenizer: Any) -> list[list[int]]:
         backend.encode_special_tokens = before
 
 
+def document_start(tokenizer: Any) -> int:
+    """The token before each document: BOS, or EOS where there is none, as in Qwen's tokenizers."""
+    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+
+
 def _encode_foreign(
     conversation: Conversation, tokenizer: Any, assistant_only: bool
 ) -> Encoded | BadRow:
@@ -198,8 +203,9 @@ def fit_conversations(
         tokenizer: as `load_tokenizer` returns it.
         max_length: tokens; None: no limit.
         on_too_long: "truncate" keeps the beginning and splits no character; "drop" refuses it;
-            "split" makes several of it, each with the system message and complete exchanges, and
-            truncates an exchange that is too long by itself; "error" gives `TooLong`.
+            "split" makes several of it, each with the system message and complete exchanges,
+            truncates an exchange that is too long by itself, and leaves out a part without a
+            trained token; "error" gives `TooLong`.
         assistant_only: as `encode_conversations`.
 
     Returns:
@@ -221,10 +227,10 @@ def fit_conversations(
             elif on_too_long == "split" and len(list(_exchanges(conversation.messages))) > 1:
                 parts = _split(conversation, tokenizer, max_length, assistant_only)
                 fitted = fit_conversations(parts, tokenizer, max_length, "truncate", assistant_only)
-                for part in fitted:
-                    if not isinstance(part, list):
-                        raise part
-                found.append([part[0] for part in fitted])
+                kept = [part[0] for part in fitted if isinstance(part, list)]
+                if not kept:
+                    raise fitted[0]
+                found.append(kept)
             else:
                 end = _character_end(full.ids, max_length, tokenizer)
                 truncated = Encoded(

@@ -10,6 +10,7 @@ import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from datetime import date
 from functools import cache
 from typing import Any
 
@@ -30,6 +31,9 @@ TIMES = 100
 
 # stand for special tokens written inside a message while a template renders it
 PRIVATE_USE = 0xF0000  # the first of Unicode's supplementary private use characters
+
+# Llama 3.2's own default: with today's date a row's tokens would change from one day to the next
+TRAINING_DATE = date(2024, 7, 26)
 
 PROBE = [
     {"role": "user", "content": "one"},
@@ -224,7 +228,7 @@ def _jinja(
             tokenizer.name_or_path,
             lambda: render_jinja_template(
                 conversations=[messages],
-                chat_template=template,
+                chat_template=_dated(template),
                 **settings,
                 **tokenizer.special_tokens_map,
             ),
@@ -235,6 +239,16 @@ def _jinja(
     except Exception as error:  # a template can raise anything, such as ZeroDivisionError
         raise TemplateError(f"the chat template refuses it: {first_line(error)}") from None
     return texts[0], spans[0] if spans else []
+
+
+@cache
+def _dated(template: str) -> str:
+    """A template that writes `TRAINING_DATE` as today's; transformers takes no other function."""
+    return re.sub(
+        r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""",
+        lambda found: json.dumps(TRAINING_DATE.strftime(found[2])),
+        template,
+    )
 
 
 # --- tools ---

@@ -365,7 +365,7 @@ FOLLOWS = {
 
 
 def _check_order(messages: Messages) -> None:
-    last, calls = "nothing", 0
+    last, calls, has_ids = "nothing", 0, False
     for index, message in enumerate(messages):
         role = message["role"]
         if role == "system" and (index == 0 or last in ("user", "assistant")):
@@ -376,6 +376,9 @@ def _check_order(messages: Messages) -> None:
             raise BadRow(
                 "a tool call without its result" if last == "calls" else "roles out of order"
             )
+        # without ids, as in LLaMA-Factory, one result may be that of several calls
+        if last == "tool" and role == "assistant" and calls and has_ids:
+            raise BadRow("a tool call without its result")
         if role == "tool":
             calls -= 1
             if calls < 0:
@@ -383,6 +386,7 @@ def _check_order(messages: Messages) -> None:
         last = role
         if message.get("tool_calls"):
             last, calls = "calls", len(message["tool_calls"])
+            has_ids = all("id" in call for call in message["tool_calls"])
     if all(message["role"] != "assistant" for message in messages):
         raise BadRow("no assistant turn")
     if last == "tool" or messages[-1]["role"] == "system":

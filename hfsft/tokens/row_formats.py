@@ -4,16 +4,26 @@
 A row that cannot be trained on raises `BadRow` with a reason that the audit counts.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Callable
 from typing import Any
 
 from hfsft.errors import DataError
-from hfsft.tokens.messages import Conversation, Messages, check_messages, check_tools
-from hfsft.tokens.training_flags import BadRow, check_row_flags, is_blank
+from hfsft.tokens.messages import (
+    CALL_ROLES,
+    ROLES,
+    Conversation,
+    Messages,
+    check_messages,
+    check_tools,
+)
+from hfsft.tokens.training_flags import RANGES, SPELLINGS, BadRow, check_row_flags, is_blank
 
 EMPTY_JSON = ("", "[]", "{}", "null")  # a column that exists but is empty
+# GSM8K's calculations have no other characters; C++'s `x << 2` is no calculation
+CALCULATION = re.compile(r"<<([\d\s.,+*/()%$-]+)=([\d.,/%$-]+)>>")
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 TOOLS = ("tools", "functions")
 # columns that are about a row, and not what a model reads
@@ -56,7 +66,10 @@ def from_sharegpt(row: dict[str, Any]) -> Messages:
 
 
 def from_prompt_completion(row: dict[str, Any]) -> Messages:
-    """Prompt and completion: `prompt` and `completion`, each a text or a list of messages."""
+    """Prompt and completion: `prompt` and `completion`, each a text or a list of messages.
+
+    As in trl, the completion alone is trained on, unless a message of the prompt says otherwise.
+    """
     prompt, completion = row["prompt"], row["completion"]
     if prompt is None or completion is None:
         raise BadRow("empty content")
@@ -66,7 +79,18 @@ def from_prompt_completion(row: dict[str, Any]) -> Messages:
         completion = [{"role": "assistant", "content": completion.strip()}]
     if not isinstance(prompt, list) or not isinstance(completion, list):
         raise BadRow("content that is not text")
-    return prompt + completion
+    return [*map(_of_prompt, prompt), *completion]
+
+
+def _of_prompt(message: Any) -> Any:
+    """A message of a prompt; an assistant's is not trained on, unless it has a flag of its own."""
+    role = message.get("role") if isinstance(message, dict) else None
+    if role not in CALL_ROLES and (
+        not isinstance(role, str) or ROLES.get(role, role) != "assistant"
+    ):
+        return message
+    says = any(not is_blank(message.get(name)) for name in (*SPELLINGS, *RANGES))
+    return message if says else message | {"train": False}
 
 
 def from_alpaca(row: dict[str, Any]) -> Messages:
@@ -125,16 +149,9 @@ def from_multiple_choice(row: dict[str, Any]) -> Messages:
 
 def from_gsm8k(row: dict[str, Any]) -> Messages:
     """GSM8K: `question` and `answer`, whose `<<48/2=24>>` marks become python parts and outputs."""
-    parts = []
-    for text in re.split(r"(<<[^>]*>>)", row["answer"]):
-        if text.startswith("<<"):
-            expression, equals, result = text[2:-2].rpartition("=")
-            if not equals:
-                raise BadRow("a calculation without a result")
-            parts.append({"type": "python", "text": expression})
-            parts.append({"type": "python_output", "text": result})
-        elif text:
-            parts.append({"type": "text", "text": text})
+    kinds = itertools.cycle(("text", "python", "python_output"))
+    texts = CALCULATION.split(row["answer"])
+    parts = [{"type": kind, "text": text} for kind, text in zip(kinds, texts, strict=False) if text]
     return [
         {"role": "user", "content": row["question"]},
         {"role": "assistant", "content": parts},

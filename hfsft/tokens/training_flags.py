@@ -143,10 +143,13 @@ def check_row_flags(row: Mapping[str, Any], has_label: bool) -> set[str]:
     """
     understood = set()
     for name in KTO if has_label else KTO[1:]:
-        flag = as_flag(row.get(name))
+        value = row.get(name)
+        # a `label` of 0 or 1 is a class, as in a classification set
+        is_class = name == "label" and str(value).strip().lower() not in ("true", "false")
+        flag = None if is_class else as_flag(value)
         if flag is False:
             raise BadRow(f"{AVOIDED} ({name}: false)")
-        if flag is None and name != "label" and not is_blank(row.get(name)):
+        if flag is None and name != "label" and not is_blank(value):
             raise BadRow(f"{name} is neither true nor false")
         understood |= {name} if flag else set()
     for name in SPELLINGS:

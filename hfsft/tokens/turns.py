@@ -54,6 +54,8 @@ class Turns:
         self.trained = [message.get("train") for message in conversation.messages]
         self.has_marks = tokenizer.hfsft_training_template is not None
         self.text, self.marks = self._render_all()
+        headers = self._headers() if self.marks else []
+        self.marks = [self._without(headers, *mark) for mark in self.marks]
         self._check_nothing_left_out()
 
     def _for_template(self, message: dict[str, Any]) -> dict[str, Any]:
@@ -96,6 +98,27 @@ class Turns:
             self.messages = [_with_written_calls(message) for message in self.messages]
             found = render()
         return found
+
+    def _headers(self) -> list[str]:
+        """What the assistant's turns begin with that a model is given: no mark is to have it.
+
+        The generation prompt (SmolLM3's marks have it), or the token that it begins with
+        (DeepSeek's have that, and its generation prompt goes on).
+        """
+        before = self.messages[: [one["role"] for one in self.messages].index("assistant")]
+        try:
+            without, prompt = self._render(before), self._render(before, add_generation_prompt=True)
+        except TemplateError:
+            return []
+        header = prompt[len(without) :] if prompt.startswith(without) else ""
+        added = [token.content for token in self.tokenizer.added_tokens_decoder.values()]
+        first = sorted(filter(header.startswith, added), key=len)[-1:]
+        return [one for one in (header, *first) if one]
+
+    def _without(self, headers: list[str], start: int, end: int) -> Span:
+        """A mark without the header that it begins with."""
+        found = [header for header in headers if self.text.startswith(header, start, end)]
+        return start + len(found[0]) if found else start, end
 
     def _differs(self, messages: Messages, text: str) -> bool:
         """Whether messages are rendered as another text, or not at all."""
@@ -338,7 +361,9 @@ def end_of_turn(tokenizer: Any) -> str:
     turns = Turns(Conversation(PROBE), tokenizer)
     spans = turns.marks if turns.has_marks else [turns.turn(index) for index in (1, 3)]
     texts = [turns.text[start:end] for start, end in spans]
-    if not texts or "four" not in texts[-1]:
+    # trl's marks for Phi-3 have the end of the text too, as a span of its own
+    texts = [text for text in texts if "four" in text]
+    if not texts:
         raise TemplateError("the assistant's turns cannot be identified")
     for token in special_tokens(tokenizer):
         if texts[-1].rstrip().endswith(token):

@@ -1,11 +1,14 @@
 """The held-out set: sampled to a budget, its metrics, and greedy answers."""
 
+import hashlib
 import math
 import random
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import PurePath
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import TrainingArguments
 
@@ -48,6 +51,15 @@ class HeldOut(torch.utils.data.Dataset):
         """A seeded sample of `count` of all rows, in their order."""
         chosen = random.Random(f"{seed}:eval_budget").sample(range(len(self.rows)), count)
         return HeldOut(self.rows, sorted(chosen))
+
+    @cached_property
+    def digest(self) -> str:
+        """Of all documents' tokens and labels: equal for the same documents in the same order."""
+        found = hashlib.blake2b(digest_size=16)
+        for row in self:
+            for ids in (row["input_ids"], row.get("labels", ())):
+                found.update(np.array([len(ids), *ids], np.int64).tobytes())
+        return found.hexdigest()
 
     def tokens(self) -> int:
         """Tokens of all documents."""

@@ -21,8 +21,8 @@ from hfsft.model.loading import plain_model
 from hfsft.plan.sizes import steps_of
 from hfsft.process_group import meet
 from hfsft.recipe.schema import Stage
-from hfsft.tokens.encoding import IGNORED
-from hfsft.tokens.foreign_templates import encode_prompt
+from hfsft.tokens.encoding import IGNORED, document_start
+from hfsft.tokens.foreign_templates import encode_prompt, special_tokens
 from hfsft.train.advice import Advice, Validation, advise
 from hfsft.train.checkpointing import ResumableStep
 from hfsft.train.held_out import (
@@ -163,7 +163,7 @@ class ValidatingStep(ResumableStep):
         """
         held_out = self.eval_dataset
         totals = self._document_losses(dataloader, len(held_out))
-        line = {"step": self.state.global_step, **losses_of(totals)}
+        line = {"step": self.state.global_step, **losses_of(totals), "documents": held_out.digest}
         if self.general is not None:
             line["general"] = self._general_losses(self.general)
         self.metrics_log.validation.append(line)
@@ -224,7 +224,8 @@ class ValidatingStep(ResumableStep):
             for one in smaller:
                 self._add_losses(totals, one)
             return
-        special = torch.tensor(self.processing_class.all_special_ids)
+        tokenizer = self.processing_class
+        special = torch.tensor(tokenizer.convert_tokens_to_ids(special_tokens(tokenizer)))
         is_text = ~torch.isin(targets, special)
         counted = torch.stack([losses, torch.ones_like(losses), correct.double(), losses * is_text])
         totals.index_add_(1, documents, counted)
@@ -283,7 +284,7 @@ class ValidatingStep(ResumableStep):
         self.model.eval()
         tokenizer, prompts = self.processing_class, self.stage.sample_prompts
         if self.stage.name == "base":  # it has seen no conversation yet
-            start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+            start = [document_start(tokenizer)]
             texts = tokenizer(prompts, add_special_tokens=False, split_special_tokens=True)
             asked = [start + ids for ids in texts["input_ids"]]
         else:

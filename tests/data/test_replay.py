@@ -66,6 +66,14 @@ def test_what_is_held_out_is_in_no_training_row(own, general, make_stage, tokeni
     assert tokenizer.decode(labels).startswith("It is ")
 
 
+def test_general_text_is_only_what_can_be_encoded(own, general, make_stage, tokenizer, tmp_path):
+    rows = [{"text": text} for text in ("One.", " ", None, "a\ud800b", "Two.")]
+    text = write_jsonl(tmp_path / "text.jsonl", rows)
+    stage = make_stage(own, held_out=4, replay=Replay(general, held_out=9, text=text))
+    measured = load_general(stage, tokenizer)
+    assert texts_of(measured.select(range(9, 11)), tokenizer) == ["<|bos|>One.", "<|bos|>Two."]
+
+
 def test_the_stages_own_held_out_set_stays_the_same(own, general, make_stage, tokenizer):
     alone = load_conversations(make_stage(own, held_out=4), tokenizer)[1]
     stage = make_stage(own, held_out=4, replay=Replay(general))

@@ -24,7 +24,7 @@ from hfsft.data.mixture import load_conversations
 from hfsft.data.sources import JSON_COLUMN, ROW_COLUMN, load_rows
 from hfsft.data.tasks import facts, task_rows
 from hfsft.errors import DataError
-from hfsft.recipe.schema import Source
+from hfsft.recipe.schema import Replay, Source
 
 FILES = {
     "jsonl": lambda rows: "\n\n".join(map(json.dumps, rows)).encode(),
@@ -192,12 +192,25 @@ def test_a_source_that_is_not_there_is_an_error(tmp_path):
     ):
         with pytest.raises(DataError) as error:
             load_rows(Source(f"{tmp_path}/{path}", split=split), 0)
-        assert str(error.value) == f"{tmp_path}/{path}: {message}"
+        named = f"{path}[test]" if split == "test" else path
+        assert str(error.value) == f"{tmp_path}/{named}: {message}"
     for path in ("rows.jsonl", "rows.csv.gz"):  # not a valid name on the Hub
         with pytest.raises(DataError, match=rf"^{path}: no such file$"):
             load_rows(Source(path), 0)
-    with pytest.raises(DataError, match=r"^identity: unknown split 'dev'; there are train, test$"):
+    with pytest.raises(
+        DataError, match=r"^identity\[dev\]: unknown split 'dev'; there are train, test$"
+    ):
         load_rows(Source("identity", split="dev"), 0)
+
+
+def test_two_splits_of_a_dataset_are_told_apart(make_stage, tokenizer):
+    stage = make_stage(Source("identity", rows=5), Source("identity", rows=5, split="test"))
+    load_conversations(stage, tokenizer)
+    audit = json.loads((stage.folder / "data.json").read_text())
+    assert [source["source"] for source in audit["sources"]] == ["identity", "identity[test]"]
+    # a sample of rows is the same as before the split was in the name
+    assert Source("a/b", name="c", split="test").seed_name == "a/b:c"
+    assert Replay("a/b", split="test").seed_name == "a/b (replay)"
 
 
 def test_columns_are_renamed(tmp_path, make_stage, tokenizer):
@@ -218,12 +231,20 @@ def test_columns_are_renamed(tmp_path, make_stage, tokenizer):
 def test_wrong_columns_are_an_error_that_lists_them(kind, tmp_path, make_stage, tokenizer):
     path = tmp_path / f"r.{kind}"
     path.write_bytes(FILES[kind]([{"chat": "Hi", "id": 1}]))
-    for columns in ({}, {"messages": "talk"}):
-        with pytest.raises(DataError) as error:
-            load_conversations(make_stage(Source(str(path), columns=columns)), tokenizer)
-        lines = str(error.value).splitlines()
-        assert lines[0] == f"{path}: cannot tell the format from its columns chat, id"
-        assert len(lines) == 2
+    with pytest.raises(DataError) as error:
+        load_conversations(make_stage(str(path)), tokenizer)
+    lines = str(error.value).splitlines()
+    assert lines[0] == f"{path}: cannot tell the format from its columns chat, id"
+    assert len(lines) == 2
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_renamed_column_that_is_missing_is_an_error(kind, tmp_path, make_stage, tokenizer):
+    path = tmp_path / f"r.{kind}"
+    path.write_bytes(FILES[kind]([row | {"id": 1} for row in CONVERSATIONS]))
+    with pytest.raises(DataError) as error:  # and no other column is read instead
+        load_conversations(make_stage(Source(str(path), columns={"messages": "talk"})), tokenizer)
+    assert str(error.value) == f"{path}: columns: has no column 'talk', only messages, id"
 
 
 def test_other_columns_may_have_any_name(tmp_path, make_stage, tokenizer):
@@ -290,7 +311,7 @@ def test_a_dataset_on_the_hub(tmp_path):
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[:2] == ["20", "3"]
-    assert lines[2].startswith("me/chats: cannot be loaded: Unknown split")
+    assert lines[2].startswith("me/chats[nothing]: cannot be loaded: Unknown split")
     for line, name in zip(lines[3:], ("none", "secret"), strict=True):
         assert line == (
             f"no dataset me/{name} here or on the Hub (a private one needs `hf auth login`)"

@@ -19,6 +19,7 @@ import torch
 import yaml
 from chat_rows import read_jsonl, write_jsonl
 from hub_server import HubServer
+from plain_tokenizers import plain_bpe
 from safetensors.torch import load_file
 
 from hfsft.data import stream, text
@@ -28,6 +29,7 @@ from hfsft.data.text import base_texts, load_text
 from hfsft.errors import DataError
 from hfsft.recipe.loading import load_recipe
 from hfsft.recipe.schema import Recipe, Source, Stage
+from hfsft.tokens.tokenizer import load_tokenizer
 
 datasets.disable_progress_bars()
 
@@ -271,6 +273,22 @@ def test_a_stream_resumes_at_any_row(tokenizer):
         third = stream()
         third.resume(json.loads(json.dumps(resumed.state_after(stop + 20))))
         assert next(iter(third))["input_ids"] == taken[stop + 20]
+
+
+def test_without_a_bos_token_a_document_starts_with_the_eos_token(
+    tmp_path, make_recipe, make_stage
+):
+    plain = plain_bpe("<|im_start|>", "<|im_end|>")  # as Qwen's
+    plain.save_pretrained(tmp_path / "plain")
+    tokenizer = load_tokenizer(str(tmp_path / "plain"))
+    assert (tokenizer.bos_token_id, tokenizer.eos_token) == (None, "<|im_end|>")
+    path = write_jsonl(tmp_path / "d.jsonl", documents(30))
+    train, _ = load_text(make_recipe([{"path": path}], max_length=24), tokenizer)
+    stage = streaming_stage(make_stage, held_out=5)
+    rows, held_out = open_text_stream(stage, streamed(bodies(50)), tokenizer, 24)
+    for row in (*train, *held_out, *islice(iter(rows), 9)):
+        text = tokenizer.decode(row["input_ids"])
+        assert text.startswith("<|im_end|>doc ") and text.endswith(" ends.")
 
 
 @pytest.mark.parametrize(

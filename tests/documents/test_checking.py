@@ -35,7 +35,22 @@ def test_a_text_without_a_question_or_an_answer_is_refused():
         question_of("It was built in 1871.")
     with pytest.raises(Refused, match=r"^an empty answer$"):
         answer_of("<think>Who knows?</think>\n Answer: ")
-    assert answer_of("A: In 1871.\n\nBy fishermen.") == "In 1871.\n\nBy fishermen."
+    for find in (question_of, answer_of):
+        with pytest.raises(Refused, match=r"^thoughts without an end$"):
+            find("\n<think>Who built it? Fishermen, says the text.")
+
+
+@pytest.mark.parametrize("label", ["A:", "a1: ", "**Answer:** ", "Answer 2) ", "answer. ", "Q:"])
+def test_an_answer_s_label_is_left_out(label):
+    assert answer_of(f"{label}In 1871.\n\nBy fishermen.") == "In 1871.\n\nBy fishermen."
+
+
+@pytest.mark.parametrize(
+    "answer", ["1. Mix.\n2. Stir.", "A. Smith built it.", "3.14 is pi.", "2) It.", "A) x", "-5"]
+)
+def test_an_answer_that_only_begins_like_a_label_is_whole(answer):
+    assert answer_of(answer) == answer
+    assert answer_of(f"Answer: {answer}") == answer
 
 
 def refusal(answer: str, question: str = "", least: float = 0.6) -> str:

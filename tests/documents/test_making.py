@@ -81,6 +81,15 @@ def test_rows_do_not_depend_on_the_number_of_requests_at_a_time(folder, tmp_path
     assert (tmp_path / "one.jsonl").read_bytes() == (tmp_path / "many.jsonl").read_bytes()
 
 
+def test_a_question_that_was_cut_off_is_refused(folder, tmp_path, server):
+    text = "Hm. When was the lighthouse of Brandvik built? Or rather"
+    choice = {"message": {"role": "assistant", "content": text}, "finish_reason": "length"}
+    server.fail(1, body=json.dumps({"choices": [choice]}).encode())
+    counts = make(folder, tmp_path / "rows.jsonl", server, rows_per_passage=1)
+    assert counts["refused"] == {"a question that was cut off at max_tokens": 1}
+    assert counts["rows"] == 5
+
+
 def test_what_the_teacher_gets_wrong_is_refused_and_counted(folder, tmp_path):
     def answer(prompt: str) -> str:
         town = next(town for town in TOWNS if town in prompt)

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from chat_rows import read_jsonl, write_jsonl
 from rigged import always_follow, chain, save
 
 from hfsft.cli import main
 from hfsft.data.mixture import mix_conversations
 from hfsft.errors import HfsftError
 from hfsft.evaluation.differences import compare, difference
-from hfsft.evaluation.evaluate import GRADED, evaluate
+from hfsft.evaluation.evaluate import GRADED, evaluate, harness_figures, last_run
 from hfsft.evaluation.kept import fingerprint, row_results
 from hfsft.evaluation.printing import evaluate_and_print
 from hfsft.evaluation.tasks import data_files
@@ -203,7 +204,7 @@ def test_the_file_holds_what_is_returned(tmp_path, random_model):
     }
     assert list(found["tasks"]["arithmetic"]) == [
         *("kind", "rows", "right", "nanochat_right", "accuracy", "low", "high", "chance"),
-        *("centred", "cut", "pool"),
+        *("centred", "cut", "pool", "way"),
     ]
     assert found["tasks"]["arithmetic"]["pool"] == 499
     more = evaluate(random_model, ["simple_spelling"], rows=4, seed=3, out=out)
@@ -307,7 +308,7 @@ def test_held_out_loss_of_a_stage(tmp_path, make_model, tokenizer, monkeypatch):
     (folder / "stage.json").write_text('{"stage": "sft", "status": "finished", "settings": {}}')
     (folder.parent / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     found = evaluate("runs/tiny/sft", ["held_out"], batch_size=4)["tasks"]["held_out"]
-    assert list(found) == ["kind", "rows", "tokens", "loss", "error", "bits_per_byte"]
+    assert list(found) == ["kind", "rows", "tokens", "loss", "error", "bits_per_byte", "way"]
 
     stage = load_recipe("runs/tiny/recipe.yaml").sft
     held_out = mix_conversations(stage, load_tokenizer(str(folder))).held_out
@@ -469,6 +470,28 @@ def test_the_command(random_model, tmp_path, monkeypatch, capsys, arc):
     with pytest.raises(SystemExit):
         main()
     assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "eval.json").read_text())
+
+
+def test_a_log_likelihood_of_lm_eval_is_no_choice():
+    row = {"metrics": {"acc": 1.0, "perplexity": 2.5}, "choices": 1}
+    found = harness_figures([row | {"right": True}, row | {"right": False}])
+    assert (found["kind"], found["accuracy"], found["chance"]) == ("generative", 0.5, 0.0)
+    assert found["centred"] == 0.5 and found["metrics"] == {"acc": 1.0, "perplexity": 2.5}
+
+
+def test_rows_of_a_killed_lm_eval_run_count_once():
+    rows = [{"row": f"{number}", "of": 3} for number in range(3)]
+    assert last_run([]) == last_run(rows[:2]) == []
+    assert last_run(rows) == last_run(rows[:2] + rows) == rows
+
+
+def test_only_rows_answered_in_the_same_way_are_shown_and_compared(tmp_path, random_model):
+    out = tmp_path / "out"
+    evaluate(random_model, ["arithmetic"], rows=4, out=out)
+    path = out / "eval" / "arithmetic.jsonl"
+    lines = read_jsonl(path)
+    write_jsonl(path, [*lines, lines[0] | {"way": "another", "row": "x"}])
+    assert row_results(out, "arithmetic").keys() == {line["row"] for line in lines}
 
 
 def test_lm_eval_runs_a_task_of_the_user(random_model, tmp_path, monkeypatch, capfd):

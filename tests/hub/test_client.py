@@ -110,7 +110,7 @@ def test_repositories_of_the_hub_are_loaded(hub, tmp_path, tokenizer, make_model
         "Question 0?",
         [
             "DataError",
-            "me/chats: cannot be loaded: Unknown split \"test\". Should be one of ['train'].",
+            "me/chats[test]: cannot be loaded: Unknown split \"test\". Should be one of ['train'].",
         ],
         "Document 7 ends.",
         [

@@ -241,6 +241,14 @@ NOT_HERE = [
         SFT + "  packing: true\n",
         "sft.packing cannot be set: it would change which conversations share a",
     ),
+    (
+        SFT + "  pad_to_multiple_of: 8\n",
+        "r.yaml:4: sft.pad_to_multiple_of cannot be set: a row is as long as the step's conv",
+    ),
+    (
+        SFT + "  truncation_mode: keep_end\n",
+        "r.yaml:4: sft.truncation_mode: 'keep_end' is not one of keep_start",
+    ),
     (SFT + "  seed: 3\n", "r.yaml:4: sft.seed cannot be set: it belongs at the top of the recipe"),
     (
         SFT + "  lora: {task_type: CAUSAL_LM}\n",

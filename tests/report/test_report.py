@@ -402,9 +402,19 @@ def test_runs_that_differ_beyond_noise(run, tmp_path):
 
 def test_losses_on_different_data_are_not_compared(run, tmp_path):
     other = shutil.copytree(run, tmp_path / "other")
-    (other / "sft/validation.jsonl").unlink()
-    results = compare_runs(read_run(run), read_run(other))["results"]
-    loss = next(one for one in results if (one["stage"], "loss" in one["what"]) == ("sft", True))
+    log = other / "sft/validation.jsonl"
+    digest = json.loads(log.read_text().splitlines()[-1])["documents"]
+
+    def compared() -> dict:
+        results = compare_runs(read_run(run), read_run(other))["results"]
+        return next(one for one in results if one["stage"] == "sft" and "loss" in one["what"])
+
+    log.write_text(log.read_text().replace(digest, "0"))  # as many tokens, of other documents
+    assert compared()["how"] == "different held-out data: not comparable"
+    log.write_text(log.read_text().replace('"documents"', '"earlier"'))
+    assert compared()["how"] == "the same 4 held-out documents"
+    log.unlink()
+    loss = compared()
     assert "beyond_noise" not in loss and loss["how"] == "different held-out data: not comparable"
 
 

@@ -424,6 +424,19 @@ def test_splitting_keeps_exchanges_with_tools_together(tokenizer):
     ]
 
 
+def test_splitting_leaves_out_only_the_parts_without_a_trained_token(tokenizer):
+    untrained = assistant("no more " * 9) | {"train": False}
+    messages = [user("Hi"), untrained, user("Well?"), assistant("yes " * 9)]
+    full, _ = encode_conversation(messages, tokenizer)
+    (parts,) = fit_conversations([Conversation(messages)], tokenizer, len(full) - 1, "split")
+    assert [part.ids.tolist() for part in parts] == [
+        encode_conversation(messages[2:], tokenizer)[0]
+    ]
+    messages[3] = messages[3] | {"train": False}
+    (reason,) = fit_conversations([Conversation(messages)], tokenizer, len(full) - 1, "split")
+    assert str(reason) == "nothing left to train on"
+
+
 def saved(tokenizer, folder) -> str:
     tokenizer.save_pretrained(folder)
     return str(folder)

@@ -216,6 +216,11 @@ READ = {
         {"question": "Hi", "answer": "Hello"},
         HELLO,
     ),
+    "a question and an answer in C++": (
+        "gsm8k",
+        {"question": "Hi", "answer": "cout << x=1; y >> 2; <<5>> <<a=b>> 1<<2 = 4, 8>>1"},
+        [user("Hi"), assistant("cout << x=1; y >> 2; <<5>> <<a=b>> 1<<2 = 4, 8>>1")],
+    ),
 }  # fmt: skip
 
 
@@ -263,7 +268,6 @@ REFUSED = [
      {"question": "?", "choices": {"text": ["x"], "label": ["A", "B"]}, "answerKey": "A"},
      "not a row of format multiple_choice"),
     ("gsm8k", {"question": "?", "answer": 5}, "not a row of format gsm8k"),
-    ("gsm8k", {"question": "?", "answer": "<<5>>5"}, "a calculation without a result"),
     ("gsm8k", {"question": "?", "answer": ""}, "empty content"),
     # messages that are not a conversation
     ("messages", {"messages": None}, "no messages"),
@@ -298,6 +302,10 @@ REFUSED = [
     ("messages", {"messages": [user("Hi"), calling(call("f", {})), user("Hi")]},
      "a tool call without its result"),
     ("messages", {"messages": [user("Hi"), calling(call("f", {})), system("x"), tool("5")]},
+     "a tool call without its result"),
+    ("messages",
+     {"messages": [user("Hi"), calling(call("f", {}, id="a"), call("g", {}, id="b")),
+                   tool("5", tool_call_id="a"), assistant("x")]},
      "a tool call without its result"),
     ("messages", {"messages": [user("Hi"), calling(call("f", {})), tool("5")]},
      "roles out of order"),

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from hfsft.data.tasks import facts
 from hfsft.errors import ModelError, RecipeError
 from hfsft.recipe.loading import load_recipe
+from hfsft.tokens.encoding import encode_conversation
 from hfsft.tokens.tokenizer import (
     SPECIAL_TOKENS,
     base_tokenizer,
@@ -295,6 +296,31 @@ def test_foreign_template_known_to_trl_is_trained_with_its_marked_copy(save):
         tokenizer.hfsft_training_template == (folder / "qwen2_5_training.jinja").read_text() != qwen
     )
     assert tokenizer.pad_token == "<|endoftext|>"
+
+
+@pytest.mark.parametrize("name", ["phi3", "phi3_5"])
+def test_phi_s_template_whose_last_mark_is_the_end_of_the_text(save, name):
+    template = (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text()
+    tokens = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+    plain = plain_bpe(*tokens, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    tokenizer = load_tokenizer(save(plain, template))
+    assert tokenizer.eos_token == "<|end|>"
+    _, labels = encode_conversation([user("Hi"), assistant("Hello")], tokenizer)
+    assert tokenizer.decode([label for label in labels if label != -100]).startswith("Hello<|end|>")
+
+
+def test_deepseek_s_template_whose_marks_have_the_header(save):
+    template = (Path(trl.__file__).parent / "chat_templates" / "deepseekv3.jinja").read_text()
+    user_token, assistant_token, end = (
+        f"<\N{FULLWIDTH VERTICAL LINE}{name}\N{FULLWIDTH VERTICAL LINE}>"
+        for name in ("User", "Assistant", "end\u2581of\u2581sentence")
+    )
+    plain = plain_bpe(user_token, assistant_token, end, "<bos>", eos_token=end, bos_token="<bos>")
+    tokenizer = load_tokenizer(save(plain, template))
+    assert "{%- generation %}" in tokenizer.hfsft_training_template
+    ids, labels = encode_conversation([user("Hi"), assistant("<b>")], tokenizer)
+    assert tokenizer.decode(ids) == f"<bos>{user_token}Hi{assistant_token}<b>{end}"
+    assert tokenizer.decode([label for label in labels if label != -100]) == f"<b>{end}"
 
 
 def test_an_unknown_template_without_marks_can_be_trained_with(save):

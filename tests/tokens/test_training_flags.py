@@ -103,6 +103,24 @@ def test_a_message_s_flag_in_every_spelling(fields, expected, own):
     assert trained({"conversations": turns}, "sharegpt", own) == expected
 
 
+@pytest.mark.parametrize(
+    ("role", "fields", "expected"),
+    [
+        ("assistant", {}, LAST),
+        ("gpt", {"train": None}, LAST),
+        ("assistant", {"weight": 1}, BOTH),
+        ("assistant", {"train": False}, LAST),
+        ("assistant", {"train_detail": [{"begin_offset": 2, "end_offset": 6, "train": True}]},
+         [" more.", "yes."]),
+    ],
+)  # fmt: skip
+def test_a_prompt_s_answers_are_not_trained_on(role, fields, expected, own):
+    prompt = [user("Hi"), assistant("no more") | {"role": role} | fields, user("Well?")]
+    for completion in ("yes", [assistant("yes")]):
+        row = {"prompt": prompt, "completion": completion}
+        assert trained(row, "prompt_completion", own) == expected
+
+
 @pytest.mark.parametrize("flag", [{"train": True}, {"loss_weight": 1.0}])
 def test_a_question_that_is_to_be_trained_on(flag, own):
     row = {"messages": [user("Hi"), assistant("Hello"), user("Well?") | flag, assistant("yes")]}
@@ -167,10 +185,10 @@ OF_A_ROW = [
     ({"label": "sports"}, None),
     ({"label": 3}, None),
     ({"label": False}, f"{AVOID} (label: false)"),
-    ({"label": 0}, f"{AVOID} (label: false)"),
-    ({"label": 0.0}, f"{AVOID} (label: false)"),
+    ({"label": 0}, None),  # a class
+    ({"label": 0.0}, None),
+    ({"label": "0"}, None),
     ({"label": "False"}, f"{AVOID} (label: false)"),
-    ({"label": "0"}, f"{AVOID} (label: false)"),
     ({"kto_tag": True}, None),
     ({"kto_tag": False}, f"{AVOID} (kto_tag: false)"),
     ({"kto_tag": "false"}, f"{AVOID} (kto_tag: false)"),

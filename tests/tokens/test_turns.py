@@ -13,6 +13,7 @@ from chat_messages import HELLO, assistant, call, calling, system, tool, user
 from transformers import PreTrainedTokenizerFast
 
 from hfsft.tokens.encoding import IGNORED, encode_conversation, encode_conversations
+from hfsft.tokens.foreign_templates import encode_prompt
 from hfsft.tokens.messages import Conversation, check_messages
 from hfsft.tokens.tokenizer import load_tokenizer
 from hfsft.tokens.training_flags import BadRow
@@ -90,7 +91,7 @@ FAMILIES = {
     "smollm3": (
         OURS / "smollm3-3b.jinja",
         ("<|im_start|>", "<|im_end|>"),
-        r"(<\|im_start\|>assistant\n.*?<\|im_end\|>\n)",  # its marks begin before the header
+        r"<\|im_start\|>assistant\n(.*?<\|im_end\|>\n)",  # its marks begin before the header
         [ONE_ROUND, TWO_ROUNDS, PARALLEL, WITH_TEXT],
     ),
 }  # fmt: skip
@@ -137,12 +138,18 @@ def as_written(messages: list[dict], name: str) -> list[dict]:
     return made
 
 
+def dated(template: str) -> str:
+    """Llama 3.2's and SmolLM3's templates with the date that rows have."""
+    template = template.replace('strftime_now("%d %b %Y")', '"26 Jul 2024"')
+    return template.replace('strftime_now("%d %B %Y")', '"26 July 2024"')
+
+
 def reference(messages, tokenizer, name: str, turns: str) -> tuple[str, list[int], list[int]]:
     """Text, token ids and labels of the whole rendering."""
     argument = "xml_tools" if name == "smollm3" else "tools"
     text = tokenizer.apply_chat_template(
         as_written(messages, name),
-        chat_template=tokenizer.hfsft_training_template,
+        chat_template=dated(tokenizer.hfsft_training_template or tokenizer.chat_template),
         tokenize=False,
         **{argument: TOOLS},
     )
@@ -167,6 +174,14 @@ def test_a_published_template_with_tools_token_by_token(family, name):
             message["role"] == "assistant" for message in messages
         )
         assert encode_conversation(messages, tokenizer, tools=TOOLS) == (ids, labels)
+
+
+@pytest.mark.parametrize("name", ["llama3_2", "smollm3"])
+def test_rows_have_a_fixed_date_and_prompts_today_s(family, name):
+    tokenizer, *_ = family(name)
+    ids, _ = encode_conversation(HELLO, tokenizer)
+    assert re.search("26 July? 2024", tokenizer.decode(ids))
+    assert not re.search("26 July? 2024", tokenizer.decode(encode_prompt(HELLO[:1], tokenizer)))
 
 
 @pytest.mark.parametrize("name", FAMILIES)

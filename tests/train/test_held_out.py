@@ -92,6 +92,17 @@ def test_metrics_of_known_losses():
     assert alone.keys() == {"eval_loss", "eval_loss_error", "eval_mean_token_accuracy"}
 
 
+def test_the_digest_is_of_the_documents(tokenizer):
+    def digest(ids, labels) -> str:
+        held = {"input_ids": ids, "labels": labels, "source": ["a"] * len(ids)}
+        return HeldOut(datasets.Dataset.from_dict(held)).digest
+
+    ids = [[0, 1, 2], [3, 4]]
+    found = [digest(ids, ids), digest(ids[::-1], ids[::-1]), digest(ids, [[0, 1, IGNORED], [3, 4]])]
+    assert len({*found, digest([[0, 1], [2, 3, 4]], [[0, 1], [2, 3, 4]])}) == 4
+    assert digest(ids, ids) == found[0]
+
+
 def test_bytes_are_those_of_the_predicted_text(tokenizer):
     text = "Grüße aus der Küche"
     ids = [tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)]

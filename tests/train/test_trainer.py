@@ -1,5 +1,6 @@
 """The step: its gradient against padded references, stock SFTTrainer's curve, and lost memory."""
 
+import copy
 import json
 import random
 
@@ -390,6 +391,20 @@ def test_validation_has_the_loss_of_each_conversation(
     some = sum(expected[::2]) / sum(line["tokens"][::2])
     assert found["eval_some_loss"] == pytest.approx(some, rel=1e-6)
     assert 0 <= found["eval_mean_token_accuracy"] < 0.1
+
+
+def test_text_is_what_is_no_special_token_with_a_name_or_without(
+    make_model, make_trainer, tokenizer
+):
+    (odd,) = tokenizer.encode("e", add_special_tokens=False)
+    row = {"input_ids": [0, odd, odd], "labels": [IGNORED, odd, odd], "source": "a"}
+    trainer = make_trainer(make_model(), held_out=datasets.Dataset.from_list([row]))
+    trainer.processing_class = copy.deepcopy(tokenizer)
+    trainer.processing_class.add_tokens(["e"], special_tokens=True)
+    held_out = trainer.eval_dataset
+    assert held_out.text_bytes(trainer.processing_class) == 0
+    totals = trainer._document_losses(trainer.get_eval_dataloader(), 1)
+    assert totals[0].item() > 0 and totals[3].item() == 0
 
 
 def test_out_of_memory_in_validation_it_takes_smaller_parts(make_model, make_trainer, held_out):
