@@ -8,6 +8,7 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from importlib.resources import files
 from typing import Any
 
@@ -201,6 +202,7 @@ class Endpoints:
         self, request: Request, model: ServedModel, asked: Asked, is_chat: bool
     ) -> Response:
         """Generate, and reply whole or as a stream; a client that leaves ends it."""
+        asked = replace(asked, model=asked.model or model.name)
         reply = Reply(asked, model.engine.tokenizer, is_chat)  # no prompt is encoded with it
         pieces: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
         answers = []

@@ -289,6 +289,8 @@ def test_two_models_answer_by_name(folders):
     with serving(folders("nanochat"), folders("llama")) as running, client(running) as api:
         first, second, other = (ask(api, model=name) for name in ("nanochat", "llama", "gpt-4"))
         assert other.choices == first.choices and other.model == "gpt-4"
+        unnamed = ask(api, extra_body={"model": ""})
+        assert unnamed.choices == first.choices and unnamed.model == "nanochat"
         assert second.choices[0].message.content != first.choices[0].message.content
 
 
