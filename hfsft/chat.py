@@ -14,8 +14,8 @@ from transformers import LogitsProcessorList, TextIteratorStreamer
 
 from hfsft.errors import DataError, ModelError, printable
 from hfsft.evaluation.answering import (
-    TOOL_TOKENS,
     Calculator,
+    has_calculator,
     load_for_answers,
     load_its_tokenizer,
 )
@@ -126,7 +126,7 @@ class Chat:
                 )
             most = min(self.sampling["max_new_tokens"], context - len(ids))
             settings = settings | {"max_new_tokens": most}
-        if set(TOOL_TOKENS) <= set(self.tokenizer.get_vocab()):
+        if has_calculator(self.tokenizer):
             calculator = LogitsProcessorList([Calculator(self.tokenizer, len(ids))])
             settings = settings | {"logits_processor": calculator}
         return ids, settings

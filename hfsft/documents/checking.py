@@ -15,7 +15,7 @@ NAME = re.compile(r"(?<=[^.!?:\n\"]\s)[^\W\d_][\w'-]+")  # a word that does not 
 
 QUESTION_MARKS = "?\uff1f\u061f"
 
-# what a model may put around a question or an answer
+# what a model may put before a question
 LABEL = re.compile(r"^(?:\W*(?:question|answer|q|a)\s*\d*\s*[:.)]\W*|\d+[.)]\s*)", re.IGNORECASE)
 # of an answer only what is no list ("1. Mix ..."), initial ("A. Smith") or number ("3.14 is ...")
 ANSWER_LABEL = re.compile(

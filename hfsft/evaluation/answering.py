@@ -83,6 +83,11 @@ def load_its_tokenizer(model: str) -> Any:
     return tokenizer
 
 
+def has_calculator(tokenizer: Any) -> bool:
+    """Whether a model can ask for a calculation: its tokenizer has `TOOL_TOKENS`."""
+    return set(TOOL_TOKENS) <= set(tokenizer.get_vocab())
+
+
 class Calculator(LogitsProcessor):
     """Forces the calculator's result after each call, row by row, during batched generation."""
 
@@ -196,7 +201,7 @@ class Evaluator:
         self.is_chat = bool(self.tokenizer.chat_template) and not is_base
         # the length of its context, if the configuration states it
         self.positions = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        self.has_calculator = set(TOOL_TOKENS) <= set(self.tokenizer.get_vocab())
+        self.has_calculator = has_calculator(self.tokenizer)
 
     @cached_property
     def model(self) -> Any:

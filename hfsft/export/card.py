@@ -1,6 +1,7 @@
 """The card of a folder of GGUF files: the model's own, and how to run each file."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,9 @@ def _earlier_proofs(folder: Path, exported: list[dict[str, Any]]) -> list[dict[s
     """The proofs of the files that earlier exports left in the folder."""
     found = []
     for path in sorted(folder.glob("*.proof.json")):
-        proof = json.loads(path.read_text(encoding="utf-8"))
-        is_new = proof["file"] in [one["file"] for one in exported]
-        if not is_new and (folder / proof["file"]).is_file():
-            found.append(proof)
+        with suppress(ValueError, KeyError, TypeError):  # one that somebody damaged
+            proof = json.loads(path.read_text(encoding="utf-8"))
+            is_new = proof["file"] in [one["file"] for one in exported]
+            if not is_new and (folder / proof["file"]).is_file():
+                found.append(proof)
     return found

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -132,7 +133,7 @@ class ValidatingStep(ResumableStep):
         """Answer the sample prompts, then compute the held-out loss."""
         began = time.perf_counter()
         self.metrics_log.began_validation = self.metrics_log.seconds()
-        # answers and losses without a gradient would take eight graphs of their own
+        # without a gradient or token by token, layers would be compiled up to the limit of eight
         with torch.compiler.set_stance("force_eager") if self.compiled else nullcontext():
             # with sharded weights every generated token would gather them all
             if self.is_world_process_zero() and self.stage.sample_prompts and not self.is_sharded():
@@ -224,11 +225,14 @@ class ValidatingStep(ResumableStep):
             for one in smaller:
                 self._add_losses(totals, one)
             return
-        tokenizer = self.processing_class
-        special = torch.tensor(tokenizer.convert_tokens_to_ids(special_tokens(tokenizer)))
-        is_text = ~torch.isin(targets, special)
+        is_text = ~torch.isin(targets, self._special_ids)
         counted = torch.stack([losses, torch.ones_like(losses), correct.double(), losses * is_text])
         totals.index_add_(1, documents, counted)
+
+    @cached_property
+    def _special_ids(self) -> torch.Tensor:
+        tokenizer = self.processing_class
+        return torch.tensor(tokenizer.convert_tokens_to_ids(special_tokens(tokenizer)))
 
     def _token_losses(self, part: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """The targets of a micro-batch, their losses (float64), and whether each is the top-1."""

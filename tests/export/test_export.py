@@ -86,6 +86,9 @@ def test_the_card_lists_the_files_of_earlier_exports_too(save_model):
         "model-F16.gguf",
         "model-F32.gguf",
     ]
+    (folder / "gguf" / "model-F32.proof.json").write_text("{")
+    export_silently(folder, "gguf", "f16")
+    assert "`model-F32.gguf`" not in (folder / "gguf" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("kind", ["nanochat", "llama"])
